@@ -1,0 +1,35 @@
+"""Reptile (Nichol et al. 2018, arXiv 1803.02999).
+
+``meta-gradient = mean_t (theta - theta'_t)``, where theta'_t is theta after the inner steps on all rows of task t,
+support and query together: Reptile has no query loss. Rates are not learned.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from meta_peft.inner_loop import adapt
+from meta_peft.inner_optimizers import InnerRule
+from meta_peft.params import expand
+from meta_peft.types import EpisodeBatch, LossFn, Meta, MetaGradient, Params, Rows
+
+
+@dataclass(frozen=True)
+class Reptile:
+    inner: InnerRule = InnerRule()
+    second_order = False
+
+    def __call__(self, loss_fn: LossFn, meta: Meta, batch: EpisodeBatch) -> MetaGradient:
+        losses: list[Tensor] = []
+
+        def both(fast: Params, rows: Rows) -> Tensor:
+            loss_T = (loss_fn(fast, batch.support) + loss_fn(fast, batch.query)) / 2
+            losses.append(loss_T.detach())
+            return loss_T
+
+        start = expand(meta.adapter, batch.n_tasks)
+        end = adapt(both, start, meta.hyper, batch.support, self.inner)
+        moved = {name: (p.detach() - end[name]).mean(0) for name, p in meta.adapter.items()}
+        return MetaGradient(Meta(moved, {}), batch.n_tasks, {"loss": losses[-1]})

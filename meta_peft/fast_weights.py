@@ -1,0 +1,103 @@
+"""The border to PEFT: the LoRA matrices of an adapter as a flat dict, and forwards with other values in their place.
+
+PEFT's own layers do the forward. For its duration the `nn.Linear` that holds a LoRA matrix takes its weight from the
+dict it is given, ``[out, in]`` for weights that all rows share or ``[T, out, in]`` for a stack over tasks, so that T
+tasks, each with its own weights, go through the frozen base model in one pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from meta_peft.errors import MetaPeftError
+from meta_peft.types import Params
+
+
+class FastWeights:
+    """The LoRA matrices of one adapter of a `PeftModel`.
+
+    Names are those that PEFT writes to ``adapter_model.safetensors``, so a dict of values is a state dict of the
+    adapter. Matrices are found by LoRA layer, never by `requires_grad`: what else an adapter may train
+    (`modules_to_save`, say) is no fast weight.
+    """
+
+    def __init__(self, model: PeftModel, adapter: str | None = None):
+        self.adapter = adapter or active_adapter(model)
+        self._linears: dict[str, nn.Linear] = {}
+        for path, layer in lora_layers(model, self.adapter):
+            for matrix in ("lora_A", "lora_B"):
+                linear: nn.Linear = getattr(layer, matrix)[self.adapter]
+                self._linears[f"{path}.{matrix}.weight"] = linear
+        if not self._linears:
+            raise MetaPeftError(
+                f"The model has no LoRA layer with an adapter called {self.adapter!r}. Make one with"
+                " peft.get_peft_model(model, LoraConfig(target_modules=...)) whose targets match layers of the model."
+            )
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """The model's own parameters, by name."""
+        return {name: linear.weight for name, linear in self._linears.items()}
+
+    def load_(self, values: Params) -> None:
+        """Copy `values`, ``[out, in]`` each, into the model's own parameters."""
+        with torch.no_grad():
+            for name, parameter in self.parameters().items():
+                parameter.copy_(values[name])
+
+    @contextmanager
+    def installed(self, values: Params) -> Iterator[None]:
+        """Forwards of the model inside this context use `values`, and gradients flow to them."""
+        own = {name: linear._parameters.pop("weight") for name, linear in self._linears.items()}
+        try:
+            for name, linear in self._linears.items():
+                linear.__dict__["weight"] = values[name]
+                linear.__class__ = _StackedLinear
+            yield
+        finally:
+            for name, linear in self._linears.items():
+                linear.__dict__.pop("weight", None)
+                linear._parameters["weight"] = own[name]
+                linear.__class__ = nn.Linear
+
+
+class _StackedLinear(nn.Linear):
+    """`nn.Linear` whose weight may be a stack ``[T, out, in]``: rows ``[T * R, L, in]`` meet their own task's weight."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight
+        if weight.dim() == 2:
+            return F.linear(x, weight, self.bias)
+        n_tasks = weight.shape[0]
+        if n_tasks == 1:
+            return F.linear(x, weight[0], self.bias)
+        if x.dim() != 3 or x.shape[0] % n_tasks:
+            raise MetaPeftError(
+                f"A stack of {n_tasks} tasks needs activations of shape [tasks * rows, tokens, features], but a LoRA"
+                f" layer got {list(x.shape)}: this architecture rearranges rows. Set tasks_per_forward to 1."
+            )
+        flat = x.reshape(n_tasks, -1, x.shape[-1])
+        return torch.bmm(flat, weight.transpose(1, 2)).view(*x.shape[:-1], -1)
+
+
+def lora_layers(model: nn.Module, adapter: str) -> Iterator[tuple[str, LoraLayer]]:
+    """All LoRA layers of `model` that carry `adapter`, with their paths, in the model's own order."""
+    for path, module in model.named_modules():
+        if isinstance(module, LoraLayer) and adapter in module.lora_A:
+            yield path, module
+
+
+def active_adapter(model: PeftModel) -> str:
+    """The name of the one active adapter."""
+    names = list(model.active_adapters)
+    if len(names) != 1:
+        raise MetaPeftError(
+            f"Expected exactly one active adapter, the model has {names}: choose one with model.set_adapter(name)."
+        )
+    return names[0]

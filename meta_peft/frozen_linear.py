@@ -1,0 +1,79 @@
+"""The product with a frozen bitsandbytes weight, whose derivatives of every order save no copy of that weight.
+
+``y = x W^T`` is linear in x, so its backward is ``dx = g W``, the same product with the other orientation, and the
+backward of that is the first again. Written as one autograd Function that calls itself, the dequantised weight lives
+only while a product is computed. bitsandbytes' own backward hands a dequantised copy to autograd instead, which a
+second-order graph then keeps for every layer and inner step.
+
+8-bit layers are computed with weights only quantised (activations are not), in training and evaluation mode alike, so
+that what is differentiated is what is computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import bitsandbytes as bnb
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def dequantise(layer: nn.Module) -> Tensor:
+    """The weight of a `Linear4bit` or `Linear8bitLt` as a dense tensor ``[out, in]``."""
+    if isinstance(layer, bnb.nn.Linear4bit):
+        weight: Any = layer.weight
+        dense: Tensor = bnb.functional.dequantize_4bit(weight.data.view(-1, 1), weight.quant_state)
+        return dense
+    if isinstance(layer, bnb.nn.Linear8bitLt):
+        codes = layer.weight.CB if layer.weight.CB is not None else layer.state.CB
+        scales = layer.weight.SCB if layer.weight.SCB is not None else layer.state.SCB
+        return codes.to(scales.dtype) * (scales.unsqueeze(1) / 127.0)
+    raise TypeError(f"{type(layer).__name__} is not a bitsandbytes layer")
+
+
+class _FrozenProduct(torch.autograd.Function):
+    """``x W^T``, or ``x W`` if `transposed`, for the quantised weight W of `layer`."""
+
+    @staticmethod
+    def forward(x: Tensor, layer: nn.Module, transposed: bool) -> Tensor:
+        weight = dequantise(layer).to(x.dtype)
+        rows = x.reshape(-1, x.shape[-1])  # one large product: a batched one would read the weight once per row
+        y = rows @ weight if transposed else F.linear(rows, weight)
+        return y.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, ctx.layer, ctx.transposed = inputs
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return _FrozenProduct.apply(grads[0], ctx.layer, not ctx.transposed), None, None
+
+
+def frozen_product(x: Tensor, layer: nn.Module) -> Tensor:
+    """``x W^T + b`` for a bitsandbytes layer; x is ``[..., in]``, the result ``[..., out]``."""
+    y: Tensor = _FrozenProduct.apply(x, layer, False)
+    return y if layer.bias is None else y + layer.bias.to(y.dtype)
+
+
+def quantised_layers(model: nn.Module) -> list[nn.Module]:
+    return [m for m in model.modules() if isinstance(m, (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt))]
+
+
+@contextmanager
+def frozen_products(layers: list[nn.Module]) -> Iterator[None]:
+    """Forwards of bitsandbytes `layers` inside this context are `frozen_product`."""
+
+    def replace(layer: nn.Module) -> None:
+        layer.__dict__["forward"] = lambda x: frozen_product(x, layer)
+
+    for layer in layers:
+        replace(layer)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.__dict__.pop("forward", None)

@@ -1,0 +1,37 @@
+"""Adam (Kingma & Ba 2015, arXiv 1412.6980), written so that it can be differentiated through.
+
+``m <- b1 m + (1 - b1) g``, ``v <- b2 v + (1 - b2) g^2``, the direction is
+``(m / (1 - b1^k)) / (sqrt(v / (1 - b2^k) + eps_root) + eps)``.
+
+`eps_root` is 0 in `torch.optim.Adam`; there the derivative of the square root is infinite where a gradient is exactly
+zero, as it is for every LoRA A matrix while B is zero. A small positive value (as in optax) keeps it finite.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from meta_peft.types import Params
+
+
+@dataclass(frozen=True)
+class Adam:
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    eps_root: float = 1e-10
+
+    def init(self, fast: Params) -> Params:
+        return {f"{moment}.{name}": torch.zeros_like(p) for moment in ("m", "v") for name, p in fast.items()}
+
+    def direction(self, step: int, grads: Params, state: Params) -> tuple[Params, Params]:
+        directions, moments = {}, {}
+        bias1, bias2 = 1 - self.beta1 ** (step + 1), 1 - self.beta2 ** (step + 1)
+        for name, g in grads.items():
+            m = self.beta1 * state[f"m.{name}"] + (1 - self.beta1) * g
+            v = self.beta2 * state[f"v.{name}"] + (1 - self.beta2) * g * g
+            moments[f"m.{name}"], moments[f"v.{name}"] = m, v
+            directions[name] = (m / bias1) / ((v / bias2 + self.eps_root).sqrt() + self.eps)
+        return directions, moments

@@ -1,0 +1,8 @@
+"""Where episodes come from."""
+
+from meta_peft.tasks.collate import EpisodeCollator
+from meta_peft.tasks.episodes import EpisodeDataset
+from meta_peft.tasks.prompt import PromptFormat
+from meta_peft.tasks.task_set import TaskSet
+
+__all__ = ["EpisodeCollator", "EpisodeDataset", "PromptFormat", "TaskSet"]

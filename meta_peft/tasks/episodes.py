@@ -1,0 +1,60 @@
+"""Episodes drawn from tasks: ``dataset[i]`` depends on the seed and on i alone.
+
+So workers, ranks, a resumed run and a second run agree on every episode without any sampler state to keep.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from torch.utils.data import Dataset
+
+from meta_peft.errors import MetaPeftError
+from meta_peft.tasks.task_set import TaskSet
+from meta_peft.types import Episode
+
+
+class EpisodeDataset(Dataset[Episode]):
+    """`length` episodes of `shots` support rows and `query_size` other rows each.
+
+    Args:
+        tasks: encoded tasks (see `TaskSet.encoded`).
+        shots: support rows of an episode.
+        query_size: query rows of an episode.
+        length: how many episodes; by default one for each task.
+        shuffle: visit the tasks in a new order each round; otherwise episode i is of task i, round after round.
+    """
+
+    def __init__(
+        self,
+        tasks: TaskSet,
+        *,
+        shots: int,
+        query_size: int,
+        seed: int = 0,
+        length: int | None = None,
+        shuffle: bool = True,
+    ):
+        if shots < 1 or query_size < 1:
+            raise MetaPeftError(f"shots and query_size must be 1 or more, got {shots} and {query_size}.")
+        tasks.check_rows(shots, query_size)
+        self.tasks, self.shots, self.query_size, self.seed = tasks, shots, query_size, seed
+        self.length = len(tasks) if length is None else length
+        self.shuffle = shuffle
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, i: int) -> Episode:
+        if not 0 <= i < self.length:
+            raise IndexError(i)
+        task = self.tasks.names[self._task_number(i)]
+        rows = self.tasks.rows_of[task]
+        chosen = np.random.default_rng([self.seed, 1, i]).choice(len(rows), self.shots + self.query_size, replace=False)
+        drawn = [self.tasks.dataset[rows[int(j)]] for j in chosen]
+        return Episode(task, drawn[: self.shots], drawn[self.shots :])
+
+    def _task_number(self, i: int) -> int:
+        round_, place = divmod(i, len(self.tasks))
+        if not self.shuffle:
+            return place
+        return int(np.random.default_rng([self.seed, 0, round_]).permutation(len(self.tasks))[place])

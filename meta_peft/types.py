@@ -1,0 +1,101 @@
+"""The values that flow between the parts of meta_peft. Nothing is computed here.
+
+Shape letters used everywhere: T tasks, R rows of one task, B = T * R rows of a stack (task-major: all rows of
+task 0, then all of task 1, ...), L tokens of a row, N labelled positions of a stack, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+from torch import Tensor
+
+Params: TypeAlias = dict[str, Tensor]
+"""Tensors by name. LoRA matrices are ``[out, in]`` for one task or shared by all, ``[T, out, in]`` for a stack."""
+
+
+@dataclass(frozen=True)
+class Episode:
+    """One draw of one task: rows to adapt on and other rows to be judged by."""
+
+    task: str
+    support: list[dict[str, Any]]
+    query: list[dict[str, Any]]
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """The rows of T tasks as one stack of model inputs.
+
+    `inputs` holds what the model is called with, each ``[B, L]``; `labels_BL` the token ids to predict, -100 where
+    nothing is to be predicted. Two `Rows` are equal only if they are the same object: caches rely on that.
+    """
+
+    inputs: dict[str, Tensor]
+    labels_BL: Tensor
+    n_tasks: int
+
+    def to(self, device: Any) -> Rows:
+        inputs = {name: tensor.to(device) for name, tensor in self.inputs.items()}
+        return Rows(inputs, self.labels_BL.to(device), self.n_tasks)
+
+    def tasks(self, start: int, stop: int) -> Rows:
+        """The rows of tasks `start` to `stop` alone."""
+        per_task = self.labels_BL.shape[0] // self.n_tasks
+        part = slice(start * per_task, stop * per_task)
+        return Rows({n: t[part] for n, t in self.inputs.items()}, self.labels_BL[part], stop - start)
+
+
+@dataclass(frozen=True, eq=False)
+class EpisodeBatch:
+    """T episodes: their support rows, their query rows and the names of their tasks."""
+
+    support: Rows
+    query: Rows
+    tasks: list[str]
+
+    @property
+    def n_tasks(self) -> int:
+        return self.support.n_tasks
+
+    def to(self, device: Any) -> EpisodeBatch:
+        return EpisodeBatch(self.support.to(device), self.query.to(device), self.tasks)
+
+    def chunks(self, size: int | None) -> list[EpisodeBatch]:
+        """Split into batches of at most `size` tasks; None keeps all tasks together."""
+        if size is None or size >= self.n_tasks:
+            return [self]
+        cuts = range(0, self.n_tasks, size)
+        return [self._part(start, min(start + size, self.n_tasks)) for start in cuts]
+
+    def _part(self, start: int, stop: int) -> EpisodeBatch:
+        return EpisodeBatch(self.support.tasks(start, stop), self.query.tasks(start, stop), self.tasks[start:stop])
+
+
+@dataclass(frozen=True)
+class Meta:
+    """What the outer loop learns: the adapter's initialisation and the inner loop's rates."""
+
+    adapter: Params
+    hyper: Params
+
+
+@dataclass(frozen=True)
+class MetaGradient:
+    """The gradient of the mean objective over `n_tasks` tasks, and what was seen on the way.
+
+    `metrics` holds one value per task, ``[T]`` each; every algorithm reports ``loss``, the loss it descends.
+    """
+
+    grads: Meta
+    n_tasks: int
+    metrics: Params = field(default_factory=dict)
+
+
+LossFn: TypeAlias = Callable[[Params, Rows], Tensor]
+"""``(adapter, rows) -> loss_T``: one loss per task, each the mean over that task's own labelled positions."""
+
+Algorithm: TypeAlias = Callable[[LossFn, Meta, EpisodeBatch], MetaGradient]
+"""An estimator of the meta-gradient. It knows nothing of models, PEFT or Accelerate."""
