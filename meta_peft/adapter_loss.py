@@ -54,6 +54,10 @@ class AdapterLoss:
         with self._running(adapter, rows):
             return causal_lm.scores_per_task(self.model, self._head, rows)
 
+    def layers(self) -> tuple[int, int]:
+        """How many decoder layers the model has, and how many of them are run once per stack instead of at every step."""
+        return int(self.model.get_base_model().config.num_hidden_layers), len(self._prefix.below)
+
     @contextmanager
     def _running(self, adapter: Params, rows: Rows) -> Iterator[None]:
         with ExitStack() as stack:

@@ -63,7 +63,9 @@ def curve(
 
         fast = expand(start.adapter, batch.n_tasks)
         adapt(loss_fn, fast, hyper, batch.support, start.rule, steps=max(steps), after_step=score)
-        rows.append(torch.stack([torch.stack([s.loss_T, s.exact_match_T]) for _, s in sorted(scores.items())]).cpu().numpy())
+        rows.append(
+            torch.stack([torch.stack([s.loss_T, s.exact_match_T]) for _, s in sorted(scores.items())]).cpu().numpy()
+        )
         progress(batch.n_tasks)
     loss, match = np.concatenate(rows, axis=2).transpose(1, 2, 0)  # [2, T, S]
     return Curve(tuple(sorted(steps)), loss, match, (factor,) * len(steps))

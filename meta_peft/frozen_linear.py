@@ -11,14 +11,16 @@ that what is differentiated is what is computed.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 import bitsandbytes as bnb
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from meta_peft.forwards import replaced_forwards
 
 
 def dequantise(layer: nn.Module) -> Tensor:
@@ -63,17 +65,6 @@ def quantised_layers(model: nn.Module) -> list[nn.Module]:
     return [m for m in model.modules() if isinstance(m, (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt))]
 
 
-@contextmanager
-def frozen_products(layers: list[nn.Module]) -> Iterator[None]:
+def frozen_products(layers: list[nn.Module]) -> AbstractContextManager[None]:
     """Forwards of bitsandbytes `layers` inside this context are `frozen_product`."""
-
-    def replace(layer: nn.Module) -> None:
-        layer.__dict__["forward"] = lambda x: frozen_product(x, layer)
-
-    for layer in layers:
-        replace(layer)
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.__dict__.pop("forward", None)
+    return replaced_forwards((layer, partial(frozen_product, layer=layer)) for layer in layers)

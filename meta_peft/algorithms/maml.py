@@ -7,7 +7,7 @@ still receive their gradient, since an update depends on its rate directly.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from meta_peft.inner_loop import adapt_differentiably
 from meta_peft.inner_optimizers import InnerRule
@@ -17,7 +17,7 @@ from meta_peft.types import EpisodeBatch, LossFn, Meta, MetaGradient
 
 @dataclass(frozen=True)
 class MAML:
-    inner: InnerRule = InnerRule()
+    inner: InnerRule = field(default_factory=InnerRule)
     first_order: bool = False
 
     @property

@@ -6,7 +6,7 @@ same rows as every other algorithm sees.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from meta_peft.inner_optimizers import InnerRule
 from meta_peft.params import gradients, leaves
@@ -15,7 +15,7 @@ from meta_peft.types import EpisodeBatch, LossFn, Meta, MetaGradient
 
 @dataclass(frozen=True)
 class MultiTask:
-    inner: InnerRule = InnerRule()  # not used in training: the rule by which the adapter will be adapted
+    inner: InnerRule = field(default_factory=InnerRule)  # how the adapter will be adapted; no part of training
     second_order = False
 
     def __call__(self, loss_fn: LossFn, meta: Meta, batch: EpisodeBatch) -> MetaGradient:

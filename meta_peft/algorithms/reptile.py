@@ -6,10 +6,11 @@ support and query together: Reptile has no query loss. Rates are not learned.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from meta_peft.errors import MetaPeftError
 from meta_peft.inner_loop import adapt
 from meta_peft.inner_optimizers import InnerRule
 from meta_peft.params import expand
@@ -18,8 +19,12 @@ from meta_peft.types import EpisodeBatch, LossFn, Meta, MetaGradient, Params, Ro
 
 @dataclass(frozen=True)
 class Reptile:
-    inner: InnerRule = InnerRule()
+    inner: InnerRule = field(default_factory=InnerRule)
     second_order = False
+
+    def __post_init__(self) -> None:
+        if self.inner.steps < 1:
+            raise MetaPeftError("Reptile learns from how far the inner steps move: inner_steps must be 1 or more.")
 
     def __call__(self, loss_fn: LossFn, meta: Meta, batch: EpisodeBatch) -> MetaGradient:
         losses: list[Tensor] = []

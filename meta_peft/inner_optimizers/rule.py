@@ -8,7 +8,7 @@ the granularity of layers; one per matrix and step is that of MAML++ (Antoniou e
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -43,7 +43,7 @@ class InnerRule:
         rates_per_step: whether each of the `steps` steps has rates of its own; later steps use the last ones.
     """
 
-    optimizer: SGD | Adam = SGD()
+    optimizer: SGD | Adam = field(default_factory=SGD)
     lr: float = 0.01
     steps: int = 3
     learn_rates: bool = False

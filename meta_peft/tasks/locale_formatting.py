@@ -91,7 +91,11 @@ def _babel() -> tuple[list[str], dict[str, tuple[Callable[[np.random.Generator],
     formats["datetime_short"] = (_datetime, _minutes, partial(written, dates.format_datetime, format="short"))
     formats["number"] = (_number, str, partial(written, numbers.format_decimal))
     formats["percent"] = (_share, str, partial(written, numbers.format_percent, format=None))
-    formats["amount"] = (_amount, lambda value: f"{value} EUR", partial(written, numbers.format_currency, currency="EUR"))
+    formats["amount"] = (
+        _amount,
+        lambda value: f"{value} EUR",
+        partial(written, numbers.format_currency, currency="EUR"),
+    )
     return sorted(localedata.locale_identifiers()), formats
 
 
@@ -114,9 +118,9 @@ def _minutes(value: dt.datetime) -> str:
 def _number(rng: np.random.Generator) -> Decimal:
     """A signed number of one to seven digits with up to three decimals."""
     digits, decimals = int(rng.integers(1, 8)), int(rng.integers(0, 4))
-    value = Decimal(int(rng.integers(10 ** (digits - 1), 10**digits))) + Decimal(int(rng.integers(10**decimals))).scaleb(
-        -decimals
-    )
+    value = Decimal(int(rng.integers(10 ** (digits - 1), 10**digits))) + Decimal(
+        int(rng.integers(10**decimals))
+    ).scaleb(-decimals)
     return -value if rng.random() < 0.2 else value
 
 

@@ -89,5 +89,7 @@ def _encode_messages(messages: Any, tokenizer: Any) -> tuple[list[int], list[int
     prompt = tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True, tokenize=True, return_dict=False)
     whole = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False)
     if whole[: len(prompt)] != prompt:
-        raise MetaPeftError("The tokenizer's chat template does not continue its own prompt: use prompt/completion rows.")
+        raise MetaPeftError(
+            "The tokenizer's chat template does not continue its own prompt: use prompt/completion rows."
+        )
     return prompt, whole[len(prompt) :]

@@ -1,0 +1,158 @@
+"""The frozen base model and its tokenizer, loaded in 4-bit, 8-bit or plain precision, with a LoRA adapter on request."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+
+from meta_peft.config import ModelArguments
+from meta_peft.errors import MetaPeftError
+from meta_peft.smollm2_wheel import cache_folder, smollm2_folder
+
+logger = logging.getLogger("meta_peft")
+
+SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+
+def load_tokenizer(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of `name`, with a padding token."""
+    from transformers import AutoTokenizer
+
+    where = locate(name, revision)
+    tokenizer = AutoTokenizer.from_pretrained(where, revision=revision, trust_remote_code=trust_remote_code)
+    if tokenizer.eos_token_id is None:
+        raise MetaPeftError(f"The tokenizer of {name} has no end-of-sequence token, so no completion could end.")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_base(args: ModelArguments) -> Any:
+    """The base model of `args`, frozen."""
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    dtype = getattr(torch, args.dtype)
+    options: dict[str, Any] = {"dtype": dtype}
+    if args.load_in_4bit:
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=args.bnb_4bit_quant_type,
+            bnb_4bit_use_double_quant=args.use_bnb_nested_quant,
+            bnb_4bit_compute_dtype=dtype,
+        )
+    elif args.load_in_8bit:
+        options["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
+    if args.attn_implementation:
+        options["attn_implementation"] = args.attn_implementation
+    if torch.cuda.is_available():
+        from accelerate import PartialState
+
+        options["device_map"] = {"": PartialState().device}
+    model = AutoModelForCausalLM.from_pretrained(
+        locate(args.model_name_or_path, args.model_revision),
+        revision=args.model_revision,
+        trust_remote_code=args.trust_remote_code,
+        **options,
+    )
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    model.name_or_path = args.model_name_or_path  # what adapters name as their base: never a cache folder
+    return model
+
+
+def lora_config(args: ModelArguments) -> LoraConfig:
+    """The LoRA placement of `args`."""
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        r=args.lora_r,
+        lora_alpha=args.lora_alpha,
+        lora_dropout=args.lora_dropout,
+        use_rslora=args.use_rslora,
+        target_modules=args.lora_target_modules,
+        layers_to_transform=args.lora_layers,
+    )
+
+
+def with_adapter(base: Any, config: LoraConfig) -> PeftModel:
+    """`get_peft_model`, with an error that names the layers there are if the targets match none."""
+    try:
+        model: Any = get_peft_model(base, config)
+    except ValueError as error:
+        if "target_modules" not in str(error).lower() and "target modules" not in str(error).lower():
+            raise
+        names = sorted({path.rsplit(".", 1)[-1] for path, m in base.named_modules() if isinstance(m, torch.nn.Linear)})
+        targets = (
+            config.target_modules if isinstance(config.target_modules, str) else sorted(config.target_modules or ())
+        )
+        n_layers = getattr(base.config, "num_hidden_layers", "?")
+        raise MetaPeftError(
+            f"lora_target_modules={targets} with lora_layers={config.layers_to_transform} match"
+            f" no layer of {type(base).__name__}, whose linear layers are called {names} in layers 0 to {n_layers} - 1."
+        ) from error
+    return model
+
+
+def locate(name: str, revision: str | None = None) -> str:
+    """Where `from_pretrained` finds `name`. SmolLM2-135M-Instruct comes from a Python package where no hub is reachable."""
+    if name != SMOLLM2 or revision is not None or _in_hub_cache(name):
+        return name
+    made = cache_folder() / "SmolLM2-135M-Instruct"
+    if (made / "config.json").is_file() or not _hub_reachable():
+        return str(smollm2_folder())
+    return name
+
+
+def _in_hub_cache(name: str) -> bool:
+    from huggingface_hub import try_to_load_from_cache
+
+    return all(isinstance(try_to_load_from_cache(name, f), str) for f in ("config.json", "model.safetensors"))
+
+
+def _hub_reachable() -> bool:
+    import httpx
+    from huggingface_hub import constants
+
+    if constants.is_offline_mode():
+        return False
+    try:
+        httpx.head(constants.ENDPOINT, timeout=5, follow_redirects=True)
+    except httpx.HTTPError:
+        logger.info("The hub is not reachable; SmolLM2-135M-Instruct comes from a Python package instead.")
+        return False
+    return True
+
+
+@dataclass(frozen=True)
+class BaseIdentity:
+    """Which base model an adapter was learned on, well enough to refuse another one.
+
+    `embedding` is a sample of the input embeddings, which no quantisation touches: two models of one architecture
+    differ in it, while copies of one model in another precision agree.
+    """
+
+    name: str
+    sizes: dict[str, int]
+    embedding: tuple[float, ...]
+
+    @classmethod
+    def of(cls, base: Any) -> BaseIdentity:
+        config = base.config
+        sizes = {k: int(getattr(config, k)) for k in ("hidden_size", "num_hidden_layers", "vocab_size")}
+        weight = base.get_input_embeddings().weight
+        rows = torch.linspace(0, weight.shape[0] - 1, 64).long()
+        sample = weight.detach()[rows, torch.arange(64) % weight.shape[1]].float().cpu()
+        return cls(str(base.name_or_path), sizes, tuple(round(float(x), 5) for x in sample))
+
+    def check(self, other: BaseIdentity) -> None:
+        """Raise unless `other` is the same base model."""
+        mine, its = torch.tensor(self.embedding), torch.tensor(other.embedding)
+        alike = self.sizes == other.sizes and torch.cosine_similarity(mine, its, dim=0) > 0.95
+        if not alike:
+            raise MetaPeftError(
+                f"The adapter was learned on {self.name} ({self.sizes}), the base model is {other.name}"
+                f" ({other.sizes}) with other weights: load the base model the adapter belongs to."
+            )

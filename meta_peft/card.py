@@ -1,0 +1,44 @@
+"""The model card of a meta-learned adapter."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from meta_peft.sidecar import Sidecar
+
+
+def model_card(sidecar: Sidecar, repo_id: str | None, results: dict[str, Any]) -> str:
+    """Markdown with the metadata that the hub reads. `results` may hold a ``table`` in Markdown."""
+    where = repo_id or "path/or/hub-id-of-this-adapter"
+    inner = sidecar.inner
+    optimizer = type(inner.optimizer).__name__
+    rates = "learned, one for each LoRA matrix" if inner.learn_rates else f"{inner.lr:g}"
+    table = f"\n## Held-out tasks\n\n{results['table']}\n" if "table" in results else ""
+    return f"""---
+base_model: {sidecar.base.name}
+library_name: peft
+pipeline_tag: text-generation
+tags:
+- lora
+- peft
+- meta-learning
+- meta_peft
+---
+
+# A LoRA adapter that adapts
+
+Meta-learned with `meta_peft` ({sidecar.algorithm}): an initialisation from which {sidecar.base.name} adapts to a new
+task in a few gradient steps on about {sidecar.shots} examples. Inner loop: {inner.steps} steps of {optimizer}, rates
+{rates}.
+
+## Use
+
+```python
+import meta_peft
+
+model = meta_peft.load("{sidecar.base.name}", "{where}")
+model, metrics = meta_peft.adapt(model, [{{"input": "...", "target": "..."}}])
+```
+
+It is an ordinary PEFT adapter too: `PeftModel.from_pretrained(base, "{where}")` loads it, not yet adapted to any task.
+{table}"""

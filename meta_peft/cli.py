@@ -1,0 +1,191 @@
+"""``meta-peft train | adapt | evaluate | inspect``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from meta_peft.errors import MetaPeftError, did_you_mean
+
+EXAMPLES = """examples:
+  meta-peft train --config recipes/configs/locale_formatting.yaml
+  meta-peft adapt --adapter outputs/meta_lora --support examples.jsonl --output adapted
+  meta-peft evaluate --adapter outputs/meta_lora --tasks held_out.jsonl
+  meta-peft inspect --adapter outputs/meta_lora
+
+exit codes: 0 done, 2 something given cannot be used (the message says what)"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.getLogger("meta_peft").setLevel(logging.INFO)
+    try:
+        return _main(words)
+    except MetaPeftError as error:
+        print(f"meta-peft: {error}", file=sys.stderr)
+        return 2
+
+
+def _main(words: list[str]) -> int:
+    if words[:1] == ["train"]:
+        return train(words[1:])
+    parser = argparse.ArgumentParser(
+        prog="meta-peft",
+        description="Meta-learn LoRA adapters that adapt to a new task in a few gradient steps.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{train,adapt,evaluate,inspect}")
+    commands.add_parser("train", help="meta-train an adapter; --config FILE and --key value", add_help=False)
+    adapt = commands.add_parser("adapt", help="adapt to one task, or to each task of a file", allow_abbrev=False)
+    _model_options(adapt)
+    adapt.add_argument("--support", required=True, metavar="JSONL", help="examples; with --task-column, of many tasks")
+    adapt.add_argument("--output", required=True, metavar="DIR", help="where the adapted PEFT adapter goes")
+    adapt.add_argument("--task-column", help="adapt to each task this column names, into one folder each")
+    adapt.add_argument("--steps", type=int, help="gradient steps (as in meta-training by default)")
+    evaluate = commands.add_parser("evaluate", help="query loss and exact match on held-out tasks", allow_abbrev=False)
+    _model_options(evaluate)
+    evaluate.add_argument("--tasks", required=True, metavar="JSONL", help="rows with a column that names their task")
+    evaluate.add_argument("--task-column", default="task", help="that column (default: task)")
+    evaluate.add_argument("--shots", type=int, help="support rows of a task (as in meta-training by default)")
+    evaluate.add_argument("--steps", type=int, nargs="+", default=[0, 1, 3, 10], help="numbers of adaptation steps")
+    evaluate.add_argument("--output", metavar="DIR", help="also write results.json, results.md and results.png here")
+    inspect = commands.add_parser("inspect", help="what is in an adapter folder", allow_abbrev=False)
+    inspect.add_argument("--adapter", required=True, metavar="DIR_OR_ID", help="a folder or a hub id")
+
+    def fail(message: str) -> None:
+        raise MetaPeftError(f"{message}; meta-peft --help shows what there is.")
+
+    for each in (parser, adapt, evaluate, inspect):
+        each.error = fail  # type: ignore[method-assign, assignment]  # argparse would exit with its usage
+    if words and not words[0].startswith("-") and words[0] not in commands.choices:
+        raise MetaPeftError(f"There is no command {words[0]!r}.{did_you_mean(words[0], commands.choices)}")
+    options = parser.parse_args(words)
+    return {"adapt": adapt_command, "evaluate": evaluate_command, "inspect": inspect_command}[options.command](options)
+
+
+def train(words: list[str]) -> int:
+    """The main job, by config file and options."""
+    from meta_peft.config import MetaLoraConfig, ModelArguments, TaskArguments
+    from meta_peft.config_file import parse
+    from meta_peft.main_job import CompareArguments, run
+
+    groups = (ModelArguments, TaskArguments, MetaLoraConfig, CompareArguments)
+    run(*parse(groups, words, prog="meta-peft train", about="Meta-train a LoRA adapter and compare it."))
+    return 0
+
+
+def adapt_command(options: argparse.Namespace) -> int:
+    from tqdm import tqdm
+
+    from meta_peft.adapt import adapt_many
+    from meta_peft.tasks.task_set import TaskSet, read_jsonl
+
+    if options.task_column is None:
+        tasks: dict[str, Any] = {"task": read_jsonl(options.support)}
+        folders = {"task": Path(options.output)}
+    else:
+        named = TaskSet.from_jsonl(options.support, options.task_column)
+        tasks = {name: named.rows(name) for name in named.names}
+        folders = {name: Path(options.output) / _folder_name(name) for name in tasks}
+        if len(set(folders.values())) < len(folders):
+            raise MetaPeftError("Two task names give the same folder name: rename one of them.")
+    model = _load(options)
+    with tqdm(total=len(tasks), desc="adapting", unit="task", disable=None) as bar:
+        adapted = adapt_many(model, tasks, steps=options.steps, progress=bar.update)
+    for name, result in adapted.items():
+        result.save(folders[name])
+        print(json.dumps({"task": name, "folder": str(folders[name]), **result.metrics}, ensure_ascii=False))
+    return 0
+
+
+def evaluate_command(options: argparse.Namespace) -> int:
+    from meta_peft.adapter_loss import AdapterLoss
+    from meta_peft.evaluate import Start, tuned_curve
+    from meta_peft.hub import meta_learned
+    from meta_peft.inner_optimizers.rule import RATES
+    from meta_peft.report import Report
+    from meta_peft.tasks import EpisodeCollator, EpisodeDataset, TaskSet
+
+    tasks = TaskSet.from_jsonl(options.tasks, options.task_column)
+    model = _load(options)
+    learned = meta_learned(model)
+    sidecar = learned.sidecar
+    shots = options.shots or sidecar.shots
+    tasks.check_rows(shots, 1)
+    query_size = min(len(rows) for rows in tasks.rows_of.values()) - shots
+    encoded = tasks.encoded(sidecar.prompt_format, learned.tokenizer, sidecar.max_length)
+    episodes = EpisodeDataset(encoded, shots=shots, query_size=query_size, shuffle=False)
+    collate = EpisodeCollator(learned.tokenizer.pad_token_id)
+    loss_fn = AdapterLoss(model, second_order=False)
+    weights = {name: p.detach() for name, p in loss_fn.weights.parameters().items()}
+    device = next(iter(weights.values())).device
+    batches = [collate([episodes[i]]).to(device) for i in range(len(episodes))]
+    start = Start("meta-learned LoRA", weights, {RATES: sidecar.log_rates.to(device)}, sidecar.inner)
+    factors = {step: sidecar.rate_factor(step) for step in options.steps}
+    report = Report(
+        {start.name: tuned_curve(loss_fn, start, batches, factors)}, {"tasks": options.tasks, "shots": shots}
+    )
+    print(f"Tasks: {len(tasks)}, {shots} examples and {query_size} questions each.\n\n{report.markdown()}")
+    if options.output:
+        report.write(Path(options.output))
+    return 0
+
+
+def inspect_command(options: argparse.Namespace) -> int:
+    from meta_peft.hub import fetch
+    from meta_peft.sidecar import Sidecar
+
+    sidecar = Sidecar.read(fetch(options.adapter))
+    rates = sidecar.log_rates.exp()
+    print(f"base model      {sidecar.base.name}  {sidecar.base.sizes}")
+    print(f"algorithm       {sidecar.algorithm}, {sidecar.shots} shots, {sidecar.inner.steps} inner steps")
+    print(f"inner optimizer {sidecar.inner.to_dict()['optimizer']}")
+    print(f"LoRA matrices   {len(sidecar.names)}")
+    print(
+        f"inner rates     {rates.min():.2e} to {rates.max():.2e}, {'learned' if sidecar.inner.learn_rates else 'fixed'}"
+    )
+    print(f"prompt          {sidecar.prompt_format.prompt_template!r} {sidecar.prompt_format.completion_template!r}")
+    for name, rate in zip(sidecar.names, rates[-1].tolist(), strict=True):
+        print(f"  {rate:.2e}  {name}")
+    return 0
+
+
+def _model_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--adapter", required=True, metavar="DIR_OR_ID", help="a meta-learned adapter: folder or hub id"
+    )
+    parser.add_argument("--model-name-or-path", help="the base model (by default the one the adapter names)")
+    parser.add_argument("--load-in-4bit", action="store_true", help="quantise the base to 4 bits")
+    parser.add_argument("--load-in-8bit", action="store_true", help="quantise the base to 8 bits")
+    parser.add_argument("--dtype", default="float32", help="precision of the base: float32 or bfloat16")
+
+
+def _load(options: argparse.Namespace) -> Any:
+    from meta_peft.hub import load
+
+    return load(
+        options.model_name_or_path,
+        options.adapter,
+        load_in_4bit=options.load_in_4bit,
+        load_in_8bit=options.load_in_8bit,
+        dtype=options.dtype,
+    )
+
+
+def _folder_name(task: str) -> str:
+    """A task's name as the name of one folder, nothing outside it."""
+    name = "".join(character if character.isalnum() or character in "-_." else "_" for character in task).strip(".")
+    return name or "_"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

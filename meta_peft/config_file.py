@@ -1,0 +1,86 @@
+"""Options from a flat YAML file and the command line: ``--config x.yaml --any_key value``."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import HfArgumentParser
+
+from meta_peft.errors import MetaPeftError, did_you_mean
+
+
+def parse(
+    groups: Sequence[type], argv: Sequence[str], *, prog: str | None = None, about: str | None = None
+) -> tuple[Any, ...]:
+    """One object of each dataclass in `groups`; what the command line says goes before the file.
+
+    Raises:
+        MetaPeftError: a key that no group has, a value of the wrong type, or one that a group refuses.
+    """
+    parser = HfArgumentParser(list(groups), prog=prog, description=about, exit_on_error=False, allow_abbrev=False)
+    parser.add_argument("--config", help="A flat YAML file with any of these options.")
+    known = {f.name for group in groups for f in fields(group) if f.init}
+    path, rest = _config_option(list(argv))
+    if "-h" in rest or "--help" in rest:
+        parser.print_help()
+        sys.exit(0)
+    from_file = {} if path is None else _read(path, known)
+    from_line = {word[2:].split("=")[0].replace("-", "_") for word in rest if word.startswith("--")}
+    for key in from_line - known - {f"no_{key}" for key in known}:
+        raise MetaPeftError(f"There is no option --{key}.{did_you_mean(key, known)} --help lists all of them.")
+    words = [word for key, value in from_file.items() if key not in from_line for word in _as_words(key, value)]
+    return _dataclasses(parser, words + rest)
+
+
+def _dataclasses(parser: HfArgumentParser, words: list[str]) -> tuple[Any, ...]:
+    import argparse
+
+    def fail(message: str) -> None:
+        raise MetaPeftError(f"{message[0].upper()}{message[1:]}.")
+
+    parser.error = fail  # type: ignore[method-assign, assignment]  # argparse would exit with its usage
+    try:
+        return tuple(parser.parse_args_into_dataclasses(args=words, look_for_args_file=False))[
+            : len(parser.dataclass_types)
+        ]
+    except argparse.ArgumentError as error:
+        raise MetaPeftError(f"{error}.") from error
+
+
+def _config_option(argv: list[str]) -> tuple[str | None, list[str]]:
+    for i, word in enumerate(argv):
+        if word == "--config":
+            if i + 1 == len(argv):
+                raise MetaPeftError("--config needs the path of a YAML file.")
+            return argv[i + 1], argv[:i] + argv[i + 2 :]
+        if word.startswith("--config="):
+            return word.removeprefix("--config="), argv[:i] + argv[i + 1 :]
+    return None, argv
+
+
+def _read(path: str, known: set[str]) -> dict[str, Any]:
+    if not Path(path).is_file():
+        raise MetaPeftError(f"There is no config file {path!r}.")
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise MetaPeftError(f"{path} is not YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise MetaPeftError(f"{path} must hold keys with values, one a line; it holds {type(values).__name__}.")
+    for key in values:
+        if key not in known:
+            raise MetaPeftError(f"{path} has an unknown key {key!r}.{did_you_mean(str(key), known)}")
+    return values
+
+
+def _as_words(key: str, value: Any) -> list[str]:
+    if value is None:
+        return []
+    if isinstance(value, list):
+        return [f"--{key}", *map(str, value)]
+    return [f"--{key}", str(value)]

@@ -1,0 +1,153 @@
+"""Save, load and push meta-learned adapters: a folder that stock PEFT loads, with a sidecar that `adapt` reads."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from safetensors.torch import save_file
+
+from meta_peft import preflight
+from meta_peft.base_model import BaseIdentity, load_base, load_tokenizer
+from meta_peft.config import ModelArguments
+from meta_peft.errors import MetaPeftError
+from meta_peft.fast_weights import FastWeights, active_adapter
+from meta_peft.sidecar import JSON, TENSORS, Sidecar
+from meta_peft.types import Params
+
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+
+
+@dataclass(frozen=True)
+class MetaLearned:
+    """What a loaded or trained model carries as ``model.meta_peft``: the sidecar, the tokenizer and the adapter's name."""
+
+    sidecar: Sidecar
+    tokenizer: Any
+    adapter: str
+
+
+def save(model: PeftModel, sidecar: Sidecar, folder: str | Path, *, card: str | None = None) -> None:
+    """Write the active adapter, its sidecar and, if given, a model card; each file is whole or not there."""
+    adapter = active_adapter(model)
+    weights: Params = {n: p.detach() for n, p in FastWeights(model, adapter).parameters().items()}
+    with _replacing_files(Path(folder)) as partial:
+        write_adapter(weights, model.peft_config[adapter], sidecar.base.name, partial)
+        sidecar.write(partial)
+        if card is not None:
+            (partial / "README.md").write_text(card, encoding="utf-8")
+
+
+def save_adapted(weights: Params, config: Any, base_name: str, folder: str | Path) -> None:
+    """Write adapted weights as an ordinary PEFT adapter."""
+    with _replacing_files(Path(folder)) as partial:
+        write_adapter(weights, config, base_name, partial)
+
+
+def write_adapter(weights: Params, config: Any, base_name: str, folder: Path) -> None:
+    """The two files of a PEFT adapter."""
+    was = config.base_model_name_or_path, config.inference_mode
+    config.base_model_name_or_path, config.inference_mode = base_name, True
+    try:
+        config.save_pretrained(str(folder))
+    finally:
+        config.base_model_name_or_path, config.inference_mode = was
+    tensors = {name: value.detach().cpu().contiguous() for name, value in weights.items()}
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+def load(
+    base: Any, adapter: str | Path, *, tokenizer: Any = None, revision: str | None = None, **model_options: Any
+) -> PeftModel:
+    """A base model with a meta-learned adapter, ready for `meta_peft.adapt`.
+
+    Args:
+        base: a loaded model, the name of one, or None for the one that the adapter names.
+        adapter: a folder, or an id on the hub.
+        tokenizer: the base's tokenizer; found by the base's name if not given.
+        revision: branch, tag or commit of the adapter on the hub.
+        model_options: if the base is named, how to load it: fields of `ModelArguments`, such as ``load_in_4bit=True``.
+
+    Raises:
+        MetaPeftError: the adapter has no sidecar, or belongs to another base model.
+    """
+    folder = fetch(adapter, revision)
+    sidecar = Sidecar.read(folder)
+    if base is None or isinstance(base, (str, Path)):
+        name = str(base or sidecar.base.name)
+        base = load_base(ModelArguments(model_name_or_path=name, **model_options))
+    elif model_options:
+        raise MetaPeftError(f"{sorted(model_options)} say how to load a base model, but a loaded one was given.")
+    sidecar.base.check(BaseIdentity.of(base))
+    tokenizer = tokenizer or load_tokenizer(base.name_or_path)
+    training = base.training
+    model = PeftModel.from_pretrained(base, str(folder), is_trainable=True)
+    model.train(training)
+    preflight.check_model(model, second_order=False)
+    attach(model, sidecar, tokenizer)
+    return model
+
+
+def attach(model: PeftModel, sidecar: Sidecar, tokenizer: Any) -> None:
+    """Mark the active adapter of `model` as meta-learned, with what `adapt` needs."""
+    names = tuple(FastWeights(model).parameters())
+    if names != sidecar.names:
+        raise MetaPeftError(
+            f"The sidecar has rates for {len(sidecar.names)} LoRA matrices, the adapter has {len(names)} (first"
+            f" {sidecar.names[:1]} and {names[:1]}): they do not belong together."
+        )
+    model.meta_peft = MetaLearned(sidecar, tokenizer, active_adapter(model))
+
+
+def meta_learned(model: Any) -> MetaLearned:
+    """What `attach` stored, or an error that says how to get it."""
+    found = getattr(model, "meta_peft", None)
+    if not isinstance(found, MetaLearned):
+        raise MetaPeftError(
+            "The model carries no meta-learned adapter: get one from meta_peft.load(base, folder), or from a"
+            " MetaTrainer after train()."
+        )
+    return found
+
+
+def fetch(adapter: str | Path, revision: str | None = None) -> Path:
+    """The folder of `adapter`, downloaded if it is an id on the hub."""
+    if Path(adapter).is_dir():
+        return Path(adapter)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        files = [*ADAPTER_FILES, JSON, TENSORS]
+        return Path(snapshot_download(str(adapter), revision=revision, allow_patterns=files))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise MetaPeftError(f"{str(adapter)!r} is neither a folder nor an adapter the hub gives ({error}).") from error
+
+
+def push(folder: str | Path, repo_id: str, *, private: bool = False, token: str | None = None) -> str:
+    """Upload a saved adapter folder to the hub; returns its address."""
+    from huggingface_hub import HfApi
+
+    api = HfApi(token=token)
+    repo = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    return str(api.upload_folder(repo_id=repo, folder_path=str(folder), commit_message="Meta-learned LoRA adapter"))
+
+
+@contextmanager
+def _replacing_files(folder: Path) -> Iterator[Path]:
+    """A folder to write into; its files then replace those of `folder` one by one, each by a rename."""
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=".writing-", dir=folder))
+    try:
+        yield partial
+        for file in sorted(partial.iterdir()):
+            os.replace(file, folder / file.name)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

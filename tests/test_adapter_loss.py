@@ -1,0 +1,141 @@
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from conftest import (
+    QUANTISED,
+    assert_equal,
+    dense_twin,
+    plain_loss,
+    random_rows,
+    reference_model,
+    tiny,
+    tolerance,
+)
+from torch.func import functional_call
+
+from meta_peft.adapter_loss import AdapterLoss
+from meta_peft.params import expand, gradients, leaves
+
+MODELS = ["llama", "gpt2", "float32", "nf4", "int8"]
+
+
+def stack_of(loss_fn: AdapterLoss, n_tasks: int = 3):
+    """A start of its own for each task."""
+    generator = torch.Generator().manual_seed(4)
+    stack = expand(dict(loss_fn.weights.parameters()), n_tasks)
+    return leaves({n: p + 0.05 * torch.randn(p.shape, generator=generator, dtype=p.dtype) for n, p in stack.items()})
+
+
+@pytest.mark.parametrize("pad", ["left", "right"])
+@pytest.mark.parametrize("name", MODELS)
+def test_stack_equals_peft_one_task_at_a_time(model_of, name: str, pad: str):
+    """Loss and gradient; in training mode, so that a dropout or an 8-bit path left on would show."""
+    model = model_of(name).train()
+    loss_fn, reference, rows = AdapterLoss(model), reference_model(model), random_rows(pad=pad)
+    stack = stack_of(loss_fn)
+    loss_T = loss_fn(stack, rows)
+    grads = gradients(loss_T.sum(), stack)
+    assert loss_T.shape == (3,)
+    for t in range(3):
+        fast = leaves({n: p[t] for n, p in stack.items()})
+        loss = plain_loss(reference, fast, rows.tasks(t, t + 1))
+        assert loss_T[t].item() == pytest.approx(loss.item(), rel=tolerance(name))
+        assert_equal({n: g[t] for n, g in grads.items()}, gradients(loss, fast), tolerance(name))
+
+
+def test_loss_is_that_of_transformers_with_labels():
+    model = tiny().eval()
+    loss_fn, rows = AdapterLoss(model), random_rows(n_tasks=1, per_task=4)
+    weights = dict(loss_fn.weights.parameters())
+    # transformers rounds the logits to float32
+    expected = model(**rows.inputs, labels=rows.labels_BL).loss.item()
+    assert loss_fn(weights, rows).item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_matrices_without_a_task_dimension_serve_all_tasks():
+    loss_fn, rows = AdapterLoss(tiny()), random_rows()
+    weights = dict(loss_fn.weights.parameters())
+    torch.testing.assert_close(loss_fn(weights, rows), loss_fn(expand(weights, 3), rows), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_same_at_every_call_and_in_every_mode(model_of, name: str):
+    model = model_of(name)
+    loss_fn, rows = AdapterLoss(model), random_rows()
+    weights = dict(loss_fn.weights.parameters())
+    losses = []
+    for mode in (True, False, True):
+        model.train(mode)
+        losses += [loss_fn(weights, rows).detach(), loss_fn.scores(weights, rows).loss_T]
+        assert model.training is mode
+        assert all(m.training is mode for m in model.modules())
+    assert all(torch.allclose(loss, losses[0], rtol=1e-5, atol=0) for loss in losses[1:])
+
+
+def test_each_module_keeps_its_own_mode():
+    model = tiny("gpt2").train()
+    model.get_base_model().transformer.h[0].eval()
+    modes = {n: m.training for n, m in model.named_modules()}
+    loss_fn = AdapterLoss(model)
+    loss_fn(dict(loss_fn.weights.parameters()), random_rows())
+    assert {n: m.training for n, m in model.named_modules()} == modes
+
+
+@pytest.mark.parametrize("name", QUANTISED)
+def test_quantised_base_equals_its_dequantised_twin(model_of, name: str):
+    model = model_of(name).train()
+    quantised, dense, rows = AdapterLoss(model), AdapterLoss(dense_twin(model)), random_rows()
+    stack = stack_of(quantised)
+    torch.testing.assert_close(quantised(stack, rows), dense(stack, rows), rtol=1e-5, atol=0)
+    assert_equal(
+        gradients(quantised(stack, rows).sum(), stack), gradients(dense(stack, rows).sum(), stack), tolerance(name)
+    )
+
+
+def test_fused_attention_where_one_derivative_is_enough():
+    model, rows = tiny(), random_rows()
+    first, second = AdapterLoss(model, second_order=False), AdapterLoss(model)
+    stack = stack_of(first)
+    assert_equal(gradients(first(stack, rows).sum(), stack), gradients(second(stack, rows).sum(), stack), 1e-12)
+    loss = gradients(second(stack, rows).sum(), stack, create_graph=True)
+    gradients(sum(g.sum() for g in loss.values()), stack)
+    loss = gradients(first(stack, rows).sum(), stack, create_graph=True)
+    with pytest.raises(RuntimeError, match="not implemented"):
+        gradients(sum(g.sum() for g in loss.values()), stack)
+
+
+@pytest.mark.parametrize("options", [{"use_reentrant": False}, {"use_reentrant": True}])
+def test_activation_checkpointing_does_not_recompute_with_other_weights(options: dict):
+    """It would, in backward, after the fast weights have left their layers: wrong numbers and no error."""
+    model, rows = tiny(layers=2).train(), random_rows()
+    loss_fn = AdapterLoss(model)
+    stack = stack_of(loss_fn)
+    expected = gradients(loss_fn(stack, rows).sum(), stack)
+    model.get_base_model().gradient_checkpointing_enable(options)
+    model.enable_input_require_grads()
+    assert model.get_base_model().is_activation_checkpointing
+    assert_equal(gradients(loss_fn(stack, rows).sum(), stack), expected, 1e-12)
+    assert model.get_base_model().is_activation_checkpointing
+    assert model.training
+
+
+def test_scores_need_no_gradient_and_agree_with_the_loss():
+    loss_fn, rows = AdapterLoss(tiny()), random_rows()
+    stack = stack_of(loss_fn)
+    scores = loss_fn.scores(stack, rows)
+    assert not scores.loss_T.requires_grad
+    torch.testing.assert_close(scores.loss_T, loss_fn(stack, rows).detach(), rtol=1e-12, atol=0)
+
+
+def test_model_can_be_used_as_ever_afterwards(caplog):
+    caplog.set_level(logging.INFO)
+    model, rows = tiny().eval(), random_rows()
+    before = model(**rows.inputs).logits
+    loss_fn = AdapterLoss(model)
+    loss_fn(stack_of(loss_fn), rows)
+    assert torch.equal(model(**rows.inputs).logits, before)
+    named = {n: p for n, p in model.named_parameters() if "lora_" in n}
+    assert torch.equal(functional_call(model, named, (), dict(rows.inputs)).logits, before)
