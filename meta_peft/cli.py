@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from meta_peft.errors import MetaPeftError, did_you_mean
+from meta_peft.memory import keep_freed_memory
 
 EXAMPLES = """examples:
   meta-peft train --config recipes/configs/locale_formatting.yaml
@@ -26,6 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("meta_peft").setLevel(logging.INFO)
+    keep_freed_memory()
     try:
         return _main(words)
     except MetaPeftError as error:
@@ -77,7 +79,6 @@ def train(words: list[str]) -> int:
     from meta_peft.config import MetaLoraConfig, ModelArguments, TaskArguments
     from meta_peft.config_file import parse
     from meta_peft.main_job import CompareArguments, run
-
     groups = (ModelArguments, TaskArguments, MetaLoraConfig, CompareArguments)
     run(*parse(groups, words, prog="meta-peft train", about="Meta-train a LoRA adapter and compare it."))
     return 0

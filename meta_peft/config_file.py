@@ -43,7 +43,7 @@ def _dataclasses(parser: HfArgumentParser, words: list[str]) -> tuple[Any, ...]:
     def fail(message: str) -> None:
         raise MetaPeftError(f"{message[0].upper()}{message[1:]}.")
 
-    parser.error = fail  # type: ignore[method-assign, assignment]  # argparse would exit with its usage
+    parser.error = fail  # argparse would exit with its usage
     try:
         return tuple(parser.parse_args_into_dataclasses(args=words, look_for_args_file=False))[
             : len(parser.dataclass_types)

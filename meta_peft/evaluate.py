@@ -82,7 +82,7 @@ def tune(
 ) -> dict[int, float]:
     """For each number of steps, the rate factor with the lowest mean query loss on the validation `batches`."""
     tried = [curve(loss_fn, start, batches, steps, factor=f, progress=progress) for f in factors]
-    mean_loss = np.stack([np.nan_to_num(c.loss, nan=np.inf).mean(0) for c in tried])  # [F, S]
+    mean_loss = np.stack([np.where(np.isfinite(c.loss), c.loss, np.inf).mean(0) for c in tried])  # [F, S]
     return {step: factors[int(best)] for step, best in zip(sorted(steps), mean_loss.argmin(0), strict=True)}
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -43,7 +44,7 @@ class FastWeights:
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """The model's own parameters, by name."""
-        return {name: linear.weight for name, linear in self._linears.items()}
+        return {name: cast(nn.Parameter, linear.weight) for name, linear in self._linears.items()}
 
     def load_(self, values: Params) -> None:
         """Copy `values`, ``[out, in]`` each, into the model's own parameters."""

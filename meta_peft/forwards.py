@@ -22,7 +22,7 @@ def replaced_forwards(forwards: Iterable[tuple[nn.Module, Callable[..., Any]]]) 
     try:
         yield
     finally:
-        for (layer, _), forward in zip(forwards, own, strict=True):
+        for (layer, _), was in zip(forwards, own, strict=True):
             del layer.__dict__["forward"]
-            if forward is not None:
-                layer.__dict__["forward"] = forward
+            if was is not None:
+                layer.__dict__["forward"] = was

@@ -58,7 +58,8 @@ class _FrozenProduct(torch.autograd.Function):
 def frozen_product(x: Tensor, layer: nn.Module) -> Tensor:
     """``x W^T + b`` for a bitsandbytes layer; x is ``[..., in]``, the result ``[..., out]``."""
     y: Tensor = _FrozenProduct.apply(x, layer, False)
-    return y if layer.bias is None else y + layer.bias.to(y.dtype)
+    bias: Any = layer.bias
+    return y if bias is None else y + bias.to(y.dtype)
 
 
 def quantised_layers(model: nn.Module) -> list[nn.Module]:

@@ -33,8 +33,8 @@ def check_model(model: Any, *, second_order: bool) -> None:
         )
     adapter = active_adapter(model)
     _check_adapter(model, adapter)
-    _check_base(model.get_base_model(), second_order=second_order)
     _check_layers(model, adapter)
+    _check_base(model.get_base_model(), second_order=second_order)
     _check_quantised(model)
 
 
@@ -81,6 +81,7 @@ def _check_layers(model: PeftModel, adapter: str) -> None:
                     f"{path} has LoRA weights in {linear.weight.dtype}, which swallow small inner steps. Keep them in"
                     " float32 (get_peft_model does, with autocast_adapter_dtype=True)."
                 )
+    head = getattr(model.get_base_model(), "get_output_embeddings", lambda: None)()
     for path, module in model.named_modules():
         if hasattr(module, "_orig_mod") or module._compiled_call_impl is not None:
             raise MetaPeftError(
@@ -88,7 +89,7 @@ def _check_layers(model: PeftModel, adapter: str) -> None:
             )
         if isinstance(module, LoraLayer) and adapter in module.lora_embedding_A:
             raise MetaPeftError(f"{path} is a LoRA adapter of an embedding; only linear layers are supported.")
-        if isinstance(module, LoraLayer) and module is model.get_base_model().get_output_embeddings():
+        if isinstance(module, LoraLayer) and module is head:
             raise MetaPeftError(f"{path}, the output head, has a LoRA adapter: leave it out of target_modules.")
         if "unsloth" in f"{type(module).__module__} {getattr(module.forward, '__module__', '')}":
             raise MetaPeftError(

@@ -52,6 +52,10 @@ class MetaTrainer(Trainer):
     After `train()` the model is ready for `meta_peft.adapt`.
     """
 
+    args: MetaLoraConfig
+    optimizer: torch.optim.Optimizer | None
+    control: Any
+
     def __init__(
         self,
         model: Any,
@@ -237,7 +241,7 @@ class MetaTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         if self.args.should_save:
             card = model_card(self.sidecar(), self.args.hub_model_id, self._results)
-            hub.save(self.loss_fn.model, self.sidecar(), output_dir or self.args.output_dir, card=card)
+            hub.save(self.loss_fn.model, self.sidecar(), output_dir or str(self.args.output_dir), card=card)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """The card is written with the adapter (see `_save`)."""

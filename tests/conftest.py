@@ -71,6 +71,11 @@ def tiny(kind: str = "llama", dtype: torch.dtype = torch.float64, **options) -> 
     return with_lora(tiny_base(kind, dtype, **options))
 
 
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session")
 def quantised_base(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], PreTrainedModel]:
     """Load a tiny Llama in nf4 or int8, the way a user does: ``from_pretrained(folder, quantization_config=...)``."""

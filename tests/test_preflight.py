@@ -1,0 +1,290 @@
+"""One test for each refusal, with the message that a user reads and the remedy it names; one for each switch."""
+
+from __future__ import annotations
+
+import logging
+from types import SimpleNamespace
+
+import peft
+import pytest
+import torch
+from conftest import fingerprint, random_rows, tiny, tiny_base, with_lora
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import AutoConfig, AutoModel, AutoModelForSeq2SeqLM
+
+from meta_peft import preflight
+from meta_peft.adapter_loss import AdapterLoss
+from meta_peft.errors import MetaPeftError
+from meta_peft.preflight import check_model
+
+
+@pytest.fixture(autouse=True)
+def said(monkeypatch, caplog):
+    """The log, as in a process that has said nothing yet."""
+    monkeypatch.setattr(preflight, "_said", set())
+    caplog.set_level(logging.INFO, "meta_peft")
+    return caplog
+
+
+def refused(model, message: str, *, second_order: bool = True) -> None:
+    with pytest.raises(MetaPeftError, match=message):
+        check_model(model, second_order=second_order)
+
+
+def passes(model, *, second_order: bool = True) -> None:
+    check_model(model, second_order=second_order)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "float32", "nf4", "int8"])
+def test_ordinary_models_pass(model_of, name: str):
+    passes(model_of(name))
+
+
+def test_rank_stabilised_lora_passes():
+    passes(with_lora(tiny_base(), use_rslora=True))
+
+
+def test_not_a_peft_model():
+    refused(tiny_base(), r"Expected a PeftModel with a LoRA adapter, got LlamaForCausalLM: wrap the model with")
+
+
+def test_several_active_adapters():
+    model = tiny()
+    model.add_adapter("second", LoraConfig(target_modules=["q_proj"]))
+    model.base_model.set_adapter(["default", "second"])
+    refused(model, r"exactly one active adapter, the model has \['default', 'second'\]: choose one with model.set_adapter")
+    model.set_adapter("second")
+    passes(model)
+
+
+def test_adapter_that_is_not_lora():
+    config = peft.IA3Config(target_modules=["q_proj"], feedforward_modules=[])
+    refused(get_peft_model(tiny_base(), config), "Expected a LoRA adapter, 'default' is of type .*IA3.*: use LoraConfig")
+
+
+@pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora"])
+def test_init_that_changes_the_base(init: str):
+    model = with_lora(tiny_base("llama", torch.float32), init_lora_weights=init)
+    refused(model, f"init_lora_weights='{init}' changes the base weights.*Use init_lora_weights=True")
+    for remedy in (True, "gaussian", "orthogonal"):
+        passes(with_lora(tiny_base("llama", torch.float32), init_lora_weights=remedy))
+
+
+@pytest.mark.parametrize("init", ["loftq", "corda", "eva", "lora_ga"])
+def test_init_that_changes_the_base_and_needs_data(init: str):
+    model = tiny()
+    model.peft_config["default"].init_lora_weights = init  # to build one takes a calibration set
+    refused(model, f"init_lora_weights='{init}' changes the base weights")
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("modules_to_save", ["embed_tokens"]),
+        ("trainable_token_indices", [1, 2]),
+        ("target_parameters", ["input_layernorm.weight"]),
+    ],
+)
+def test_something_else_is_trained(option: str, value: list):
+    model = tiny()
+    setattr(model.peft_config["default"], option, value)
+    refused(model, f"{option} is set, but only LoRA matrices are meta-learned: remove it")
+    setattr(model.peft_config["default"], option, None)
+    passes(model)
+
+
+def test_modules_to_save_of_a_model_built_with_them():
+    refused(with_lora(tiny_base(), modules_to_save=["embed_tokens"]), "modules_to_save is set")
+
+
+@pytest.mark.parametrize("options", [{"bias": "all"}, {"bias": "lora_only"}, {"lora_bias": True}])
+def test_biases(options: dict):
+    model = with_lora(tiny_base("qwen2"), target_modules=["q_proj"], **options)  # a layer with a bias
+    refused(model, "set bias='none' and lora_bias=False in LoraConfig")
+    passes(with_lora(tiny_base("qwen2"), bias="none", lora_bias=False))
+
+
+def test_lora_variant():
+    refused(with_lora(tiny_base(), use_dora=True), r"q_proj uses the LoRA variant Dora\w*; only plain LoRA and rsLoRA")
+
+
+def test_merged_adapter():
+    model = tiny()
+    model.merge_adapter()
+    refused(model, r"The adapter is merged into .*q_proj: call model.unmerge_adapter\(\) first")
+    model.unmerge_adapter()
+    passes(model)
+
+
+def test_convolution():
+    base = tiny_base()
+    base.model.extra = nn.Conv1d(4, 4, 1, dtype=torch.float64)
+    refused(with_lora(base, target_modules=["extra"]), "extra is a Conv1d adapter; only linear layers are supported")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_lora_weights_in_half_precision(dtype: torch.dtype):
+    model = tiny("llama", torch.bfloat16)
+    passes(model)  # PEFT keeps LoRA weights in float32
+    for name, module in model.named_modules():
+        if ".lora_" in name:
+            module.to(dtype)
+    refused(model, rf"q_proj has LoRA weights in {dtype}.*autocast_adapter_dtype=True")
+
+
+def test_embedding():
+    refused(with_lora(tiny_base(), target_modules=["embed_tokens", "q_proj"]), "embed_tokens is a LoRA adapter of an emb")
+    passes(with_lora(tiny_base(), target_modules=["q_proj"]))
+
+
+def test_output_head():
+    model = with_lora(tiny_base(), target_modules=["lm_head", "q_proj"])
+    refused(model, "lm_head, the output head, has a LoRA adapter: leave it out of target_modules")
+
+
+def test_unsloth():
+    """By the name of the module that patches come from: the package itself needs a GPU to be installed."""
+    model = tiny()
+    mlp = model.get_base_model().model.layers[0].mlp
+    mlp.__class__ = type("FastMLP", (type(mlp),), {"__module__": "unsloth.models.llama"})
+    refused(model, "mlp is patched by Unsloth, whose kernels overwrite activations")
+    mlp.__class__ = mlp.__class__.__mro__[1]
+
+    def forward(x):
+        return x
+
+    forward.__module__ = "unsloth.kernels.fast_lora"
+    mlp.forward = forward
+    refused(model, "mlp is patched by Unsloth")
+    del mlp.forward
+    passes(model)
+
+
+def test_model_without_a_head():
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = AutoModel.from_config(AutoConfig.for_model("llama", vocab_size=10, **sizes))
+    lora = LoraConfig(target_modules=["q_proj"])
+    refused(get_peft_model(model, lora), "LlamaModel has no language-modelling head.*AutoModelForCausalLM")
+    plain = get_peft_model(nn.Sequential(nn.Linear(2, 2)), LoraConfig(target_modules=["0"]))
+    refused(plain, "Sequential has no language-modelling head")
+
+
+def test_encoder_decoder():
+    sizes = {"d_model": 8, "d_ff": 8, "d_kv": 4, "num_layers": 1, "num_heads": 2, "vocab_size": 10}
+    base = AutoModelForSeq2SeqLM.from_config(AutoConfig.for_model("t5", decoder_start_token_id=0, **sizes))
+    refused(with_lora(base, target_modules=["q", "v"]), "T5ForConditionalGeneration is an encoder-decoder")
+
+
+@pytest.mark.parametrize(
+    ("kind", "experts"),
+    [
+        ("mixtral", {"num_local_experts": 2}),
+        ("qwen3_moe", {"num_experts": 2, "moe_intermediate_size": 8}),
+        ("deepseek_v3", {"n_routed_experts": 2, "moe_intermediate_size": 8, "q_lora_rank": None}),
+    ],
+)
+def test_mixture_of_experts(kind: str, experts: dict):
+    base = tiny_base(kind, torch.float32, **experts)
+    refused(with_lora(base, target_modules=["o_proj"]), "is a mixture of experts: its router would mix.*Use a dense model")
+
+
+@pytest.mark.parametrize(
+    "attention", ["flash_attention_2", "flash_attention_3", "flex_attention", "paged|sdpa", "kernels-community/flash-attn"]
+)
+def test_fused_attention_in_second_order(attention: str):
+    model = tiny()
+    model.get_base_model().config._attn_implementation = attention  # most of them cannot be loaded without a GPU
+    passes(model, second_order=False)
+    refused(model, f"attn_implementation='{attention.replace('|', '.')}' has no second derivative.*='sdpa', or use a first")
+    for remedy in ("sdpa", "eager"):
+        model.get_base_model().set_attn_implementation(remedy)
+        passes(model)
+
+
+def test_sdpa_is_switched_to_matrix_products(said):
+    passes(tiny(), second_order=False)
+    assert not said.messages
+    passes(tiny())
+    passes(tiny())
+    assert said.messages == [
+        "Attention runs as ordinary matrix products in the inner loop: fused kernels have no second derivative."
+    ]
+
+
+def test_float16_base():
+    model = tiny("llama", torch.float16)
+    refused(model, "base model is in float16, and gradient scaling.*Load it with dtype='bfloat16' or 'float32'")
+    passes(tiny("llama", torch.bfloat16))
+
+
+@pytest.mark.parametrize("part", ["", "base_model.model", "base_model.model.model.layers.0.mlp"])
+def test_compiled_model(part: str):
+    model = tiny()
+    module = model.get_submodule(part)
+    module.compile()
+    refused(model, f"{part or 'The model'} is compiled; torch.compile has no second derivative")
+    module._compiled_call_impl = None
+    passes(model)
+
+
+def test_model_around_a_compiled_one():
+    """Compiled before the adapter was put in, as a whole."""
+    model = get_peft_model(torch.compile(tiny_base()), LoraConfig(target_modules=["q_proj"]))
+    refused(model, "is compiled; torch.compile has no second derivative")
+
+
+def test_compiled_peft_model():
+    refused(torch.compile(tiny()), "Expected a PeftModel|is compiled")
+
+
+def test_activation_checkpointing_is_switched_off(said):
+    model = tiny().train()
+    model.get_base_model().activation_checkpointing_enable({"use_reentrant": False})
+    passes(model)
+    passes(model)
+    assert said.messages.count(
+        "Activation checkpointing is off in the inner loop: it would recompute with the wrong weights."
+    ) == 1  # fmt: skip
+
+
+def test_dropout_is_switched_off(said):
+    model = with_lora(tiny_base(), lora_dropout=0.25).train()
+    passes(model)
+    assert "lora_dropout=0.25 is not applied: the inner loop's loss has to be a fixed function." in said.messages
+    loss_fn, rows = AdapterLoss(model), random_rows()
+    weights = dict(loss_fn.weights.parameters())
+    assert torch.equal(loss_fn(weights, rows), loss_fn(weights, rows))
+
+
+def test_other_quantisation(model_of):
+    model = tiny()
+    base = model.get_base_model()
+    base.is_quantized = True  # the backends of other methods are not installed
+    base.config.quantization_config = SimpleNamespace(quant_method="gptq")
+    refused(model, "quantised with gptq; only bitsandbytes 4-bit and 8-bit are supported")
+
+
+def test_layers_repacked_for_inference(model_of):
+    """What bitsandbytes does in place on CPUs with AVX512-BF16; the flag is all that is looked at."""
+    model = model_of("nf4")
+    layer = model.get_base_model().model.layers[0].self_attn.q_proj.base_layer
+    layer.weight.quant_state.packing_format_for_cpu = True
+    refused(model, "q_proj.base_layer was repacked for CPU inference, which rounds its weights. Load the base model anew")
+    layer.weight.quant_state.packing_format_for_cpu = False
+    passes(model)
+
+
+def test_layers_are_not_repacked_afterwards(model_of):
+    model = model_of("nf4").eval()
+    for _, layer in model.named_modules():
+        if hasattr(layer, "support_avx512bf16_for_cpu"):
+            layer.support_avx512bf16_for_cpu = True  # as on such a CPU
+    before = fingerprint(model)
+    loss_fn = AdapterLoss(model)
+    flags = [m.support_avx512bf16_for_cpu for m in model.modules() if hasattr(m, "support_avx512bf16_for_cpu")]
+    assert flags == [False] * 14
+    loss_fn.scores(dict(loss_fn.weights.parameters()), random_rows())
+    with torch.no_grad():
+        model(**random_rows().inputs)
+    assert fingerprint(model) == before
