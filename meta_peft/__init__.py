@@ -6,7 +6,9 @@
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -58,3 +60,13 @@ def __getattr__(name: str) -> Any:
     if name in _HOMES:
         return getattr(import_module(f"meta_peft.{_HOMES[name]}"), name)
     raise AttributeError(f"module 'meta_peft' has no attribute {name!r}")
+
+
+class _Package(ModuleType):
+    def __setattr__(self, name: str, value: Any) -> None:
+        """`adapt` and `meta_gradient` are functions; importing the modules they live in must not put those in their place."""
+        if not (name in _HOMES and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

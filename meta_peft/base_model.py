@@ -113,14 +113,16 @@ def _in_hub_cache(name: str) -> bool:
 
 
 def _hub_reachable() -> bool:
-    import httpx
+    from http.client import HTTPException
+    from urllib.request import Request, urlopen
+
     from huggingface_hub import constants
 
     if constants.is_offline_mode():
         return False
     try:
-        httpx.head(constants.ENDPOINT, timeout=5, follow_redirects=True)
-    except httpx.HTTPError:
+        urlopen(Request(constants.ENDPOINT, method="HEAD"), timeout=5).close()
+    except (OSError, HTTPException):
         logger.info("The hub is not reachable; SmolLM2-135M-Instruct comes from a Python package instead.")
         return False
     return True

@@ -6,6 +6,7 @@ import argparse
 import json
 import logging
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("meta_peft").setLevel(logging.INFO)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on a CPU it misses an optional package at every start
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")  # PEFT asks transformers by the old name
     keep_freed_memory()
     try:
         return _main(words)
@@ -59,6 +62,7 @@ def _main(words: list[str]) -> int:
     evaluate.add_argument("--task-column", default="task", help="that column (default: task)")
     evaluate.add_argument("--shots", type=int, help="support rows of a task (as in meta-training by default)")
     evaluate.add_argument("--steps", type=int, nargs="+", default=[0, 1, 3, 10], help="numbers of adaptation steps")
+    evaluate.add_argument("--tasks-per-forward", type=int, default=8, help="tasks evaluated at once (default: 8)")
     evaluate.add_argument("--output", metavar="DIR", help="also write results.json, results.md and results.png here")
     inspect = commands.add_parser("inspect", help="what is in an adapter folder", allow_abbrev=False)
     inspect.add_argument("--adapter", required=True, metavar="DIR_OR_ID", help="a folder or a hub id")
@@ -79,6 +83,7 @@ def train(words: list[str]) -> int:
     from meta_peft.config import MetaLoraConfig, ModelArguments, TaskArguments
     from meta_peft.config_file import parse
     from meta_peft.main_job import CompareArguments, run
+
     groups = (ModelArguments, TaskArguments, MetaLoraConfig, CompareArguments)
     run(*parse(groups, words, prog="meta-peft train", about="Meta-train a LoRA adapter and compare it."))
     return 0
@@ -129,12 +134,12 @@ def evaluate_command(options: argparse.Namespace) -> int:
     loss_fn = AdapterLoss(model, second_order=False)
     weights = {name: p.detach() for name, p in loss_fn.weights.parameters().items()}
     device = next(iter(weights.values())).device
-    batches = [collate([episodes[i]]).to(device) for i in range(len(episodes))]
+    drawn = episodes.by_length()
+    batches = [batch.to(device) for batch in collate.stacks(drawn, options.tasks_per_forward)]
     start = Start("meta-learned LoRA", weights, {RATES: sidecar.log_rates.to(device)}, sidecar.inner)
     factors = {step: sidecar.rate_factor(step) for step in options.steps}
-    report = Report(
-        {start.name: tuned_curve(loss_fn, start, batches, factors)}, {"tasks": options.tasks, "shots": shots}
-    )
+    curves = {start.name: tuned_curve(loss_fn, start, batches, factors)}
+    report = Report([episode.task for episode in drawn], curves, {"tasks": options.tasks, "shots": shots})
     print(f"Tasks: {len(tasks)}, {shots} examples and {query_size} questions each.\n\n{report.markdown()}")
     if options.output:
         report.write(Path(options.output))

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from transformers import TrainingArguments
 
 from meta_peft.algorithms import MAML, MultiTask, Reptile
@@ -162,6 +163,8 @@ class MetaLoraConfig(TrainingArguments):
             raise MetaPeftError("torch_compile is refused: compiled code has no second derivative. Leave it off.")
         self.algorithm_object()
         self.prompt_format()
+        if not torch.cuda.is_available():
+            self.dataloader_pin_memory = False  # there is no memory to pin, and torch would warn
         super().__post_init__()
 
     def prompt_format(self) -> PromptFormat:

@@ -34,12 +34,13 @@ class Start:
 
 @dataclass(frozen=True)
 class Curve:
-    """Scores ``[T, S]`` of T tasks after each of S numbers of steps; `factors` are the rate factors used, ``[S]``."""
+    """Scores ``[T, S]`` of T tasks after each of S numbers of steps; `factors` are the rate factors used, ``[S]``,
+    None where there were several."""
 
     steps: tuple[int, ...]
     loss: np.ndarray
     exact_match: np.ndarray
-    factors: tuple[float, ...]
+    factors: tuple[float | None, ...]
 
 
 def curve(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -10,12 +11,12 @@ from torch import Tensor
 from meta_peft.adapter_loss import AdapterLoss
 from meta_peft.errors import MetaPeftError
 from meta_peft.objectives.causal_lm import IGNORED
-from meta_peft.tasks import EpisodeCollator, EpisodeDataset
+from meta_peft.tasks import EpisodeCollator
 from meta_peft.types import Episode, Params
 
 
 def in_context_scores(
-    loss_fn: AdapterLoss, adapter: Params, episodes: EpisodeDataset, collate: EpisodeCollator, tokenizer: Any
+    loss_fn: AdapterLoss, adapter: Params, episodes: Sequence[Episode], collate: EpisodeCollator, tokenizer: Any
 ) -> tuple[np.ndarray, np.ndarray]:
     """Query loss and exact match of each task, ``[T]`` each, with its support rows in the prompt.
 
@@ -27,8 +28,8 @@ def in_context_scores(
         raise MetaPeftError("The tokenizer has no newline, which separates in-context examples.")
     losses: list[float] = []
     matches: list[float] = []
-    for i in range(len(episodes)):
-        rows = collate.rows([[_with_examples(episodes[i], j, newline) for j in range(episodes.query_size)]])
+    for episode in episodes:
+        rows = collate.rows([[_with_examples(episode, j, newline) for j in range(len(episode.query))]])
         device = next(iter(adapter.values())).device
         scores = loss_fn.scores(adapter, rows.to(device))
         losses.append(_scalar(scores.loss_T))

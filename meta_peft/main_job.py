@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 from tqdm import tqdm
-from transformers.trainer_utils import IntervalStrategy, SaveStrategy
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy, set_seed
 
 from meta_peft.base_model import load_base, load_tokenizer, lora_config, with_adapter
 from meta_peft.config import MetaLoraConfig, ModelArguments, TaskArguments
@@ -22,7 +22,7 @@ from meta_peft.in_context import in_context_scores
 from meta_peft.report import Report
 from meta_peft.tasks import TaskSet
 from meta_peft.trainer import MetaTrainer
-from meta_peft.types import EpisodeBatch
+from meta_peft.types import Episode, EpisodeBatch
 
 logger = logging.getLogger("meta_peft")
 
@@ -68,6 +68,7 @@ def run(
     tasks = load_tasks(task_args, args.task_column)
     tasks["train"].check_rows(args.shots, args.query_size)
     base, tokenizer = load_base(model_args), load_tokenizer(model_args.model_name_or_path)
+    set_seed(args.seed)  # the LoRA A matrices start at random
     trainer = MetaTrainer(
         with_adapter(base, lora_config(model_args)),
         args=args,
@@ -75,8 +76,7 @@ def run(
         eval_dataset=tasks.get("validation"),
         processing_class=tokenizer,
     )
-    untrained = trainer.start("plain LoRA")
-    plain = Start(untrained.name, untrained.adapter, untrained.hyper, args.inner_rule())
+    plain = trainer.start("plain LoRA")
     began = time.monotonic()
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     seconds = time.monotonic() - began
@@ -88,18 +88,23 @@ def run(
     starts = [plain, learned]
     if comparison.compare == "full":
         starts.insert(1, _multitask_start(trainer, model_args, tasks))
-    validation = _held_out(trainer, tasks["validation"], comparison.max_validation_tasks)
-    test = _held_out(trainer, tasks["test"], comparison.max_test_tasks)
+    validation = trainer.batches(_held_out(trainer, tasks["validation"], comparison.max_validation_tasks))
+    test_episodes = _held_out(trainer, tasks["test"], comparison.max_test_tasks)
+    test = trainer.batches(test_episodes)
     steps = sorted(set(comparison.adaptation_steps))
     curves = {s.name: _curve(trainer, s, validation, test, steps, comparison.rate_factors) for s in starts}
     in_context = None
     if comparison.compare == "full":
-        episodes = trainer.evaluation_episodes(_first(tasks["test"], comparison.max_test_tasks))
-        in_context = in_context_scores(trainer.loss_fn, plain.adapter, episodes, trainer.data_collator, tokenizer)
-    report = Report(curves, _about(model_args, task_args, args, tasks, seconds), in_context)
+        in_context = in_context_scores(trainer.loss_fn, plain.adapter, test_episodes, trainer.data_collator, tokenizer)
+    report = Report(
+        [episode.task for episode in test_episodes],
+        curves,
+        _about(model_args, task_args, args, tasks, seconds),
+        in_context,
+    )
     found = curves[learned.name]
     trainer.record(
-        rate_factors=dict(zip(found.steps, found.factors, strict=True)), results={"table": report.markdown()}
+        rate_factors={k: f for k, f in zip(found.steps, found.factors, strict=True) if f is not None}, results={"table": report.markdown()}
     )
     trainer.save_model()
     report.write(Path(str(args.output_dir)))
@@ -132,6 +137,7 @@ def _multitask_start(of: MetaTrainer, model_args: ModelArguments, tasks: dict[st
     own.max_steps = round(args.max_steps * compute_ratio(n_layers, n_layers - below, args))
     own.save_strategy = SaveStrategy.NO
     own.eval_strategy = IntervalStrategy.NO
+    set_seed(args.seed)
     trainer = MetaTrainer(
         with_adapter(load_base(model_args), lora_config(model_args)),
         args=own,
@@ -165,8 +171,8 @@ def _first(tasks: TaskSet, n: int, seed: int = 0) -> TaskSet:
     return tasks.select(names[i] for i in sorted(chosen))
 
 
-def _held_out(trainer: MetaTrainer, tasks: TaskSet, n: int) -> list[EpisodeBatch]:
-    return trainer.batches(trainer.evaluation_episodes(_first(tasks, n)))
+def _held_out(trainer: MetaTrainer, tasks: TaskSet, n: int) -> list[Episode]:
+    return trainer.evaluation_episodes(_first(tasks, n)).by_length()
 
 
 def _curve(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,12 @@ from meta_peft.evaluate import Curve, interval
 
 @dataclass(frozen=True)
 class Report:
-    """Curves of several starts on the same held-out tasks, and what the run was.
+    """Curves of several starts on the same held-out `tasks`, in the same order, and what the run was.
 
     `in_context` holds query loss and exact match by task, ``[T]`` each, if in-context examples were scored.
     """
 
+    tasks: Sequence[str]
     curves: Mapping[str, Curve]
     run: Mapping[str, Any]
     in_context: tuple[np.ndarray, np.ndarray] | None = None
@@ -80,10 +81,12 @@ class Report:
     def write(self, folder: Path) -> list[Path]:
         """Write ``results.json``, ``results.md`` and ``results.png``."""
         folder.mkdir(parents=True, exist_ok=True)
-        tasks = {
-            name: {"loss": c.loss.tolist(), "exact_match": c.exact_match.tolist()} for name, c in self.curves.items()
-        }
-        values = {"run": dict(self.run), "rows": self.rows(), "by_task": tasks}
+        by_task = {n: {"loss": c.loss.tolist(), "exact_match": c.exact_match.tolist()} for n, c in self.curves.items()}
+        if self.in_context is not None:
+            by_task["in-context examples"] = dict(
+                zip(("loss", "exact_match"), (values.tolist() for values in self.in_context), strict=True)
+            )
+        values = {"run": dict(self.run), "rows": self.rows(), "tasks": list(self.tasks), "by_task": by_task}
         made = {
             "results.json": lambda path: path.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8"),
             "results.md": lambda path: path.write_text(self.markdown() + "\n", encoding="utf-8"),

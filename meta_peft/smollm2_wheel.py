@@ -65,8 +65,11 @@ def _gguf(cache: Path) -> Path:
 
 
 def _verify(path: Path) -> None:
+    digest = hashlib.sha256()
     with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
+        while block := file.read(1 << 20):
+            digest.update(block)
+    found = digest.hexdigest()
     if found != GGUF_SHA256:
         path.unlink()
         raise MetaPeftError(f"{GGUF} has SHA-256 {found}, expected {GGUF_SHA256}: the download is damaged; try again.")

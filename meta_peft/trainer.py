@@ -33,7 +33,7 @@ from meta_peft.meta_gradient import LearnedRates, meta_gradient
 from meta_peft.params import flatten, unflatten
 from meta_peft.sidecar import Sidecar
 from meta_peft.tasks import EpisodeCollator, EpisodeDataset, TaskSet
-from meta_peft.types import EpisodeBatch, MetaGradient, Params
+from meta_peft.types import Episode, EpisodeBatch, MetaGradient, Params
 
 
 class MetaTrainer(Trainer):
@@ -53,6 +53,7 @@ class MetaTrainer(Trainer):
     """
 
     args: MetaLoraConfig
+    data_collator: EpisodeCollator
     optimizer: torch.optim.Optimizer | None
     control: Any
 
@@ -117,11 +118,9 @@ class MetaTrainer(Trainer):
         encoded = tasks.encoded(self._prompt_format, tokenizer, args.max_length)
         return EpisodeDataset(encoded, shots=args.shots, query_size=query_size, seed=args.seed + 1, shuffle=False)
 
-    def batches(self, episodes: EpisodeDataset) -> list[EpisodeBatch]:
-        """All episodes, those of similar length together, stacked for evaluation."""
-        drawn = sorted((episodes[i] for i in range(len(episodes))), key=lambda e: max(map(_length, e.support)))
-        size = self.args.eval_batch_size
-        return [self.data_collator(drawn[i : i + size]).to(self.args.device) for i in range(0, len(drawn), size)]
+    def batches(self, episodes: Sequence[Episode]) -> list[EpisodeBatch]:
+        """Episodes stacked for evaluation."""
+        return [b.to(self.args.device) for b in self.data_collator.stacks(episodes, self.args.eval_batch_size)]
 
     def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
         return SequentialSampler(train_dataset or self.train_dataset)  # episode i is already a random draw
@@ -146,6 +145,8 @@ class MetaTrainer(Trainer):
                 rate = self.args.inner_lr_learning_rate
                 groups.append({"params": [self.rates.log_rates], "lr": rate, "weight_decay": 0.0})
             self.optimizer = kind(groups, **options)
+        # After a step the Trainer clears the gradients of its model, of which the rates are no part.
+        self.optimizer.register_step_post_hook(lambda *_: self.rates.zero_grad())
         return self.optimizer
 
     def training_step(self, model: nn.Module, inputs: EpisodeBatch, num_items_in_batch: Any = None) -> Tensor:
@@ -191,7 +192,9 @@ class MetaTrainer(Trainer):
             raise MetaPeftError("There are no tasks to evaluate on: give eval_dataset.")
         if not isinstance(episodes, EpisodeDataset):
             episodes = self.evaluation_episodes(TaskSet.of(episodes, self.args.task_column))
-        result = curve(self.loss_fn, self.start(), self.batches(episodes), (0, max(self.args.inner_steps, 1)))
+        result = curve(
+            self.loss_fn, self.start(), self.batches(episodes.by_length()), (0, max(self.args.inner_steps, 1))
+        )
         metrics = {
             f"{metric_key_prefix}_loss_before": float(result.loss[:, 0].mean()),
             f"{metric_key_prefix}_loss": float(result.loss[:, 1].mean()),
@@ -274,7 +277,3 @@ def _peft_model(model: Any, peft_config: LoraConfig | None) -> PeftModel:
     if peft_config is None:
         raise MetaPeftError("Where LoRA goes is not said: give peft_config=LoraConfig(...), or a PeftModel.")
     return with_adapter(load_base(ModelArguments(model)) if isinstance(model, str) else model, peft_config)
-
-
-def _length(row: dict[str, Sequence[int]]) -> int:
-    return len(row["input_ids"])

@@ -33,7 +33,9 @@ def tiny_base(kind: str = "llama", dtype: torch.dtype = torch.float64, *, layers
         sizes = {"hidden_size": width, "intermediate_size": width, "num_hidden_layers": layers, "head_dim": width // 2}
         sizes |= {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 32}
     special = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
-    config = AutoConfig.for_model(kind, vocab_size=VOCAB, initializer_range=0.6 * width**-0.5, **sizes, **special, **options)
+    config = AutoConfig.for_model(
+        kind, vocab_size=VOCAB, initializer_range=0.6 * width**-0.5, **sizes, **special, **options
+    )
     model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     if dtype == torch.float64:
         in_float64(model)
@@ -53,7 +55,11 @@ def in_float64(model: nn.Module) -> None:
 def with_lora(base: nn.Module, *, rank: int = 2, adapter: str = "default", **options) -> PeftModel:
     """`base` with a LoRA adapter whose B matrices are not zero, as they are at the start of a training run."""
     gpt2 = base.config.model_type == "gpt2"
-    targets = ["c_attn", "c_proj", "c_fc"] if gpt2 else [f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")]
+    targets = (
+        ["c_attn", "c_proj", "c_fc"]
+        if gpt2
+        else [f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")]
+    )
     options = {"target_modules": targets, "fan_in_fan_out": gpt2, "r": rank} | options
     model = get_peft_model(base, LoraConfig(lora_alpha=4, task_type="CAUSAL_LM", **options), adapter)
     randomise(model)
@@ -150,8 +156,13 @@ def random_rows(n_tasks: int = 3, per_task: int = 2, length: int = 6, seed: int 
     return Rows({"input_ids": ids, "attention_mask": mask}, labels, n_tasks)
 
 
-def random_batch(n_tasks: int = 3, support: int = 2, query: int = 2, *, pad: str = "right", seed: int = 0) -> EpisodeBatch:
-    rows = random_rows(n_tasks, support, seed=2 * seed, pad=pad), random_rows(n_tasks, query, seed=2 * seed + 1, pad=pad)
+def random_batch(
+    n_tasks: int = 3, support: int = 2, query: int = 2, *, pad: str = "right", seed: int = 0
+) -> EpisodeBatch:
+    rows = (
+        random_rows(n_tasks, support, seed=2 * seed, pad=pad),
+        random_rows(n_tasks, query, seed=2 * seed + 1, pad=pad),
+    )
     return EpisodeBatch(*rows, [f"task {t}" for t in range(n_tasks)])
 
 
@@ -197,4 +208,8 @@ def fingerprint(model: nn.Module) -> dict[str, str]:
             value = getattr(getattr(layer, "state", None), name, None) if value is None else value
             if value is not None:
                 tensors[f"{path}.{name}"] = value
-    return {n: hashlib.sha256(t.detach().contiguous().view(torch.uint8).numpy().tobytes()).hexdigest() for n, t in tensors.items()}
+
+    def digest(tensor: Tensor) -> str:
+        return hashlib.sha256(tensor.detach().contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
+
+    return {name: digest(tensor) for name, tensor in tensors.items()}

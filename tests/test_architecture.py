@@ -13,7 +13,7 @@ PACKAGE = Path(meta_peft.__file__).parent
 # Each module or subfolder of the package, from the ground up.
 FLOORS = [
     ["errors", "types"],
-    ["params", "forwards", "config_file", "smollm2_wheel"],
+    ["params", "forwards", "config_file", "memory", "smollm2_wheel"],
     ["fast_weights", "frozen_linear", "frozen_prefix", "inner_optimizers", "objectives"],
     ["tasks", "preflight", "inner_loop"],
     ["adapter_loss", "algorithms"],

@@ -92,7 +92,9 @@ def test_model_is_restored_after_an_exception_inside_a_forward(where: str):
     loss_fn = AdapterLoss(model)
     rows, values = random_rows(), {n: p.detach() for n, p in loss_fn.weights.parameters().items()}
     before, keys = loss_fn(values, rows), list(model.state_dict())
-    attributes = {n: (type(m), set(m.__dict__), m.training, len(m._forward_pre_hooks)) for n, m in model.named_modules()}
+    attributes = {
+        n: (type(m), set(m.__dict__), m.training, len(m._forward_pre_hooks)) for n, m in model.named_modules()
+    }
 
     def fail(*_):
         raise FailureError

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from conftest import assert_equal, random_rows, tiny
@@ -55,7 +57,7 @@ def test_adapting_lowers_the_loss_on_the_rows_adapted_to(loss_fn: AdapterLoss):
     hyper = rule.initial_rates(dict(loss_fn.weights.parameters()))
     adapt(loss_fn, start(loss_fn), hyper, rows, rule, after_step=lambda k, f: losses.append(loss_fn(f, rows).detach()))
     assert len(losses) == 6
-    assert all((after < before).all() for before, after in zip(losses, losses[1:], strict=False))
+    assert all((after < before).all() for before, after in pairwise(losses))
 
 
 def test_after_step_sees_every_step_and_steps_can_be_chosen(loss_fn: AdapterLoss):

@@ -40,7 +40,9 @@ def own_rates(rule: InnerRule, loss_fn: AdapterLoss) -> LearnedRates:
 
 
 def repeated(rows: Rows, times: int) -> Rows:
-    return Rows({n: t.repeat(times, 1) for n, t in rows.inputs.items()}, rows.labels_BL.repeat(times, 1), rows.n_tasks * times)
+    return Rows(
+        {n: t.repeat(times, 1) for n, t in rows.inputs.items()}, rows.labels_BL.repeat(times, 1), rows.n_tasks * times
+    )
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3])
@@ -134,7 +136,9 @@ def test_does_not_depend_on_tasks_per_forward(model_of, name: str):
         assert parts.n_tasks == whole.n_tasks == 3
 
 
-@pytest.mark.parametrize("algorithm", [MAML(InnerRule(lr=0.05), first_order=True), Reptile(InnerRule(lr=0.05)), MultiTask()])
+@pytest.mark.parametrize(
+    "algorithm", [MAML(InnerRule(lr=0.05), first_order=True), Reptile(InnerRule(lr=0.05)), MultiTask()]
+)
 def test_does_not_depend_on_tasks_per_forward_whatever_the_algorithm(algorithm):
     model, batch = tiny(), random_batch(n_tasks=3)
     whole = meta_gradient(model, batch, algorithm)
@@ -155,7 +159,11 @@ def test_quantised_base_equals_its_dequantised_twin(model_of, name: str):
 def test_training_leaves_the_base_as_it_was(model_of, name: str):
     """Every byte of it, over meta-gradients, outer steps and a forward without gradients; and the PEFT model too."""
     model = model_of(name).train()
-    before, keys, modes = fingerprint(model), list(model.state_dict()), {n: m.training for n, m in model.named_modules()}
+    before, keys, modes = (
+        fingerprint(model),
+        list(model.state_dict()),
+        {n: m.training for n, m in model.named_modules()},
+    )
     attributes = {n: set(m.__dict__) for n, m in model.named_modules()}
     loss_fn, algorithm = AdapterLoss(model), MAML(InnerRule(lr=0.05, steps=2, learn_rates=True))
     rates = LearnedRates(algorithm.inner, dict(loss_fn.weights.parameters()))

@@ -53,14 +53,18 @@ def test_several_active_adapters():
     model = tiny()
     model.add_adapter("second", LoraConfig(target_modules=["q_proj"]))
     model.base_model.set_adapter(["default", "second"])
-    refused(model, r"exactly one active adapter, the model has \['default', 'second'\]: choose one with model.set_adapter")
+    refused(
+        model, r"exactly one active adapter, the model has \['default', 'second'\]: choose one with model.set_adapter"
+    )
     model.set_adapter("second")
     passes(model)
 
 
 def test_adapter_that_is_not_lora():
     config = peft.IA3Config(target_modules=["q_proj"], feedforward_modules=[])
-    refused(get_peft_model(tiny_base(), config), "Expected a LoRA adapter, 'default' is of type .*IA3.*: use LoraConfig")
+    refused(
+        get_peft_model(tiny_base(), config), "Expected a LoRA adapter, 'default' is of type .*IA3.*: use LoraConfig"
+    )
 
 
 @pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora"])
@@ -134,7 +138,9 @@ def test_lora_weights_in_half_precision(dtype: torch.dtype):
 
 
 def test_embedding():
-    refused(with_lora(tiny_base(), target_modules=["embed_tokens", "q_proj"]), "embed_tokens is a LoRA adapter of an emb")
+    refused(
+        with_lora(tiny_base(), target_modules=["embed_tokens", "q_proj"]), "embed_tokens is a LoRA adapter of an emb"
+    )
     passes(with_lora(tiny_base(), target_modules=["q_proj"]))
 
 
@@ -186,17 +192,22 @@ def test_encoder_decoder():
 )
 def test_mixture_of_experts(kind: str, experts: dict):
     base = tiny_base(kind, torch.float32, **experts)
-    refused(with_lora(base, target_modules=["o_proj"]), "is a mixture of experts: its router would mix.*Use a dense model")
+    refused(
+        with_lora(base, target_modules=["o_proj"]), "is a mixture of experts: its router would mix.*Use a dense model"
+    )
 
 
 @pytest.mark.parametrize(
-    "attention", ["flash_attention_2", "flash_attention_3", "flex_attention", "paged|sdpa", "kernels-community/flash-attn"]
+    "attention",
+    ["flash_attention_2", "flash_attention_3", "flex_attention", "paged|sdpa", "kernels-community/flash-attn"],
 )
 def test_fused_attention_in_second_order(attention: str):
     model = tiny()
     model.get_base_model().config._attn_implementation = attention  # most of them cannot be loaded without a GPU
     passes(model, second_order=False)
-    refused(model, f"attn_implementation='{attention.replace('|', '.')}' has no second derivative.*='sdpa', or use a first")
+    refused(
+        model, f"attn_implementation='{attention.replace('|', '.')}' has no second derivative.*='sdpa', or use a first"
+    )
     for remedy in ("sdpa", "eager"):
         model.get_base_model().set_attn_implementation(remedy)
         passes(model)
@@ -270,7 +281,9 @@ def test_layers_repacked_for_inference(model_of):
     model = model_of("nf4")
     layer = model.get_base_model().model.layers[0].self_attn.q_proj.base_layer
     layer.weight.quant_state.packing_format_for_cpu = True
-    refused(model, "q_proj.base_layer was repacked for CPU inference, which rounds its weights. Load the base model anew")
+    refused(
+        model, "q_proj.base_layer was repacked for CPU inference, which rounds its weights. Load the base model anew"
+    )
     layer.weight.quant_state.packing_format_for_cpu = False
     passes(model)
 

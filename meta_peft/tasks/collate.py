@@ -25,6 +25,10 @@ class EpisodeCollator:
             [e.task for e in episodes],
         )
 
+    def stacks(self, episodes: Sequence[Episode], size: int) -> list[EpisodeBatch]:
+        """Batches of `size` episodes each, in the order given."""
+        return [self(episodes[i : i + size]) for i in range(0, len(episodes), size)]
+
     def rows(self, tasks: Sequence[Sequence[dict[str, Any]]]) -> Rows:
         """Encoded rows of several tasks, the same number for each, as one stack."""
         rows = [row for task in tasks for row in task]

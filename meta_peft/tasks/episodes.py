@@ -53,6 +53,12 @@ class EpisodeDataset(Dataset[Episode]):
         drawn = [self.tasks.dataset[rows[int(j)]] for j in chosen]
         return Episode(task, drawn[: self.shots], drawn[self.shots :])
 
+    def by_length(self) -> list[Episode]:
+        """All episodes, shortest support rows first, so that those stacked together need little padding."""
+        return sorted(
+            (self[i] for i in range(len(self))), key=lambda e: max(len(row["input_ids"]) for row in e.support)
+        )
+
     def _task_number(self, i: int) -> int:
         round_, place = divmod(i, len(self.tasks))
         if not self.shuffle:

@@ -35,8 +35,8 @@ class TaskSet:
         self.task_column = task_column
         self.rows_of: dict[str, list[int]] = {}
         seen: set[tuple[str, str]] = set()
-        for i, task in enumerate(dataset[task_column]):
-            row = {column: dataset[i][column] for column in columns}
+        examples = dataset.select_columns(list(columns))
+        for i, (task, row) in enumerate(zip(dataset[task_column], examples, strict=True)):
             key = (str(task), json.dumps(row, sort_keys=True, default=str))
             if key not in seen:
                 seen.add(key)
@@ -84,7 +84,7 @@ class TaskSet:
         encoded = self.dataset.map(
             lambda row: prompt_format.encode(row, tokenizer, max_length),
             remove_columns=[c for c in self.dataset.column_names if c != self.task_column],
-            desc=None,
+            desc="tokenising",
         )
         copy = object.__new__(TaskSet)
         copy.__dict__.update(self.__dict__, dataset=encoded)
@@ -126,7 +126,7 @@ def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
         raise MetaPeftError(f"There is no file {str(path)!r}.")
     rows = []
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")  # splitlines() would split at U+2028 inside a string too
     except UnicodeDecodeError as error:
         raise MetaPeftError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}).") from error
     for number, line in enumerate(lines, start=1):

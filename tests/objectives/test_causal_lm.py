@@ -88,8 +88,9 @@ def test_a_row_matches_if_every_label_is_the_most_likely_token(model, head):
     assert scores.exact_match_T.tolist() == [0.5, 0.5]
     three = Rows({"input_ids": ids[:3], "attention_mask": mask[:3]}, labels[:3], 3)
     assert causal_lm.scores_per_task(model, head, three).exact_match_T.tolist() == [1, 0, 0]
-    torch.testing.assert_close(scores.loss_T, causal_lm.loss_per_task(model, head, Rows(
-        {"input_ids": ids, "attention_mask": mask}, labels, 2)))
+    torch.testing.assert_close(
+        scores.loss_T, causal_lm.loss_per_task(model, head, Rows({"input_ids": ids, "attention_mask": mask}, labels, 2))
+    )
 
 
 def test_the_head_is_as_it_was_even_after_an_exception(model, head):

@@ -1,0 +1,40 @@
+"""A training loop of your own: accelerate launch recipes/accelerate_loop.py train.jsonl OUTPUT [STEPS [BASE_MODEL]]"""
+
+import sys
+
+import torch
+from accelerate import Accelerator
+from peft import LoraConfig, get_peft_model
+from torch.utils.data import DataLoader, Subset
+
+import meta_peft as mp
+from meta_peft.base_model import BaseIdentity, load_base, load_tokenizer
+from meta_peft.sidecar import Sidecar
+
+
+def main(tasks: str, output: str, steps: int = 100, base_model: str = "HuggingFaceTB/SmolLM2-135M-Instruct") -> None:
+    accelerator = Accelerator()
+    torch.manual_seed(0)  # LoRA starts from the same random numbers in every process
+    base, tokenizer = load_base(mp.ModelArguments(base_model, load_in_4bit=True)), load_tokenizer(base_model)
+    model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", r=8, target_modules=["q_proj", "v_proj"]))
+    loss_fn, rule = mp.AdapterLoss(model), mp.InnerRule(mp.Adam(), lr=2e-3, steps=3, learn_rates=True)
+    weights, prompt_format = loss_fn.weights.parameters(), mp.PromptFormat()
+    rows = mp.TaskSet.from_jsonl(tasks).encoded(prompt_format, tokenizer, max_length=256)
+    episodes = mp.EpisodeDataset(rows, shots=4, query_size=4, length=steps * 4 * accelerator.num_processes)
+    mine = Subset(episodes, range(accelerator.process_index, len(episodes), accelerator.num_processes))
+    rates = mp.LearnedRates(rule, weights)
+    groups = [{"params": weights.values(), "lr": 1e-3}, {"params": rates.parameters(), "lr": 0.05}]
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)  # decay would pull the log rates to 0, a rate of 1
+    for batch in DataLoader(mine, batch_size=4, collate_fn=mp.EpisodeCollator(tokenizer.pad_token_id)):
+        gradient = mp.meta_gradient(loss_fn, batch.to(accelerator.device), mp.MAML(rule), rates)
+        mp.assign_gradient(gradient, loss_fn, rates)
+        for parameter in (*weights.values(), rates.log_rates):  # processes have equally many tasks: a plain mean
+            parameter.grad = accelerator.reduce(parameter.grad, reduction="mean")
+        optimizer.step()
+        accelerator.print(f"loss {gradient.metrics['loss'].mean():.3f}")
+    sidecar = Sidecar("maml", rule, tuple(weights), rates.log_rates, prompt_format, 256, BaseIdentity.of(base), shots=4)
+    accelerator.on_main_process(mp.save)(model, sidecar, output)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:3], *map(int, sys.argv[3:4]), *sys.argv[4:5])

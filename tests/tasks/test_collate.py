@@ -1,0 +1,55 @@
+from __future__ import annotations
+
+from meta_peft.tasks.collate import EpisodeCollator
+from meta_peft.types import Episode
+
+
+def row(*ids: int, prompt: int = 1) -> dict:
+    return {"input_ids": list(ids), "labels": [-100] * prompt + list(ids[prompt:]), "task": "ignored"}
+
+
+EPISODES = [
+    Episode("first", [row(10, 11), row(12, 13, 14)], [row(15, 16)]),
+    Episode("second", [row(20, 21, 22, 23, prompt=3), row(24, 25)], [row(26, 27, 28)]),
+]
+
+
+def test_rows_are_task_major_and_padded_on_the_right():
+    batch = EpisodeCollator(pad_token_id=0)(EPISODES)
+    assert batch.tasks == ["first", "second"]
+    assert batch.n_tasks == batch.support.n_tasks == batch.query.n_tasks == 2
+    assert batch.support.inputs["input_ids"].tolist() == [
+        [10, 11, 0, 0], [12, 13, 14, 0], [20, 21, 22, 23], [24, 25, 0, 0]]  # fmt: skip
+    assert batch.support.inputs["attention_mask"].tolist() == [
+        [1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 1, 1], [1, 1, 0, 0]]  # fmt: skip
+    assert batch.support.labels_BL.tolist() == [
+        [-100, 11, -100, -100], [-100, 13, 14, -100], [-100, -100, -100, 23], [-100, 25, -100, -100]]  # fmt: skip
+    # support and query are padded apart
+    assert batch.query.inputs["input_ids"].tolist() == [[15, 16, 0], [26, 27, 28]]
+
+
+def test_a_token_that_is_also_the_padding_token_is_kept():
+    """Many tokenizers pad with the end-of-sequence token: the mask and the labels say which is which."""
+    rows = EpisodeCollator(pad_token_id=9).rows([[row(1, 9), row(1, 2, 9)]])
+    assert rows.inputs["attention_mask"].tolist() == [[1, 1, 0], [1, 1, 1]]
+    assert rows.labels_BL.tolist() == [[-100, 9, -100], [-100, 2, 9]]
+
+
+def test_chunks_of_a_batch_are_its_tasks():
+    batch = EpisodeCollator(pad_token_id=0)([*EPISODES, EPISODES[0]])
+    assert batch.chunks(None) == [batch]
+    assert batch.chunks(3) == [batch]
+    chunks = batch.chunks(2)
+    assert [c.tasks for c in chunks] == [["first", "second"], ["first"]]
+    assert [c.n_tasks for c in chunks] == [2, 1]
+    assert chunks[1].support.inputs["input_ids"].tolist() == [[10, 11, 0, 0], [12, 13, 14, 0]]
+    assert chunks[1].query.labels_BL.tolist() == [[-100, 16, -100]]
+    copy = chunks[0].to("cpu")
+    assert copy.tasks == chunks[0].tasks
+    assert copy.support.labels_BL.equal(chunks[0].support.labels_BL)
+
+
+def test_stacks_keep_the_order():
+    stacks = EpisodeCollator(pad_token_id=0).stacks([*EPISODES, EPISODES[0]], 2)
+    assert [batch.tasks for batch in stacks] == [["first", "second"], ["first"]]
+    assert stacks[1].support.inputs["input_ids"].tolist() == [[10, 11, 0], [12, 13, 14]]
