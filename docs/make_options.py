@@ -49,7 +49,8 @@ INHERITED = """### What is inherited
 | `push_to_hub`, `hub_model_id` | Push the adapter to the hub. |
 | `use_cpu` | Stay on the CPU where there is a GPU. |
 
-`fp16`, `torch_compile`, `fsdp`, `deepspeed` and `remove_unused_columns` cannot be used: see [limits](limits.md).
+`fp16`, `torch_compile` and `remove_unused_columns` are refused, `fsdp` and `deepspeed` are not supported: see
+[limits](limits.md).
 """
 
 
@@ -83,7 +84,7 @@ def command_options(command: str) -> Iterator[tuple[str, str, str]]:
 def _parser(command: str) -> argparse.ArgumentParser:
     """The parser of a command, as the command line makes it: caught before it parses."""
 
-    class Caught(Exception):
+    class Caught(Exception):  # noqa: N818
         pass
 
     def catch(parser: argparse.ArgumentParser, words: list[str]) -> None:

@@ -64,7 +64,7 @@ def __getattr__(name: str) -> Any:
 
 class _Package(ModuleType):
     def __setattr__(self, name: str, value: Any) -> None:
-        """`adapt` and `meta_gradient` are functions; importing the modules they live in must not put those in their place."""
+        """`adapt` and `meta_gradient` are functions; importing the modules they live in must not hide them."""
         if not (name in _HOMES and isinstance(value, ModuleType)):
             super().__setattr__(name, value)
 

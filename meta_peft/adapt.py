@@ -54,8 +54,8 @@ def adapt(
         MetaPeftError: the model carries no meta-learned adapter, or a row cannot be read.
     """
     learned = hub.meta_learned(model)
-    if name == learned.adapter or "." in name:
-        raise MetaPeftError(f"name={name!r} is taken by the meta-learned adapter or has a dot: choose another.")
+    if name in ("", learned.adapter) or "." in name:
+        raise MetaPeftError(f"name={name!r} is empty, taken by the meta-learned adapter or has a dot: choose another.")
     result = adapt_many(model, {name: support}, steps=steps)[name]
     if name not in model.peft_config:
         model.add_adapter(name, result.config)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
@@ -12,6 +13,12 @@ import yaml
 from transformers import HfArgumentParser
 
 from meta_peft.errors import MetaPeftError, did_you_mean
+
+# Options of other trainers that people try here, with the reason why they are not here.
+REFUSED = {
+    "packing": "packing is refused: a packed row would mix the examples of several tasks. Leave it out.",
+    "use_unsloth": "use_unsloth is refused: Unsloth's kernels overwrite activations in backward. Leave it out.",
+}
 
 
 def parse(
@@ -32,7 +39,7 @@ def parse(
     from_file = {} if path is None else _read(path, known)
     from_line = {word[2:].split("=")[0].replace("-", "_") for word in rest if word.startswith("--")}
     for key in from_line - known - {f"no_{key}" for key in known}:
-        raise MetaPeftError(f"There is no option --{key}.{did_you_mean(key, known)} --help lists all of them.")
+        raise MetaPeftError(REFUSED.get(key) or f"There is no option --{key}.{did_you_mean(key, known)} Try --help.")
     words = [word for key, value in from_file.items() if key not in from_line for word in _as_words(key, value)]
     return _dataclasses(parser, words + rest)
 
@@ -48,8 +55,10 @@ def _dataclasses(parser: HfArgumentParser, words: list[str]) -> tuple[Any, ...]:
         return tuple(parser.parse_args_into_dataclasses(args=words, look_for_args_file=False))[
             : len(parser.dataclass_types)
         ]
-    except argparse.ArgumentError as error:
-        raise MetaPeftError(f"{error}.") from error
+    except MetaPeftError:
+        raise
+    except (argparse.ArgumentError, ValueError) as error:  # a value that transformers refuses, or words that no option takes
+        raise MetaPeftError(f"{str(error).rstrip('.')}.") from error
 
 
 def _config_option(argv: list[str]) -> tuple[str | None, list[str]]:
@@ -74,7 +83,7 @@ def _read(path: str, known: set[str]) -> dict[str, Any]:
         raise MetaPeftError(f"{path} must hold keys with values, one a line; it holds {type(values).__name__}.")
     for key in values:
         if key not in known:
-            raise MetaPeftError(f"{path} has an unknown key {key!r}.{did_you_mean(str(key), known)}")
+            raise MetaPeftError(REFUSED.get(key) or f"{path} has an unknown key {key!r}.{did_you_mean(str(key), known)}")
     return values
 
 
@@ -83,4 +92,4 @@ def _as_words(key: str, value: Any) -> list[str]:
         return []
     if isinstance(value, list):
         return [f"--{key}", *map(str, value)]
-    return [f"--{key}", str(value)]
+    return [f"--{key}={json.dumps(value) if isinstance(value, dict) else value}"]  # one word: a value may begin with -

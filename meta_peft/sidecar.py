@@ -11,7 +11,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -99,7 +98,7 @@ class Sidecar:
             if isinstance(error, MetaPeftError):
                 raise
             raise MetaPeftError(f"{folder / JSON} is damaged or not a sidecar of meta_peft ({error!r}).") from error
-        if sidecar.log_rates.shape[1:] != (len(sidecar.names),) or torch.isnan(sidecar.log_rates).any():
+        if sidecar.log_rates.shape[1:] != (len(sidecar.names),) or not sidecar.log_rates.exp().isfinite().all():
             raise MetaPeftError(
                 f"{folder / TENSORS} should hold finite rates for {len(sidecar.names)} matrices; it has shape"
                 f" {list(sidecar.log_rates.shape)}."

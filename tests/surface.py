@@ -11,13 +11,15 @@ import sys
 import tempfile
 from functools import cache
 from pathlib import Path
+from textwrap import indent
 
 import numpy as np
 import torch
 from conftest import VOCAB, tiny_base
 from peft import LoraConfig, PeftModel
+from safetensors.torch import load_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from meta_peft import MetaLoraConfig, MetaTrainer
 from meta_peft.base_model import load_base, with_adapter
@@ -80,9 +82,10 @@ def lora(**options) -> LoraConfig:
     return LoraConfig(task_type="CAUSAL_LM", **options)
 
 
-def base_model(kind: str = "dense") -> torch.nn.Module:
-    """The model of `tiny_folder`: dense, 4-bit or 8-bit."""
-    return load_base(ModelArguments(str(tiny_folder()), load_in_4bit=kind == "4bit", load_in_8bit=kind == "8bit"))
+def base_model(kind: str = "dense", folder: Path | None = None) -> torch.nn.Module:
+    """The model in `folder`, by default of `tiny_folder`: dense, 4-bit or 8-bit."""
+    where = str(folder or tiny_folder())
+    return load_base(ModelArguments(where, load_in_4bit=kind == "4bit", load_in_8bit=kind == "8bit"))
 
 
 def peft_model(kind: str = "dense", **options) -> PeftModel:
@@ -150,3 +153,59 @@ def run_python(code: str, *arguments: str, **extra: str) -> str:
 
 def bits(tensors: dict[str, torch.Tensor]) -> dict[str, bytes]:
     return {name: tensor.detach().contiguous().numpy().tobytes() for name, tensor in tensors.items()}
+
+
+# On CPUs with AVX512-BF16 instructions the first forward of a 4-bit layer without gradients repacks its weight, which
+# rounds it. meta_peft switches that off in a model it is given; a process without meta_peft has to do so itself to
+# compute the same bits.
+NOT_REPACKED = """
+for module in model.modules():
+    if hasattr(module, "support_avx512bf16_for_cpu"):
+        module.support_avx512bf16_for_cpu = False
+"""
+LOGITS = """
+ids = torch.arange(3, 35).view(2, 16)
+with torch.no_grad():
+    logits = model.eval()(input_ids=ids).logits
+"""
+STOCK_LOGITS = f"""
+import sys
+sys.modules["meta_peft"] = None  # an import would fail
+import torch
+from peft import PeftModel
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+base, output, *adapters = sys.argv[1:]
+found = dict()
+for i, kind in enumerate(adapters[::2]):
+    options = dict(dtype=torch.float32)
+    if kind == "4bit":
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
+        )
+    if kind == "8bit":
+        options["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, **options), adapters[2 * i + 1])
+{indent(NOT_REPACKED + LOGITS, "    ")}
+    found[kind] = logits
+save_file(found, output)
+try:
+    import meta_peft
+except ImportError:
+    sys.exit(0)
+sys.exit("meta_peft was imported")
+"""
+
+
+def logits_of_stock_peft(adapters: dict[str, Path], output: Path) -> dict[str, torch.Tensor]:
+    """Logits of the adapter in each folder on the base of its kind, from a process that has no meta_peft."""
+    run_python(STOCK_LOGITS, str(tiny_folder()), str(output), *(str(w) for pair in adapters.items() for w in pair))
+    return load_file(output)
+
+
+def stock_logits(model: torch.nn.Module) -> torch.Tensor:
+    """What an ordinary forward of `model` gives in this process; the model stays in its mode."""
+    training, values = model.training, {"model": model, "torch": torch}
+    exec(NOT_REPACKED + LOGITS, values)
+    model.train(training)
+    return values["logits"]

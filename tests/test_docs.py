@@ -1,0 +1,277 @@
+"""The documentation runs: Python blocks are executed, commands parsed, links followed, options compared with the code.
+
+A tiny random model with its tokenizer stands in for the base model that the pages name.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import runpy
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import fields
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+import yaml
+from accelerate.state import AcceleratorState
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+import meta_peft
+from meta_peft import cli, main_job
+from meta_peft.base_model import SMOLLM2, BaseIdentity
+from meta_peft.config import MetaLoraConfig, ModelArguments, TaskArguments
+from meta_peft.sidecar import Sidecar
+from meta_peft.tasks.prompt import example_columns
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+GROUPS = (ModelArguments, TaskArguments, MetaLoraConfig, main_job.CompareArguments)
+LOOP = ROOT / "recipes" / "accelerate_loop.py"
+
+
+def blocks(page: Path, language: str) -> Iterator[tuple[int, str]]:
+    """Line numbers and texts of the page's fenced blocks in `language`."""
+    text = page.read_text(encoding="utf-8")
+    for match in BLOCK.finditer(text):
+        if match[1] == language:
+            yield text.count("\n", 0, match.start(2)), match[2]
+
+
+def with_blocks(language: str) -> list[Path]:
+    return [page for page in PAGES if any(True for _ in blocks(page, language))]
+
+
+def page_name(page: Path) -> str:
+    return page.name
+
+
+def save_base(folder: Path, layers: int) -> Path:
+    """A narrow random Llama with a tokenizer of single bytes, as `from_pretrained` reads it."""
+    words = ["<s>", "</s>", "<pad>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    tokenizer = Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": layers, "num_attention_heads": 2}
+    ids = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2, "vocab_size": len(words)}
+    config = AutoConfig.for_model("llama", num_key_value_heads=1, initializer_range=0.1, **sizes, **ids)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def base_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What stands in for SmolLM2 on the pages: as many layers, since they are named by number."""
+    return save_base(tmp_path_factory.mktemp("base"), layers=30)
+
+
+@pytest.fixture(scope="module")
+def small_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_base(tmp_path_factory.mktemp("small"), layers=2)
+
+
+@pytest.fixture(scope="module")
+def adapter_folder(base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An adapter with its sidecar, as training saves it."""
+    folder = tmp_path_factory.mktemp("adapter")
+    base = AutoModelForCausalLM.from_pretrained(base_folder)
+    model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"]))
+    rule, weights = meta_peft.InnerRule(meta_peft.Adam(), steps=3), meta_peft.AdapterLoss(model).weights.parameters()
+    rates = meta_peft.LearnedRates(rule, weights).log_rates
+    identity, prompt_format = BaseIdentity.of(base), meta_peft.PromptFormat()
+    meta_peft.save(model, Sidecar("maml", rule, tuple(weights), rates, prompt_format, 256, identity, 4), folder)
+    return folder
+
+
+@pytest.fixture
+def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, adapter_folder: Path) -> Path:
+    """A current folder with the files that the pages name, and no hub."""
+    monkeypatch.chdir(tmp_path)
+    for split, tasks in {"train": "abcd", "validation": "ef", "test": "gh"}.items():
+        rows = [{"task": task, "input": str(i), "target": task * 2} for task in tasks for i in range(8)]
+        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    shutil.copytree(adapter_folder, tmp_path / "outputs" / "my_tasks")
+    api = SimpleNamespace(
+        create_repo=lambda name, **options: SimpleNamespace(repo_id=name),
+        upload_folder=lambda folder_path, **options: f"pushed {os.listdir(folder_path)}",
+    )
+    monkeypatch.setattr("huggingface_hub.HfApi", lambda **options: api)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **options: str(adapter_folder))
+    return tmp_path
+
+
+@pytest.mark.parametrize("page", with_blocks("python"), ids=page_name)
+def test_python_blocks_run(page: Path, workplace: Path, base_folder: Path):
+    namespace: dict[str, object] = {"__name__": page.stem}
+    for line, code in blocks(page, "python"):
+        code = code.replace(SMOLLM2, base_folder.as_posix())
+        code = re.sub(r"\bmax_steps=\d+", "max_steps=1", code)
+        exec(compile("\n" * line + code, str(page), "exec"), namespace)
+
+
+def commands(page: Path) -> Iterator[list[str]]:
+    """The words of each command in the page's shell blocks."""
+    for _, block in blocks(page, "bash"):
+        for line in block.replace("\\\n", " ").splitlines():
+            for command in line.split("&&"):
+                yield shlex.split(command)
+
+
+@pytest.mark.parametrize("page", with_blocks("bash"), ids=page_name)
+def test_commands_name_what_exists(page: Path, workplace: Path, monkeypatch: pytest.MonkeyPatch):
+    asked: list[object] = []
+    monkeypatch.setattr(main_job, "run", lambda *groups: asked.append(groups))
+    for command in ("adapt", "evaluate", "inspect"):
+        monkeypatch.setattr(cli, f"{command}_command", lambda options: asked.append(options) or 0)
+    for name, config in yaml_files(page):
+        (workplace / name).write_text(config, encoding="utf-8")
+    for folder in ("recipes", "constraints.txt"):
+        os.symlink(ROOT / folder, workplace / folder)
+    for words in commands(page):
+        if words[:2] == ["accelerate", "launch"]:
+            script, *options = words[2:]
+            assert Path(script).is_file(), script
+            if script == "recipes/meta_lora.py":
+                words = ["meta-peft", "train", *options]
+        if words[0] == "meta-peft":
+            before = len(asked)
+            cli._main(words[1:])  # a wrong option raises
+            assert len(asked) == before + 1
+        elif words[0] == "python":
+            assert (ROOT / words[1]).is_file(), words
+        elif words[:2] == ["pip", "install"]:
+            assert words[2:4] == ["-c", "constraints.txt"]
+            assert Path(words[3]).is_file()
+        else:
+            assert words in (["python3", "-m", "venv", ".venv"], [".", ".venv/bin/activate"], ["pytest"]) or (
+                words[:2] == ["accelerate", "launch"]
+            ), f"{words} is not checked by this test"
+
+
+def yaml_files(page: Path) -> Iterator[tuple[str, str]]:
+    """Blocks whose first line is a comment with the name of a file."""
+    for _, block in blocks(page, "yaml"):
+        if match := re.match(r"# (\S+\.yaml)\n", block):
+            yield match[1], block
+
+
+@pytest.mark.parametrize("page", with_blocks("yaml"), ids=page_name)
+def test_yaml_blocks_have_known_keys(page: Path):
+    known = {f.name for group in GROUPS for f in fields(group)}
+    for _, block in blocks(page, "yaml"):
+        assert set(yaml.safe_load(block)) <= known
+
+
+@pytest.mark.parametrize("page", with_blocks("json"), ids=page_name)
+def test_json_blocks_are_rows(page: Path):
+    for _, block in blocks(page, "json"):
+        for line in block.splitlines():
+            example_columns(json.loads(line).keys())
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_name)
+def test_links_resolve(page: Path):
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        if "://" in target:
+            continue
+        name, _, anchor = target.partition("#")
+        linked = (page.parent / name).resolve() if name else page
+        assert linked.is_file(), f"{page.name} links to {target}"
+        if anchor:
+            headings = re.findall(r"^#+ (.+)$", linked.read_text(encoding="utf-8"), re.MULTILINE)
+            assert anchor in {heading_anchor(h) for h in headings}, f"{page.name} links to {target}"
+
+
+def heading_anchor(heading: str) -> str:
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
+@pytest.fixture
+def make_options(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    monkeypatch.delitem(sys.modules, "make_options", raising=False)
+    import make_options
+
+    return make_options
+
+
+def test_every_option_is_documented(make_options: ModuleType):
+    page = make_options.PAGE.read_text(encoding="utf-8")
+    for group in GROUPS:
+        own = [f.name for f in make_options.own_fields(group)]
+        assert own
+        for option in own:
+            assert f"| `{option}` |" in page, f"{option}: run python docs/make_options.py"
+    for command in make_options.COMMANDS:
+        section = page.split(f"## meta-peft {command}\n")[1].split("\n## ")[0]
+        for names, _, text in make_options.command_options(command):
+            assert f"| `{names}` |" in section, f"meta-peft {command} {names}: run python docs/make_options.py"
+            assert text != "None", f"meta-peft {command} {names} has no help"
+
+
+def test_options_page_is_up_to_date(make_options: ModuleType):
+    assert make_options.PAGE.read_text(encoding="utf-8") == make_options.page(), "run python docs/make_options.py"
+
+
+def test_versions_agree():
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    newest = re.search(r"^## (\S+)$", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert str(cited["version"]) == newest[1] == meta_peft.__version__
+
+
+@pytest.fixture
+def _fresh_accelerator() -> Iterator[None]:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.usefixtures("_fresh_accelerator")
+def test_accelerate_loop(workplace: Path, small_folder: Path, capsys: pytest.CaptureFixture[str]):
+    assert len(LOOP.read_text(encoding="utf-8").splitlines()) <= 40
+    runpy.run_path(str(LOOP))["main"]("train.jsonl", "loop", 2, str(small_folder))
+    assert len(re.findall(r"^loss \d+\.\d+$", capsys.readouterr().out, re.MULTILINE)) == 2
+    model = meta_peft.load(str(small_folder), "loop", load_in_4bit=True)
+    weights = model.state_dict()
+    assert all(weights[name].any() for name in weights if "lora_B" in name)
+    _, metrics = meta_peft.adapt(model, [{"input": "1", "target": "gg"}])
+    assert metrics["support_loss_after"] < metrics["support_loss_before"]
+    plain = AutoModelForCausalLM.from_pretrained(small_folder)
+    assert PeftModel.from_pretrained(plain, "loop").active_adapters == ["default"]
+
+
+@pytest.mark.launch
+def test_accelerate_loop_in_two_processes(workplace: Path, small_folder: Path, monkeypatch: pytest.MonkeyPatch):
+    """Two processes with four tasks each take the steps that one process takes on the eight tasks together."""
+    launch = "launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no"
+    words = [sys.executable, "-m", "accelerate.commands.accelerate_cli", *launch.split(), "--main_process_port", "0"]
+    here = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    arguments = [str(LOOP), "train.jsonl", "two", "2", str(small_folder)]
+    subprocess.run([*words, *arguments], env={**os.environ, **here}, check=True, timeout=300)
+
+    both = SimpleNamespace(device="cpu", num_processes=2, process_index=0, print=print)
+    both.reduce, both.on_main_process = lambda tensor, reduction: tensor, lambda function: function
+    loader = torch.utils.data.DataLoader
+    monkeypatch.setattr("accelerate.Accelerator", lambda: both)
+    monkeypatch.setattr("torch.utils.data.Subset", lambda episodes, indices: episodes)
+    monkeypatch.setattr("torch.utils.data.DataLoader", lambda data, batch_size, **o: loader(data, 2 * batch_size, **o))
+    runpy.run_path(str(LOOP))["main"]("train.jsonl", "one", 2, str(small_folder))
+
+    for file in ("adapter_model.safetensors", "meta_peft.safetensors"):
+        one, two = load_file(Path("one") / file), load_file(Path("two") / file)
+        for name in one:
+            torch.testing.assert_close(two[name], one[name], rtol=1e-3, atol=2e-5)

@@ -1,0 +1,144 @@
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from meta_peft import SGD, Adam, InnerRule, MetaPeftError, PromptFormat
+from meta_peft.base_model import BaseIdentity
+from meta_peft.sidecar import JSON, TENSORS, Sidecar
+
+SIDECAR = Sidecar(
+    algorithm="maml",
+    inner=InnerRule(Adam(beta1=0.8, eps_root=1e-7), lr=0.003, steps=2, learn_rates=True, rates_per_step=True),
+    names=("a.lora_A.weight", "a.lora_B.weight", "ß.lora_A.weight"),
+    log_rates=torch.tensor([[-1.0, -2.0, -math.inf], [0.1, 1e-30, 3.3333333]]),
+    prompt_format=PromptFormat("Frage: {input}\n", "→ {target}"),
+    max_length=77,
+    base=BaseIdentity("some/base", {"hidden_size": 8, "vocab_size": 40}, (0.5, -0.25)),
+    shots=3,
+    rate_factors={0: 1.0, 3: 2.0, 10: 0.5},
+)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    SIDECAR.write(tmp_path)
+    return tmp_path
+
+
+def edit(folder: Path, change: Callable[[dict], object]) -> None:
+    values = json.loads((folder / JSON).read_text(encoding="utf-8"))
+    change(values)
+    (folder / JSON).write_text(json.dumps(values), encoding="utf-8")
+
+
+@pytest.mark.parametrize("optimizer", [SIDECAR.inner.optimizer, SGD(momentum=0.9), Adam()])
+def test_round_trip(tmp_path: Path, optimizer: Adam | SGD):
+    written = replace(SIDECAR, inner=replace(SIDECAR.inner, optimizer=optimizer))
+    written.write(tmp_path)
+    read = Sidecar.read(tmp_path)
+    assert torch.equal(read.log_rates, written.log_rates)
+    assert replace(read, log_rates=written.log_rates) == written
+    assert {path.name for path in tmp_path.iterdir()} == {JSON, TENSORS}
+
+
+@pytest.mark.parametrize("missing", [JSON, TENSORS])
+def test_missing(folder: Path, missing: str):
+    (folder / missing).unlink()
+    with pytest.raises(MetaPeftError, match=r"has no meta_peft\.json with meta_peft\.safetensors beside the adapter"):
+        Sidecar.read(folder)
+
+
+@pytest.mark.parametrize("number", [0, 2, "1", None])
+def test_another_format(folder: Path, number: object):
+    edit(folder, lambda values: values.update(format=number))
+    with pytest.raises(MetaPeftError, match=f"has format {number!r}; this version of meta_peft reads format 1"):
+        Sidecar.read(folder)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", "3", "{}", '"text"', "\udcff"])
+def test_damaged_json(folder: Path, text: str):
+    (folder / JSON).write_bytes(text.encode("utf-8", "surrogateescape"))
+    with pytest.raises(MetaPeftError, match="is damaged or not a sidecar of meta_peft"):
+        Sidecar.read(folder)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda values: values.pop("inner"),
+        lambda values: values.pop("shots"),
+        lambda values: values.update(max_length="long"),
+        lambda values: values.update(base=None),
+        lambda values: values["base"].pop("embedding"),
+        lambda values: values["inner"].update(speed=3),
+        lambda values: values["inner"]["optimizer"].pop("name"),
+        lambda values: values.update(rate_factors=[1, 2]),
+        lambda values: values["prompt_format"].update(suffix=""),
+    ],
+)
+def test_json_that_lacks_something(folder: Path, change: Callable[[dict], object]):
+    edit(folder, change)
+    with pytest.raises(MetaPeftError, match="is damaged or not a sidecar of meta_peft"):
+        Sidecar.read(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda values: values["inner"]["optimizer"].update(name="lion"), "Unknown inner optimizer 'lion'"),
+        (lambda values: values["inner"].update(steps=-1), "inner_steps must be 0 or more"),
+        (lambda values: values["prompt_format"].update(prompt_template="no place"), r"must contain \{input\}"),
+    ],
+)
+def test_values_that_cannot_be_right(folder: Path, change: Callable[[dict], object], message: str):
+    edit(folder, change)
+    with pytest.raises(MetaPeftError, match=message):
+        Sidecar.read(folder)
+
+
+@pytest.mark.parametrize("content", [b"", b"not safetensors at all"])
+def test_damaged_tensors(folder: Path, content: bytes):
+    (folder / TENSORS).write_bytes(content)
+    with pytest.raises(MetaPeftError, match="is damaged or not a sidecar of meta_peft"):
+        Sidecar.read(folder)
+
+
+def test_tensors_of_another_name(folder: Path):
+    save_file({"rates": torch.zeros(1, 3)}, folder / TENSORS)
+    with pytest.raises(MetaPeftError, match="is damaged or not a sidecar of meta_peft"):
+        Sidecar.read(folder)
+
+
+@pytest.mark.parametrize("rates", [torch.zeros(1, 2), torch.zeros(3), torch.zeros(1, 3, 1), torch.zeros(())])
+def test_wrong_shapes(folder: Path, rates: torch.Tensor):
+    save_file({"log_rates": rates}, folder / TENSORS)
+    with pytest.raises(MetaPeftError, match=r"should hold finite rates for 3 matrices; it has shape") as error:
+        Sidecar.read(folder)
+    assert str(list(rates.shape)) in str(error.value)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_rates_that_are_no_numbers(folder: Path, value: float):
+    save_file({"log_rates": torch.tensor([[0.0, value, 0.0]])}, folder / TENSORS)
+    with pytest.raises(MetaPeftError, match="should hold finite rates"):
+        Sidecar.read(folder)
+
+
+@pytest.mark.parametrize(
+    ("steps", "factor"), [(0, 1.0), (1, 1.0), (2, 1.0), (3, 2.0), (4, 2.0), (9, 2.0), (10, 0.5), (99, 0.5)]
+)
+def test_rate_factor_of_the_largest_known_number_of_steps(steps: int, factor: float):
+    assert SIDECAR.rate_factor(steps) == factor
+
+
+def test_rate_factor_is_1_where_none_is_known():
+    assert replace(SIDECAR, rate_factors={}).rate_factor(3) == 1.0
+    assert replace(SIDECAR, rate_factors={5: 3.0}).rate_factor(4) == 1.0
