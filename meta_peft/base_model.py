@@ -23,7 +23,10 @@ def load_tokenizer(name: str, *, revision: str | None = None, trust_remote_code:
     from transformers import AutoTokenizer
 
     where = locate(name, revision)
-    tokenizer = AutoTokenizer.from_pretrained(where, revision=revision, trust_remote_code=trust_remote_code)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(where, revision=revision, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise MetaPeftError(f"The tokenizer of {name!r} cannot be loaded: {error}") from error
     if tokenizer.eos_token_id is None:
         raise MetaPeftError(f"The tokenizer of {name} has no end-of-sequence token, so no completion could end.")
     if tokenizer.pad_token_id is None:
@@ -52,12 +55,13 @@ def load_base(args: ModelArguments) -> Any:
         from accelerate import PartialState
 
         options["device_map"] = {"": PartialState().device}
-    model = AutoModelForCausalLM.from_pretrained(
-        locate(args.model_name_or_path, args.model_revision),
-        revision=args.model_revision,
-        trust_remote_code=args.trust_remote_code,
-        **options,
-    )
+    where = locate(args.model_name_or_path, args.model_revision)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            where, revision=args.model_revision, trust_remote_code=args.trust_remote_code, **options
+        )
+    except (OSError, ValueError) as error:
+        raise MetaPeftError(f"The base model {args.model_name_or_path!r} cannot be loaded: {error}") from error
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     model.name_or_path = args.model_name_or_path  # what adapters name as their base: never a cache folder

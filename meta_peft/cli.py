@@ -16,7 +16,7 @@ from meta_peft.memory import keep_freed_memory
 
 EXAMPLES = """examples:
   meta-peft train --config recipes/configs/locale_formatting.yaml
-  meta-peft adapt --adapter outputs/meta_lora --support examples.jsonl --output adapted
+  meta-peft adapt --adapter outputs/meta_lora --support rows.jsonl --output new
   meta-peft evaluate --adapter outputs/meta_lora --tasks held_out.jsonl
   meta-peft inspect --adapter outputs/meta_lora
 
@@ -121,11 +121,18 @@ def evaluate_command(options: argparse.Namespace) -> int:
     from meta_peft.report import Report
     from meta_peft.tasks import EpisodeCollator, EpisodeDataset, TaskSet
 
+    for option, values, least in (
+        ("--shots", [] if options.shots is None else [options.shots], 1),
+        ("--steps", options.steps, 0),
+        ("--tasks-per-forward", [options.tasks_per_forward], 1),
+    ):
+        if any(value < least for value in values):
+            raise MetaPeftError(f"{option} must be {least} or more; got {min(values)}.")
     tasks = TaskSet.from_jsonl(options.tasks, options.task_column)
     model = _load(options)
     learned = meta_learned(model)
     sidecar = learned.sidecar
-    shots = options.shots or sidecar.shots
+    shots = sidecar.shots if options.shots is None else options.shots
     tasks.check_rows(shots, 1)
     query_size = min(len(rows) for rows in tasks.rows_of.values()) - shots
     encoded = tasks.encoded(sidecar.prompt_format, learned.tokenizer, sidecar.max_length)

@@ -159,6 +159,11 @@ class MetaLoraConfig(TrainingArguments):
             raise MetaPeftError("remove_unused_columns would drop the support and query rows: leave it false.")
         if self.max_steps <= 0:
             raise MetaPeftError(f"max_steps must be 1 or more, got {self.max_steps}: episodes have no epochs.")
+        if self.fsdp or self.deepspeed:
+            raise MetaPeftError(
+                "fsdp and deepspeed are refused: sharded weights have no second derivative here yet. Several processes"
+                " with a replicated base work: leave both out."
+            )
         if self.torch_compile:
             raise MetaPeftError("torch_compile is refused: compiled code has no second derivative. Leave it off.")
         self.algorithm_object()

@@ -57,7 +57,7 @@ def _dataclasses(parser: HfArgumentParser, words: list[str]) -> tuple[Any, ...]:
         ]
     except MetaPeftError:
         raise
-    except (argparse.ArgumentError, ValueError) as error:  # a value that transformers refuses, or words that no option takes
+    except (argparse.ArgumentError, ValueError) as error:  # a value transformers refuses, a word no option takes
         raise MetaPeftError(f"{str(error).rstrip('.')}.") from error
 
 
@@ -83,7 +83,9 @@ def _read(path: str, known: set[str]) -> dict[str, Any]:
         raise MetaPeftError(f"{path} must hold keys with values, one a line; it holds {type(values).__name__}.")
     for key in values:
         if key not in known:
-            raise MetaPeftError(REFUSED.get(key) or f"{path} has an unknown key {key!r}.{did_you_mean(str(key), known)}")
+            raise MetaPeftError(
+                REFUSED.get(key) or f"{path} has an unknown key {key!r}.{did_you_mean(str(key), known)}"
+            )
     return values
 
 

@@ -67,7 +67,12 @@ def run(
     """Train, save to `args.output_dir`, compare, and write table and plot there."""
     tasks = load_tasks(task_args, args.task_column)
     tasks["train"].check_rows(args.shots, args.query_size)
-    base, tokenizer = load_base(model_args), load_tokenizer(model_args.model_name_or_path)
+    base = load_base(model_args)
+    tokenizer = load_tokenizer(
+        model_args.model_name_or_path,
+        revision=model_args.model_revision,
+        trust_remote_code=model_args.trust_remote_code,
+    )
     set_seed(args.seed)  # the LoRA A matrices start at random
     trainer = MetaTrainer(
         with_adapter(base, lora_config(model_args)),
@@ -81,13 +86,15 @@ def run(
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     seconds = time.monotonic() - began
     trainer.save_model()
-    if comparison.compare == "none" or "validation" not in tasks or "test" not in tasks or args.process_index:
+    if comparison.compare == "none" or "validation" not in tasks or "test" not in tasks:
         return None
 
     learned = trainer.start("meta-learned LoRA")
     starts = [plain, learned]
-    if comparison.compare == "full":
+    if comparison.compare == "full":  # trained by all processes together
         starts.insert(1, _multitask_start(trainer, model_args, tasks))
+    if args.process_index:
+        return None
     validation = trainer.batches(_held_out(trainer, tasks["validation"], comparison.max_validation_tasks))
     test_episodes = _held_out(trainer, tasks["test"], comparison.max_test_tasks)
     test = trainer.batches(test_episodes)
@@ -104,7 +111,8 @@ def run(
     )
     found = curves[learned.name]
     trainer.record(
-        rate_factors={k: f for k, f in zip(found.steps, found.factors, strict=True) if f is not None}, results={"table": report.markdown()}
+        rate_factors={k: f for k, f in zip(found.steps, found.factors, strict=True) if f is not None},
+        results={"table": report.markdown()},
     )
     trainer.save_model()
     report.write(Path(str(args.output_dir)))
@@ -134,7 +142,8 @@ def _multitask_start(of: MetaTrainer, model_args: ModelArguments, tasks: dict[st
     own = copy.copy(args)
     own.algorithm = "multitask"
     n_layers, below = of.loss_fn.layers()
-    own.max_steps = round(args.max_steps * compute_ratio(n_layers, n_layers - below, args))
+    warmup = min(args.multitask_warmup_steps, args.max_steps)  # these cost what a step of multi-task training costs
+    own.max_steps = warmup + round((args.max_steps - warmup) * compute_ratio(n_layers, n_layers - below, args))
     own.save_strategy = SaveStrategy.NO
     own.eval_strategy = IntervalStrategy.NO
     set_seed(args.seed)

@@ -56,6 +56,8 @@ def meta_gradient(
             "The algorithm takes second derivatives, but the AdapterLoss was made and checked for first ones only: make it"
             " with AdapterLoss(model, second_order=True)."
         )
+    if tasks_per_forward is not None and tasks_per_forward < 1:
+        raise MetaPeftError(f"tasks_per_forward must be 1 or more, or None for all; got {tasks_per_forward}.")
     adapter: Params = dict(loss_fn.weights.parameters())
     hyper = algorithm.inner.initial_rates(adapter) if rates is None else rates.values()
     return in_chunks(algorithm, loss_fn, Meta(adapter, hyper), episode_batch, tasks_per_forward)

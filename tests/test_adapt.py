@@ -157,7 +157,10 @@ def test_each_matrix_moves_by_its_own_rate(model: PeftModel):
     rates[:, 5] = -3.0
     with_sidecar(model, log_rates=rates)
     adapt(model, SUPPORT, steps=2)
-    moved = [not torch.equal(a, b) for a, b in zip(*(adapter_of(model, n).values() for n in ("default", "adapted")), strict=True)]
+    moved = [
+        not torch.equal(a, b)
+        for a, b in zip(*(adapter_of(model, n).values() for n in ("default", "adapted")), strict=True)
+    ]
     assert moved == [i == 5 for i in range(16)]
 
 

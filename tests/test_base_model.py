@@ -60,6 +60,14 @@ def test_attention_option_arrives():
     assert model.config._attn_implementation == "eager"
 
 
+@pytest.mark.parametrize("name", ["some/model-that-is-not-there", "."])
+def test_a_base_that_is_not_there(name: str):
+    with pytest.raises(MetaPeftError, match=f"The base model '{name}' cannot be loaded: "):
+        load_base(ModelArguments(name))
+    with pytest.raises(MetaPeftError, match=f"The tokenizer of '{name}' cannot be loaded: "):
+        load_tokenizer(name)
+
+
 # ---- the adapter
 
 
@@ -154,7 +162,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     asked: list[str] = []
 
     class Handler(BaseHTTPRequestHandler):
-        def do_HEAD(self):  # noqa: N802  # http.server's name
+        def do_HEAD(self):
             asked.append(self.path)
             self.send_response(200)
             self.end_headers()

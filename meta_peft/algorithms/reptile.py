@@ -25,6 +25,8 @@ class Reptile:
     def __post_init__(self) -> None:
         if self.inner.steps < 1:
             raise MetaPeftError("Reptile learns from how far the inner steps move: inner_steps must be 1 or more.")
+        if self.inner.learn_rates:
+            raise MetaPeftError("Reptile gives no gradient for the inner rates: set learn_rates=False, or use MAML.")
 
     def __call__(self, loss_fn: LossFn, meta: Meta, batch: EpisodeBatch) -> MetaGradient:
         losses: list[Tensor] = []

@@ -21,7 +21,7 @@ class Adam:
     beta1: float = 0.9
     beta2: float = 0.999
     eps: float = 1e-8
-    eps_root: float = 1e-10
+    eps_root: float = 1e-8
 
     def init(self, fast: Params) -> Params:
         return {f"{moment}.{name}": torch.zeros_like(p) for moment in ("m", "v") for name, p in fast.items()}

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from meta_peft.errors import MetaPeftError
 from meta_peft.objectives.causal_lm import IGNORED
 from meta_peft.types import Episode, EpisodeBatch, Rows
 
@@ -32,6 +33,8 @@ class EpisodeCollator:
     def rows(self, tasks: Sequence[Sequence[dict[str, Any]]]) -> Rows:
         """Encoded rows of several tasks, the same number for each, as one stack."""
         rows = [row for task in tasks for row in task]
+        if any(all(label == IGNORED for label in row["labels"]) for row in rows):
+            raise MetaPeftError("A row has no labelled token, so there is nothing to learn from it: label its completion.")
         longest = max(len(row["input_ids"]) for row in rows)
         shape = (len(rows), longest)
         ids, labels = torch.full(shape, self.pad_token_id), torch.full(shape, IGNORED)

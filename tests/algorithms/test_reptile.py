@@ -49,3 +49,8 @@ def test_rate_zero_moves_nothing():
 def test_no_steps_is_an_error():
     with pytest.raises(MetaPeftError, match="inner_steps must be 1 or more"):
         Reptile(InnerRule(steps=0))
+
+
+def test_rates_cannot_be_learned():
+    with pytest.raises(MetaPeftError, match="no gradient for the inner rates"):
+        Reptile(InnerRule(learn_rates=True))

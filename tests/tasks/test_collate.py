@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import pytest
+
+from meta_peft.errors import MetaPeftError
 from meta_peft.tasks.collate import EpisodeCollator
 from meta_peft.types import Episode
 
@@ -53,3 +56,8 @@ def test_stacks_keep_the_order():
     stacks = EpisodeCollator(pad_token_id=0).stacks([*EPISODES, EPISODES[0]], 2)
     assert [batch.tasks for batch in stacks] == [["first", "second"], ["first"]]
     assert stacks[1].support.inputs["input_ids"].tolist() == [[10, 11, 0], [12, 13, 14]]
+
+
+def test_a_row_without_a_label_is_refused():
+    with pytest.raises(MetaPeftError, match="no labelled token"):
+        EpisodeCollator(0).rows([[{"input_ids": [1, 2], "labels": [-100, -100]}]])

@@ -1,0 +1,307 @@
+"""Each command end to end, in this process, on the tiny model."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from surface import (
+    EVAL,
+    TEST,
+    TRAIN,
+    base_model,
+    letter_rows,
+    letter_tasks,
+    run_python,
+    tiny_folder,
+    trained_folder,
+    write_jsonl,
+)
+
+from meta_peft import adapt, load
+from meta_peft.cli import main
+
+
+def meta() -> str:
+    return str(trained_folder())
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _trained() -> None:
+    """Before any test captures output."""
+    trained_folder()
+
+
+@pytest.fixture(autouse=True)
+def _logging_as_it_was() -> Iterator[None]:
+    """`main` sets up logging as a program does."""
+    names = ("meta_peft", "bitsandbytes")
+    levels = {name: logging.getLogger(name).level for name in names}
+    handlers = list(logging.getLogger().handlers)
+    yield
+    logging.getLogger().handlers = handlers
+    for name, level in levels.items():
+        logging.getLogger(name).setLevel(level)
+
+
+@pytest.fixture
+def support(tmp_path: Path) -> Path:
+    path = tmp_path / "support.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in letter_rows("p")[:3]))
+    return path
+
+
+def train_words(tmp_path: Path, *more: str) -> list[str]:
+    for split, letters in (("train", TRAIN), ("validation", EVAL), ("test", TEST)):
+        write_jsonl(tmp_path / f"{split}.jsonl", letter_tasks(letters))
+    config = tmp_path / "run.yaml"
+    config.write_text(
+        f"model_name_or_path: {tiny_folder()}\noutput_dir: {tmp_path}/out\ntrain_tasks: {tmp_path}/train.jsonl\n"
+        f"validation_tasks: {tmp_path}/validation.jsonl\ntest_tasks: {tmp_path}/test.jsonl\n"
+        "max_steps: 2\nshots: 2\nquery_size: 2\ninner_steps: 1\n"
+        "per_device_train_batch_size: 2\nlora_r: 4\nadaptation_steps: [0, 2]\nrate_factors: [1, 2]\nmax_length: 32\n"
+        "save_strategy: 'no'\nreport_to: none\nuse_cpu: true\n"
+    )
+    return ["train", "--config", str(config), *more]
+
+
+# ---- commands
+
+
+def test_train(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(train_words(tmp_path, "--max-steps", "1", "--seed=7")) == 0
+    shown = capsys.readouterr().out
+    assert "| meta-learned LoRA | 2 |" in shown
+    assert f"Adapter, table and plot are in {tmp_path}/out." in shown
+    values = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert (values["run"]["training"]["max_steps"], values["run"]["training"]["seed"]) == (1, 7)
+    adapt(load(None, tmp_path / "out"), letter_rows("p")[:2])
+
+
+def test_adapt_to_one_task(tmp_path: Path, support: Path, capsys: pytest.CaptureFixture[str]):
+    output = tmp_path / "adapted"
+    assert main(["adapt", "--adapter", meta(), "--support", str(support), "--output", str(output), "--steps", "2"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert (said["task"], said["folder"], said["steps"]) == ("task", str(output), 2)
+    model, metrics = adapt(load(None, meta()), letter_rows("p")[:3], steps=2)
+    assert {key: said[key] for key in metrics} == metrics
+    expected = {n.replace(".adapted", ""): p for n, p in model.named_parameters() if ".adapted." in n}
+    saved = load_file(output / "adapter_model.safetensors")
+    assert saved.keys() == expected.keys()
+    assert all(torch.equal(saved[name], expected[name]) for name in saved)
+    PeftModel.from_pretrained(base_model(), str(output))
+
+
+def test_adapt_to_each_task_of_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    tasks = {"de/date": letter_rows("p")[:2], "..": letter_rows("m")[:3], "plain-1_x": letter_rows("n")[:2]}
+    file = write_jsonl(tmp_path / "tasks.jsonl", tasks, column="family")
+    output = tmp_path / "adapted"
+    words = ["adapt", "--adapter", meta(), "--support", str(file), "--output", str(output), "--task-column", "family"]
+    assert main(words) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["task"] for line in lines] == list(tasks)
+    assert {path.name for path in output.iterdir()} == {"de_date", "_", "plain-1_x"}
+    for line, folder in zip(lines, ("de_date", "_", "plain-1_x"), strict=True):
+        assert line["folder"] == str(output / folder)
+        assert (output / folder / "adapter_model.safetensors").is_file()
+        assert line["support_loss_after"] < line["support_loss_before"]
+
+
+@pytest.mark.parametrize("option", ["--load-in-4bit", "--load-in-8bit", "--dtype=bfloat16"])
+def test_adapt_on_a_base_of_another_precision(tmp_path: Path, support: Path, option: str, capsys):
+    words = ["--adapter", meta(), "--support", str(support), "--output", str(tmp_path / "a")]
+    losses = []
+    for more in ([], [option, "--model-name-or-path", str(tiny_folder())]):
+        assert main(["adapt", *words, *more]) == 0
+        losses.append(json.loads(capsys.readouterr().out)["support_loss_before"])
+    assert losses[0] != losses[1]
+    assert losses[0] == pytest.approx(losses[1], abs=0.3)
+
+
+def test_evaluate(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    file = write_jsonl(tmp_path / "tasks.jsonl", letter_tasks(TEST))
+    output = tmp_path / "results"
+    words = ["evaluate", "--adapter", meta(), "--tasks", str(file), "--output", str(output)]
+    assert main([*words, "--steps", "3", "0", "--shots", "3"]) == 0
+    shown = capsys.readouterr().out
+    assert "Tasks: 4, 3 examples and 5 questions each." in shown
+    assert (output / "results.md").read_text().strip() in shown
+    rows = json.loads((output / "results.json").read_text())["rows"]
+    assert [row["steps"] for row in rows] == [0, 3]
+    assert rows[1]["loss"] < rows[0]["loss"]
+
+    assert (
+        main(["evaluate", "--adapter", meta(), "--tasks", str(file), "--steps", "3", "--tasks-per-forward", "1"]) == 0
+    )
+    assert "Tasks: 4, 2 examples and 6 questions each." in capsys.readouterr().out  # shots of the meta-training
+
+
+def test_inspect(capsys: pytest.CaptureFixture[str]):
+    assert main(["inspect", "--adapter", meta()]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split()[:3] == ["base", "model", str(tiny_folder())]
+    assert "maml, 2 shots, 3 inner steps" in lines[1]
+    assert "'name': 'adam'" in lines[2]
+    assert lines[3].split() == ["LoRA", "matrices", "16"]
+    assert lines[4].endswith("learned")
+    assert len(lines) == 6 + 16
+    rate, name = lines[6].split()
+    assert float(rate) > 0
+    assert name.endswith("q_proj.lora_A.weight")
+
+
+# ---- help
+
+
+def test_help_fits_one_screen(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit) as done:
+        main(["--help"])
+    assert done.value.code == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) <= 24
+    assert max(map(len, lines)) <= 80
+    for word in ("train", "adapt", "evaluate", "inspect", "examples:", "exit codes:"):
+        assert any(word in line for line in lines), word
+
+
+@pytest.mark.parametrize("command", ["train", "adapt", "evaluate", "inspect"])
+def test_help_of_each_command(command: str, capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as done:
+        main([command, "--help"])
+    assert done.value.code == 0
+    assert f"usage: meta-peft {command}" in capsys.readouterr().out
+
+
+def test_help_is_quick():
+    """Without torch, whose import takes seconds."""
+    run_python(
+        "import sys\nfrom meta_peft.cli import main\ntry:\n    main(['--help'])\nexcept SystemExit:\n    pass\n"
+        "assert 'torch' not in sys.modules"
+    )
+
+
+# ---- errors
+
+
+def message(capsys: pytest.CaptureFixture[str], words: list[str]) -> str:
+    """What `main` says on stderr when it refuses `words`; nothing else is printed, and no file is written."""
+    assert main(words) == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    said = shown.err.splitlines()[-1]
+    assert "Traceback" not in shown.err
+    assert said.startswith("meta-peft: ")
+    return said
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["adopt"], "There is no command 'adopt'. Did you mean 'adapt'?"),
+        (["xyzzy"], "There is no command 'xyzzy'."),
+        (
+            [],
+            "the following arguments are required: {train,adapt,evaluate,inspect}; meta-peft --help shows what there is.",
+        ),
+        (["--version"], "required: {train,adapt,evaluate,inspect}"),
+        (["adapt"], "the following arguments are required: --adapter, --support, --output"),
+        (["inspect", "--adapter"], "argument --adapter: expected one argument"),
+        (["inspect", "--adapter", "x", "--what"], "unrecognized arguments: --what"),
+        (["train", "--shot", "3"], "There is no option --shot. Did you mean 'shots'?"),
+        (["train", "--shots", "0"], "shots must be a number of 1 or more; got 0"),
+        (["train", "--config", "nothing.yaml"], "There is no config file 'nothing.yaml'"),
+        (["train", "--train_tasks", "nothing.jsonl"], "There is no file 'nothing.jsonl'"),
+        (
+            ["inspect", "--adapter", "no/such-adapter"],
+            "'no/such-adapter' is neither a folder nor an adapter the hub gives",
+        ),
+    ],
+)
+def test_words_that_cannot_be_used(words: list[str], expected: str, capsys: pytest.CaptureFixture[str]):
+    assert expected in message(capsys, words)
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"--support": "nothing.jsonl"}, "There is no file 'nothing.jsonl'."),
+        ({"--steps": "-1"}, "steps must be 0 or more, got -1."),
+        ({"--steps": "many"}, "argument --steps: invalid int value: 'many'"),
+        ({"--task-column": "family"}, "Expected a column 'family' that names the task of each row"),
+        ({"--dtype": "float16"}, "dtype=float16 is refused"),
+        ({"--model-name-or-path": "no/such-model"}, "The base model 'no/such-model' cannot be loaded"),
+        ({"--adapter": "."}, "has no meta_peft.json"),
+    ],
+)
+def test_adapt_errors(tmp_path: Path, support: Path, change: dict[str, str], expected: str, capsys):
+    output = tmp_path / "adapted"
+    options = {"--adapter": meta(), "--support": str(support), "--output": str(output)} | change
+    assert main(["adapt", *(word for pair in options.items() for word in pair)]) == 2
+    shown = capsys.readouterr()
+    assert expected in shown.err
+    assert shown.out == ""
+    assert not output.exists()
+
+
+def test_task_names_that_give_one_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    file = write_jsonl(tmp_path / "tasks.jsonl", {"a/b": letter_rows("p")[:2], "a_b": letter_rows("m")[:2]})
+    words = [
+        "adapt",
+        "--adapter",
+        meta(),
+        "--support",
+        str(file),
+        "--output",
+        str(tmp_path / "x"),
+        "--task-column",
+        "task",
+    ]
+    assert "Two task names give the same folder name" in message(capsys, words)
+
+
+@pytest.mark.parametrize(
+    ("more", "expected"),
+    [
+        (["--shots", "8"], "has 8 distinct rows, but an episode takes 8 support rows and 1 query rows"),
+        (["--shots", "0"], "--shots must be 1 or more; got 0."),
+        (["--steps", "0", "-1"], "--steps must be 0 or more; got -1."),
+        (["--tasks-per-forward", "0"], "--tasks-per-forward must be 1 or more; got 0."),
+        (["--task-column", "family"], "Expected a column 'family'"),
+    ],
+)
+def test_evaluate_errors(tmp_path: Path, more: list[str], expected: str, capsys: pytest.CaptureFixture[str]):
+    file = write_jsonl(tmp_path / "tasks.jsonl", letter_tasks("mn"))
+    assert main(["evaluate", "--adapter", meta(), "--tasks", str(file), *more]) == 2
+    assert expected in capsys.readouterr().err
+
+
+def damage(folder: Path) -> None:
+    (folder / "meta_peft.json").write_text("{")
+
+
+def foreign(folder: Path) -> None:
+    values = json.loads((folder / "meta_peft.json").read_text())
+    values["base"]["embedding"] = values["base"]["embedding"][::-1]
+    (folder / "meta_peft.json").write_text(json.dumps(values))
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [(damage, "is damaged or not a sidecar of meta_peft"), (foreign, "load the base model the adapter belongs to")],
+)
+def test_adapters_that_cannot_be_used(
+    tmp_path: Path, support: Path, change: Callable[[Path], None], expected: str, capsys
+):
+    folder = Path(shutil.copytree(meta(), tmp_path / "meta"))
+    change(folder)
+    words = ["adapt", "--adapter", str(folder), "--support", str(support), "--output", str(tmp_path / "x")]
+    assert main(words) == 2
+    assert expected in capsys.readouterr().err

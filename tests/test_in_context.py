@@ -1,0 +1,106 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel
+from surface import SPECIAL, letter_rows, letter_tasks, peft_model, tiny_tokenizer, trained_folder
+
+from meta_peft import EpisodeCollator, EpisodeDataset, MetaPeftError, PromptFormat, TaskSet, load
+from meta_peft.adapter_loss import AdapterLoss
+from meta_peft.in_context import in_context_scores
+from meta_peft.types import Rows
+
+
+class Kept:
+    """A collator that also keeps the rows it was given."""
+
+    def __init__(self, pad_token_id: int):
+        self.collator, self.tasks = EpisodeCollator(pad_token_id), []
+
+    def rows(self, tasks) -> Rows:
+        self.tasks.extend(tasks)
+        return self.collator.rows(tasks)
+
+
+def episodes_of(letters: str, *, shots: int = 2, query_size: int = 3) -> EpisodeDataset:
+    encoded = TaskSet.from_mapping(letter_tasks(letters)).encoded(PromptFormat(), tiny_tokenizer(), 64)
+    return EpisodeDataset(encoded, shots=shots, query_size=query_size, shuffle=False)
+
+
+def scores(model: PeftModel, episodes: EpisodeDataset) -> tuple[np.ndarray, np.ndarray, list]:
+    loss_fn = AdapterLoss(model, second_order=False)
+    tokenizer = tiny_tokenizer()
+    kept = Kept(tokenizer.pad_token_id)
+    weights = {name: p.detach() for name, p in loss_fn.weights.parameters().items()}
+    drawn = [episodes[i] for i in range(len(episodes))]
+    loss, match = in_context_scores(loss_fn, weights, drawn, kept, tokenizer)
+    return loss, match, kept.tasks
+
+
+def test_rows_read_as_examples_and_a_question():
+    tokenizer, episodes = tiny_tokenizer(), episodes_of("ab")
+    _, _, tasks = scores(peft_model(), episodes)
+    assert [len(rows) for rows in tasks] == [3, 3]
+    for i, rows in enumerate(tasks):
+        support = [tokenizer.decode(row["input_ids"][1:-1]) for row in episodes[i].support]
+        assert all(text in {f"{r['input']} -> {r['target']}" for r in letter_rows("ab"[i])} for text in support)
+        for row, query in zip(rows, episodes[i].query, strict=True):
+            question = tokenizer.decode(query["input_ids"][1:-1])
+            expected = f"{SPECIAL['bos_token']}{support[0]}\n{support[1]}\n{question}\n"
+            assert tokenizer.decode(row["input_ids"]) == expected
+            learned = [token for token in row["labels"] if token != -100]
+            assert tokenizer.decode(learned) == f" {2 * 'ab'[i]}\n"
+            assert row["labels"] == [-100] * (len(row["labels"]) - len(learned)) + row["input_ids"][-len(learned) :]
+
+
+def test_losses_are_those_of_an_ordinary_forward():
+    model, episodes = load(None, trained_folder()), episodes_of("ab")
+    loss, _, tasks = scores(model, episodes)
+    assert loss.shape == (2,)
+    for i, rows in enumerate(tasks):
+        batch = EpisodeCollator(2).rows([rows])
+        with torch.no_grad():
+            expected = model(**batch.inputs, labels=batch.labels_BL).loss  # all rows have as many labels
+        assert loss[i] == pytest.approx(float(expected), abs=1e-5)
+
+
+def test_a_match_is_what_generation_writes():
+    """On a model that has learned some of the rows, and so gets some right and some wrong."""
+    model, episodes = peft_model(), episodes_of("abcd")
+    learn_to_copy(model, episodes_of("abcd"))
+    _, match, tasks = scores(model, episodes)
+    generated = [np.mean([writes_its_labels(model, row) for row in rows]) for rows in tasks]
+    assert match == pytest.approx(generated)
+    assert 0 < match.mean() < 1, "both hits and misses are needed for this test to mean something"
+
+
+def learn_to_copy(model: PeftModel, episodes: EpisodeDataset) -> None:
+    """A few steps of ordinary training on the in-context rows of the first two tasks."""
+    _, _, tasks = scores(model, episodes)
+    batch = EpisodeCollator(2).rows([tasks[0] + tasks[1][:2]])
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.02)
+    for _ in range(40):
+        optimizer.zero_grad()
+        model(**batch.inputs, labels=batch.labels_BL).loss.backward()
+        optimizer.step()
+    model.eval()
+
+
+def writes_its_labels(model: PeftModel, row: dict[str, list[int]]) -> bool:
+    prompt = torch.tensor([[i for i, label in zip(row["input_ids"], row["labels"], strict=True) if label == -100]])
+    expected = [label for label in row["labels"] if label != -100]
+    written = model.generate(
+        input_ids=prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=len(expected), do_sample=False
+    )
+    return written[0, prompt.shape[1] :].tolist() == expected
+
+
+def test_a_tokenizer_without_newlines_is_refused():
+    class Silent:
+        def __call__(self, text: str, **options) -> dict[str, list[int]]:
+            return {"input_ids": [] if text == "\n" else [5]}
+
+    loss_fn = AdapterLoss(peft_model(), second_order=False)
+    with pytest.raises(MetaPeftError, match="has no newline, which separates in-context examples"):
+        in_context_scores(loss_fn, {}, [], EpisodeCollator(2), Silent())

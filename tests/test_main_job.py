@@ -1,0 +1,165 @@
+"""The whole main job on a tiny model."""
+
+from __future__ import annotations
+
+import json
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+from surface import EVAL, TEST, TRAIN, config, letter_rows, letter_tasks, tiny_folder, write_jsonl
+
+from meta_peft import MetaPeftError, ModelArguments, TaskArguments, adapt, load
+from meta_peft.main_job import CompareArguments, compute_ratio, load_tasks, run
+from meta_peft.report import Report
+from meta_peft.sidecar import Sidecar
+
+ADAPTER = {"README.md", "adapter_config.json", "adapter_model.safetensors", "meta_peft.json", "meta_peft.safetensors"}
+RESULTS = {"results.json", "results.md", "results.png"}
+
+
+def job(tmp_path: Path, compare: str = "plain", *, splits=("train", "validation", "test"), comparison=(), **options):
+    letters = {"train": TRAIN, "validation": EVAL, "test": TEST}
+    files = {f"{s}_tasks": str(write_jsonl(tmp_path / f"{s}.jsonl", letter_tasks(letters[s]))) for s in splits}
+    output = tmp_path / "out"
+    model = ModelArguments(
+        str(tiny_folder()), lora_r=4, lora_target_modules=["q_proj", "v_proj", "o_proj", "down_proj"]
+    )
+    compared = CompareArguments(compare, [3, 0], [0.5, 2.0], **dict(comparison))
+    report = run(model, TaskArguments(**files), config(output, max_steps=4, learning_rate=0.01, **options), compared)
+    return output, report
+
+
+def assert_usable(output: Path) -> None:
+    _, metrics = adapt(load(None, output), letter_rows("p")[:2])
+    assert metrics["support_loss_after"] < metrics["support_loss_before"]
+
+
+def test_nothing_compared(tmp_path: Path):
+    output, report = job(tmp_path, "none")
+    assert report is None
+    assert {path.name for path in output.iterdir()} == ADAPTER
+    assert_usable(output)
+
+
+@pytest.mark.parametrize("splits", [("train",), ("train", "test"), ("train", "validation")])
+def test_without_held_out_tasks_there_is_nothing_to_compare_on(tmp_path: Path, splits: tuple[str, ...]):
+    output, report = job(tmp_path, "full", splits=splits)
+    assert report is None
+    assert {path.name for path in output.iterdir()} == ADAPTER
+
+
+def test_compared_with_plain_lora(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    output, report = job(tmp_path, "plain")
+    assert isinstance(report, Report)
+    assert list(report.curves) == ["plain LoRA", "meta-learned LoRA"]
+    assert {path.name for path in output.iterdir()} == ADAPTER | RESULTS
+    assert report.markdown() in capsys.readouterr().out
+    assert sorted(report.tasks) == sorted(letter_tasks(TEST))
+
+    plain, learned = report.curves.values()
+    assert plain.steps == learned.steps == (0, 3)
+    assert plain.loss.shape == learned.exact_match.shape == (4, 2)
+    assert plain.loss[:, 1].mean() < plain.loss[:, 0].mean()
+    assert set(learned.factors) <= {0.5, 2.0}
+    assert Sidecar.read(output).rate_factors == dict(zip((0, 3), learned.factors, strict=True))
+    assert report.markdown() in (output / "README.md").read_text()
+    assert_usable(output)
+
+    values = json.loads((output / "results.json").read_text())
+    assert len(values["rows"]) == 4
+    about = values["run"]
+    assert about["model"]["model_name_or_path"] == str(tiny_folder())
+    assert (about["tasks"]["n_train"], about["tasks"]["n_validation"], about["tasks"]["n_test"]) == (8, 4, 4)
+    assert (about["training"]["max_steps"], about["training"]["algorithm"], about["training"]["seed"]) == (
+        4,
+        "maml",
+        42,
+    )
+    assert about["versions"]["torch"] == version("torch")
+    assert about["training_seconds"] > 0
+
+
+def test_compared_with_everything(tmp_path: Path):
+    output, report = job(tmp_path, "full")
+    assert list(report.curves) == ["plain LoRA", "multi-task LoRA", "meta-learned LoRA"]
+    assert report.in_context[0].shape == (4,)
+    starts = [curve.loss[:, 0].mean() for curve in report.curves.values()]
+    assert starts[1] < starts[0], "multi-task training lowers the loss before any adaptation"
+    assert len(set(starts)) == 3
+    rows = json.loads((output / "results.json").read_text())["rows"]
+    assert [row["start"] for row in rows][-1] == "in-context examples"
+    assert len(rows) == 7
+    assert_usable(output)
+
+
+def test_runs_are_the_same_each_time(tmp_path: Path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    (first, report), (second, again) = (job(tmp_path / name) for name in ("a", "b"))
+    assert (first / "adapter_model.safetensors").read_bytes() == (second / "adapter_model.safetensors").read_bytes()
+    assert report.rows() == again.rows()
+
+
+def test_at_most_so_many_tasks(tmp_path: Path):
+    _, report = job(tmp_path, comparison={"max_test_tasks": 2, "max_validation_tasks": 1})
+    assert len(report.tasks) == 2
+    assert set(report.tasks) < set(letter_tasks(TEST))
+
+
+def test_resuming_a_job(tmp_path: Path):
+    whole, report = job(tmp_path, save_strategy="steps", save_steps=2)
+    finished = (whole / "adapter_model.safetensors").read_bytes()
+    options = {"save_strategy": "steps", "save_steps": 2, "resume_from_checkpoint": str(whole / "checkpoint-2")}
+    resumed, again = job(tmp_path, **options)
+    assert (resumed / "adapter_model.safetensors").read_bytes() == finished
+    assert report.rows() == again.rows()
+
+
+def test_the_other_algorithms(tmp_path: Path):
+    for algorithm in ("reptile", "multitask"):
+        (tmp_path / algorithm).mkdir()
+        _, report = job(tmp_path / algorithm, algorithm=algorithm)
+        assert len(report.rows()) == 4
+
+
+def test_another_column_names_the_task(tmp_path: Path):
+    file = write_jsonl(tmp_path / "train.jsonl", letter_tasks("ab"), column="family")
+    assert load_tasks(TaskArguments(str(file)), "family")["train"].names == ["say a", "say b"]
+
+
+def test_a_task_in_two_splits(tmp_path: Path):
+    files = [
+        str(write_jsonl(tmp_path / f"{i}.jsonl", letter_tasks(letters))) for i, letters in enumerate(("ab", "cd", "de"))
+    ]
+    with pytest.raises(MetaPeftError, match="1 tasks are in both the validation and the test tasks, 'say d' for one"):
+        load_tasks(TaskArguments(*files), "task")
+    with pytest.raises(MetaPeftError, match="There is no file"):
+        load_tasks(TaskArguments(str(tmp_path / "nothing.jsonl")), "task")
+
+
+def test_too_few_rows_are_seen_before_the_model_is_loaded(tmp_path: Path):
+    file = write_jsonl(tmp_path / "train.jsonl", letter_tasks("ab", n=3))
+    with pytest.raises(MetaPeftError, match="'say a' has 3 distinct rows"):
+        run(ModelArguments("no/such-model"), TaskArguments(str(file)), config(tmp_path / "out"), CompareArguments())
+
+
+# Products of a row with a layer, 4 support and 8 query rows, 3 inner steps, 6 layers of which 2 are adapted.
+# Multi-task: 12 rows through 4 layers once and through 2 layers forward and backward: 48 + 48 = 96.
+@pytest.mark.parametrize(
+    ("algorithm", "products"),
+    [
+        ("maml", 48 + 2 * (3 * 4 * 4 + 2 * 8)),  # below once; an inner step is 4 products, then 2 for the query rows
+        ("fomaml", 48 + 2 * (3 * 2 * 4 + 2 * 8)),
+        ("reptile", 48 + 2 * (3 * 2 * 12)),  # its inner steps are on all rows
+        ("multitask", 96),
+    ],
+)
+def test_compute_ratio_by_hand(tmp_path: Path, algorithm: str, products: int):
+    args = config(tmp_path, algorithm=algorithm, shots=4, query_size=8, inner_steps=3)
+    assert compute_ratio(6, 2, args) == pytest.approx(products / 96)
+
+
+def test_compute_ratio_where_all_layers_are_adapted(tmp_path: Path):
+    args = config(tmp_path, shots=4, query_size=4, inner_steps=1)
+    assert compute_ratio(6, 6, args) == pytest.approx((4 * 4 + 2 * 4) / (2 * 8))
