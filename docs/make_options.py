@@ -7,11 +7,10 @@ from collections.abc import Iterator
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 from meta_peft import cli
+from meta_peft.compare import CompareArguments
 from meta_peft.config import MetaLoraConfig, ModelArguments, TaskArguments
-from meta_peft.main_job import CompareArguments
 
 PAGE = Path(__file__).with_name("options.md")
 COMMANDS = {
@@ -49,7 +48,7 @@ INHERITED = """### What is inherited
 | `push_to_hub`, `hub_model_id` | Push the adapter to the hub. |
 | `use_cpu` | Stay on the CPU where there is a GPU. |
 
-`fp16`, `torch_compile` and `remove_unused_columns` are refused, `fsdp` and `deepspeed` are not supported: see
+`fp16`, `torch_compile`, `remove_unused_columns`, `fsdp` and `deepspeed` are refused: see
 [limits](limits.md).
 """
 
@@ -75,28 +74,10 @@ def own_fields(group: type) -> list[Field[Any]]:
 
 def command_options(command: str) -> Iterator[tuple[str, str, str]]:
     """Option, default and help of each option of a `meta-peft` command."""
-    for action in _parser(command)._actions:
+    for action in cli.command_parsers()[1][command]._actions:
         if not isinstance(action, argparse._HelpAction):
             default = "required" if action.required else _value(action.default)
             yield ", ".join(action.option_strings), default, str(action.help)
-
-
-def _parser(command: str) -> argparse.ArgumentParser:
-    """The parser of a command, as the command line makes it: caught before it parses."""
-
-    class Caught(Exception):  # noqa: N818
-        pass
-
-    def catch(parser: argparse.ArgumentParser, words: list[str]) -> None:
-        raise Caught(parser)
-
-    with mock.patch.object(argparse.ArgumentParser, "parse_args", catch):
-        try:
-            cli._main([command])
-        except Caught as caught:
-            parser = caught.args[0]
-    commands = next(a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
-    return commands.choices[command]
 
 
 def _default(f: Field[Any]) -> str:

@@ -6,29 +6,27 @@
 
 from __future__ import annotations
 
-import sys
 from importlib import import_module
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from meta_peft.adapt import Adapted, adapt, adapt_many
+    from meta_peft.adaptation import Adapted, adapt, adapt_many
     from meta_peft.adapter_loss import AdapterLoss
     from meta_peft.algorithms import MAML, MultiTask, Reptile
     from meta_peft.config import MetaLoraConfig, ModelArguments, TaskArguments
     from meta_peft.errors import MetaPeftError
     from meta_peft.hub import load, push, save
     from meta_peft.inner_optimizers import SGD, Adam, InnerRule
-    from meta_peft.meta_gradient import LearnedRates, assign_gradient, meta_gradient
+    from meta_peft.outer_loop import LearnedRates, assign_gradient, meta_gradient
     from meta_peft.tasks import EpisodeCollator, EpisodeDataset, PromptFormat, TaskSet
     from meta_peft.trainer import MetaTrainer
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "Adapted": "adapt",
-    "adapt": "adapt",
-    "adapt_many": "adapt",
+    "Adapted": "adaptation",
+    "adapt": "adaptation",
+    "adapt_many": "adaptation",
     "AdapterLoss": "adapter_loss",
     "MAML": "algorithms",
     "MultiTask": "algorithms",
@@ -43,9 +41,9 @@ _HOMES = {
     "SGD": "inner_optimizers",
     "Adam": "inner_optimizers",
     "InnerRule": "inner_optimizers",
-    "LearnedRates": "meta_gradient",
-    "assign_gradient": "meta_gradient",
-    "meta_gradient": "meta_gradient",
+    "LearnedRates": "outer_loop",
+    "assign_gradient": "outer_loop",
+    "meta_gradient": "outer_loop",
     "EpisodeCollator": "tasks",
     "EpisodeDataset": "tasks",
     "PromptFormat": "tasks",
@@ -60,13 +58,3 @@ def __getattr__(name: str) -> Any:
     if name in _HOMES:
         return getattr(import_module(f"meta_peft.{_HOMES[name]}"), name)
     raise AttributeError(f"module 'meta_peft' has no attribute {name!r}")
-
-
-class _Package(ModuleType):
-    def __setattr__(self, name: str, value: Any) -> None:
-        """`adapt` and `meta_gradient` are functions; importing the modules they live in must not hide them."""
-        if not (name in _HOMES and isinstance(value, ModuleType)):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package

@@ -41,6 +41,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _main(words: list[str]) -> int:
     if words[:1] == ["train"]:
         return train(words[1:])
+    parser, commands = command_parsers()
+    if words and not words[0].startswith("-") and words[0] not in commands:
+        raise MetaPeftError(f"There is no command {words[0]!r}.{did_you_mean(words[0], commands)}")
+    options = parser.parse_args(words)
+    return {"adapt": adapt_command, "evaluate": evaluate_command, "inspect": inspect_command}[options.command](options)
+
+
+def command_parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+    """The parser of the whole command line, and that of each command; `train` has a parser of its own."""
     parser = argparse.ArgumentParser(
         prog="meta-peft",
         description="Meta-learn LoRA adapters that adapt to a new task in a few gradient steps.",
@@ -72,17 +81,15 @@ def _main(words: list[str]) -> int:
 
     for each in (parser, adapt, evaluate, inspect):
         each.error = fail  # type: ignore[method-assign, assignment]  # argparse would exit with its usage
-    if words and not words[0].startswith("-") and words[0] not in commands.choices:
-        raise MetaPeftError(f"There is no command {words[0]!r}.{did_you_mean(words[0], commands.choices)}")
-    options = parser.parse_args(words)
-    return {"adapt": adapt_command, "evaluate": evaluate_command, "inspect": inspect_command}[options.command](options)
+    return parser, dict(commands.choices)
 
 
 def train(words: list[str]) -> int:
     """The main job, by config file and options."""
+    from meta_peft.compare import CompareArguments
     from meta_peft.config import MetaLoraConfig, ModelArguments, TaskArguments
     from meta_peft.config_file import parse
-    from meta_peft.main_job import CompareArguments, run
+    from meta_peft.main_job import run
 
     groups = (ModelArguments, TaskArguments, MetaLoraConfig, CompareArguments)
     run(*parse(groups, words, prog="meta-peft train", about="Meta-train a LoRA adapter and compare it."))
@@ -92,7 +99,7 @@ def train(words: list[str]) -> int:
 def adapt_command(options: argparse.Namespace) -> int:
     from tqdm import tqdm
 
-    from meta_peft.adapt import adapt_many
+    from meta_peft.adaptation import adapt_many
     from meta_peft.tasks.task_set import TaskSet, read_jsonl
 
     if options.task_column is None:

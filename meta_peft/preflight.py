@@ -112,7 +112,9 @@ def _check_base(base: Any, *, second_order: bool) -> None:
                 " Use a dense model."
             )
     attention = str(getattr(base.config, "_attn_implementation", None) or "")
-    if second_order and (attention.startswith(FUSED_ATTENTION) or "/" in attention):  # a kernel from the hub has a slash
+    if second_order and (
+        attention.startswith(FUSED_ATTENTION) or "/" in attention
+    ):  # a kernel from the hub has a slash
         raise MetaPeftError(
             f"attn_implementation={attention!r} has no second derivative, and would give a wrong one without an error."
             " Load the model with attn_implementation='sdpa', or use a first-order algorithm."

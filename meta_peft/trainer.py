@@ -29,7 +29,7 @@ from meta_peft.config import MetaLoraConfig, ModelArguments
 from meta_peft.errors import MetaPeftError
 from meta_peft.evaluate import Start, curve
 from meta_peft.inner_optimizers.rule import RATES
-from meta_peft.meta_gradient import LearnedRates, meta_gradient
+from meta_peft.outer_loop import LearnedRates, meta_gradient
 from meta_peft.params import flatten, unflatten
 from meta_peft.sidecar import Sidecar
 from meta_peft.tasks import EpisodeCollator, EpisodeDataset, TaskSet

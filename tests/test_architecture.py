@@ -17,18 +17,19 @@ FLOORS = [
     ["fast_weights", "frozen_linear", "frozen_prefix", "inner_optimizers", "objectives"],
     ["tasks", "preflight", "inner_loop"],
     ["adapter_loss", "algorithms"],
-    ["meta_gradient", "config"],
-    ["evaluate", "in_context", "base_model", "lora_config"],
-    ["sidecar", "report", "compare"],
+    ["outer_loop", "config"],
+    ["evaluate", "in_context", "base_model"],
+    ["sidecar", "report"],
     ["hub", "card"],
-    ["adapt"],
+    ["adaptation"],
     ["trainer"],
+    ["compare"],
     ["main_job"],
     ["cli"],
-    ["__init__", "__main__"],
+    ["__init__"],
 ]
 ROOMS = {room: rank for rank, floor in enumerate(FLOORS) for room in floor}
-PEFT = "fast_weights preflight adapter_loss meta_gradient hub base_model adapt trainer cli __init__"
+PEFT = "fast_weights preflight adapter_loss outer_loop hub base_model adaptation trainer compare main_job"
 ONLY_IN = {
     "peft": PEFT.split(),
     "bitsandbytes": ["frozen_linear", "preflight"],

@@ -9,7 +9,7 @@ from surface import config
 from transformers import TrainingArguments
 
 from meta_peft import MAML, SGD, Adam, MetaLoraConfig, MetaPeftError, ModelArguments, MultiTask, Reptile, TaskArguments
-from meta_peft.main_job import CompareArguments
+from meta_peft.compare import CompareArguments
 
 # ---- what is refused, and how it is said
 
@@ -48,6 +48,7 @@ from meta_peft.main_job import CompareArguments
         ),
         ({"max_steps": -1}, "max_steps must be 1 or more, got -1: episodes have no epochs"),
         ({"max_steps": 0}, "max_steps must be 1 or more, got 0"),
+        ({"fsdp": "full_shard"}, "fsdp and deepspeed are refused: sharded weights have no second derivative here yet"),
         ({"torch_compile": True}, "torch_compile is refused: compiled code has no second derivative. Leave it off"),
         ({"prompt_template": "Question"}, r"prompt_template must contain \{input\}, got 'Question'"),
         ({"completion_template": "{input}"}, r"completion_template must contain \{target\}"),

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from meta_peft import MetaLoraConfig, MetaPeftError, ModelArguments, TaskArguments
+from meta_peft.compare import CompareArguments
 from meta_peft.config_file import parse
-from meta_peft.main_job import CompareArguments
 
 GROUPS = (ModelArguments, TaskArguments, MetaLoraConfig, CompareArguments)
 

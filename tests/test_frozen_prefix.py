@@ -10,7 +10,7 @@ from meta_peft.adapter_loss import AdapterLoss
 from meta_peft.algorithms import MAML
 from meta_peft.frozen_prefix import PLAIN_STACKS, FrozenPrefix
 from meta_peft.inner_optimizers import InnerRule
-from meta_peft.meta_gradient import meta_gradient
+from meta_peft.outer_loop import meta_gradient
 from meta_peft.params import expand
 
 # Layers whose attention masks differ, where a model type has them.

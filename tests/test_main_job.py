@@ -10,7 +10,8 @@ import pytest
 from surface import EVAL, TEST, TRAIN, config, letter_rows, letter_tasks, tiny_folder, write_jsonl
 
 from meta_peft import MetaPeftError, ModelArguments, TaskArguments, adapt, load
-from meta_peft.main_job import CompareArguments, compute_ratio, load_tasks, run
+from meta_peft.compare import CompareArguments, compute_ratio
+from meta_peft.main_job import load_tasks, run
 from meta_peft.report import Report
 from meta_peft.sidecar import Sidecar
 

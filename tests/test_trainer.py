@@ -26,7 +26,7 @@ from surface import (
 from transformers import TrainerCallback
 
 from meta_peft import LearnedRates, MetaPeftError, MetaTrainer, TaskSet, assign_gradient, load, meta_gradient
-from meta_peft.adapt import adapt
+from meta_peft.adaptation import adapt
 from meta_peft.adapter_loss import AdapterLoss
 from meta_peft.sidecar import Sidecar
 

@@ -34,7 +34,9 @@ class EpisodeCollator:
         """Encoded rows of several tasks, the same number for each, as one stack."""
         rows = [row for task in tasks for row in task]
         if any(all(label == IGNORED for label in row["labels"]) for row in rows):
-            raise MetaPeftError("A row has no labelled token, so there is nothing to learn from it: label its completion.")
+            raise MetaPeftError(
+                "A row has no labelled token, so there is nothing to learn from it: label its completion."
+            )
         longest = max(len(row["input_ids"]) for row in rows)
         shape = (len(rows), longest)
         ids, labels = torch.full(shape, self.pad_token_id), torch.full(shape, IGNORED)

@@ -5,7 +5,7 @@ from conftest import assert_equal, plain_loss, random_batch, reference_model, ti
 
 from meta_peft.algorithms import MultiTask
 from meta_peft.fast_weights import FastWeights
-from meta_peft.meta_gradient import meta_gradient
+from meta_peft.outer_loop import meta_gradient
 from meta_peft.params import gradients, leaves
 
 

@@ -9,7 +9,7 @@ from meta_peft.adapter_loss import AdapterLoss
 from meta_peft.algorithms import MultiTask, Reptile
 from meta_peft.errors import MetaPeftError
 from meta_peft.inner_optimizers import InnerRule
-from meta_peft.meta_gradient import meta_gradient
+from meta_peft.outer_loop import meta_gradient
 from meta_peft.types import EpisodeBatch, Meta, Params, Rows
 
 

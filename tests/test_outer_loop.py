@@ -23,7 +23,7 @@ from meta_peft.errors import MetaPeftError
 from meta_peft.inner_loop import adapt
 from meta_peft.inner_optimizers import SGD, Adam, InnerRule
 from meta_peft.inner_optimizers.rule import RATES
-from meta_peft.meta_gradient import LearnedRates, assign_gradient, meta_gradient
+from meta_peft.outer_loop import LearnedRates, assign_gradient, meta_gradient
 from meta_peft.params import take_task
 from meta_peft.types import EpisodeBatch, Params, Rows
 

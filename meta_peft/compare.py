@@ -1,0 +1,138 @@
+"""What a meta-learned adapter is compared with on held-out tasks, each start by the same protocol.
+
+Plain LoRA is what one has without any training on other tasks; multi-task LoRA is what one gets from the same tasks
+without an inner loop, and the one that is hard to beat; in-context examples need no training at all.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+from peft import PeftModel
+from tqdm import tqdm
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy
+
+from meta_peft.config import MetaLoraConfig
+from meta_peft.errors import MetaPeftError
+from meta_peft.evaluate import Curve, Start, tune, tuned_curve
+from meta_peft.in_context import in_context_scores
+from meta_peft.report import Report
+from meta_peft.tasks import TaskSet
+from meta_peft.trainer import MetaTrainer
+from meta_peft.types import Episode, EpisodeBatch
+
+
+@dataclass
+class CompareArguments:
+    """What the trained adapter is compared with on held-out tasks."""
+
+    compare: str = field(
+        default="plain",
+        metadata={"help": "plain: with plain LoRA. full: also multi-task LoRA and in-context examples. none: nothing."},
+    )
+    adaptation_steps: list[int] = field(
+        default_factory=lambda: [0, 1, 3, 10], metadata={"help": "Numbers of adaptation steps in the table."}
+    )
+    rate_factors: list[float] = field(
+        default_factory=lambda: [0.5, 1.0, 2.0, 4.0],
+        metadata={"help": "Multiples of the inner rates to choose from on validation tasks, for every start alike."},
+    )
+    max_validation_tasks: int = field(default=12, metadata={"help": "Validation tasks that rates are chosen on."})
+    max_test_tasks: int = field(default=48, metadata={"help": "Held-out tasks in the table."})
+
+    def __post_init__(self) -> None:
+        if self.compare not in ("none", "plain", "full"):
+            raise MetaPeftError(f"compare must be none, plain or full; got {self.compare!r}.")
+        if not self.adaptation_steps or min(self.adaptation_steps) < 0:
+            raise MetaPeftError(f"adaptation_steps must be numbers of 0 or more; got {self.adaptation_steps}.")
+        if not self.rate_factors or min(self.rate_factors) <= 0:
+            raise MetaPeftError(f"rate_factors must be positive numbers; got {self.rate_factors}.")
+
+
+def compare(
+    trainer: MetaTrainer, starts: list[Start], tasks: dict[str, TaskSet], arguments: CompareArguments
+) -> Report:
+    """Curves of `starts` on held-out tasks, their rates chosen on validation tasks; with in-context examples if full.
+
+    Args:
+        trainer: whose model the starts are adapters of.
+        starts: the first one must be the untrained adapter, which changes nothing: in-context examples use it.
+        tasks: with the splits ``validation`` and ``test``.
+        arguments: how much is compared.
+    """
+    validation = trainer.batches(_held_out(trainer, tasks["validation"], arguments.max_validation_tasks))
+    episodes = _held_out(trainer, tasks["test"], arguments.max_test_tasks)
+    test = trainer.batches(episodes)
+    steps = sorted(set(arguments.adaptation_steps))
+    curves = {s.name: _curve(trainer, s, validation, test, steps, arguments.rate_factors) for s in starts}
+    in_context = None
+    if arguments.compare == "full":
+        in_context = in_context_scores(
+            trainer.loss_fn, starts[0].adapter, episodes, trainer.data_collator, trainer.processing_class
+        )
+    return Report([episode.task for episode in episodes], curves, {}, in_context)
+
+
+def multitask_start(of: MetaTrainer, tasks: TaskSet, new_model: Callable[[], PeftModel]) -> Start:
+    """The hard baseline: one LoRA for all tasks, from the same episodes and more, for the same compute."""
+    args = of.args
+    own = copy.copy(args)
+    own.algorithm = "multitask"
+    n_layers, below = of.loss_fn.layers()
+    warmup = min(args.multitask_warmup_steps, args.max_steps)  # these cost what a step of multi-task training costs
+    own.max_steps = warmup + round((args.max_steps - warmup) * compute_ratio(n_layers, n_layers - below, args))
+    own.save_strategy = SaveStrategy.NO
+    own.eval_strategy = IntervalStrategy.NO
+    trainer = MetaTrainer(
+        new_model(),
+        args=own,
+        train_dataset=tasks,
+        processing_class=of.processing_class,
+    )
+    trainer.train()
+    return trainer.start("multi-task LoRA")
+
+
+def compute_ratio(n_layers: int, adapted: int, args: MetaLoraConfig) -> float:
+    """How many steps of multi-task training cost as much as one outer step of `args.algorithm`.
+
+    Counted in matrix products of a row with a layer. Layers below the lowest adapted one are run once a row; in the
+    `adapted` ones and those between, a forward and a backward are two products, and a second-order inner step is four.
+    """
+    support, query, below = args.shots, args.query_size, n_layers - adapted
+    inner = {"maml": 4, "fomaml": 2, "reptile": 2, "multitask": 0}[args.algorithm] * args.inner_steps
+    rows = support + query
+    last = 2 * query if args.algorithm in ("maml", "fomaml") else 0
+    inner_rows = rows if args.algorithm == "reptile" else support
+    if args.algorithm == "multitask":
+        return 1.0
+    return (rows * below + adapted * (inner * inner_rows + last)) / (rows * below + adapted * 2 * rows)
+
+
+def _first(tasks: TaskSet, n: int, seed: int = 0) -> TaskSet:
+    """At most n tasks, drawn without regard to their order."""
+    names = tasks.names
+    chosen = np.random.default_rng(seed).permutation(len(names))[:n]
+    return tasks.select(names[i] for i in sorted(chosen))
+
+
+def _held_out(trainer: MetaTrainer, tasks: TaskSet, n: int) -> list[Episode]:
+    return trainer.evaluation_episodes(_first(tasks, n)).by_length()
+
+
+def _curve(
+    trainer: MetaTrainer,
+    start: Start,
+    validation: list[EpisodeBatch],
+    test: list[EpisodeBatch],
+    steps: list[int],
+    factors: list[float],
+) -> Curve:
+    n_validation, n_test = (sum(batch.n_tasks for batch in batches) for batches in (validation, test))
+    with tqdm(total=n_validation * len(factors) + n_test, desc=start.name, unit="task", dynamic_ncols=True) as bar:
+        chosen = tune(trainer.loss_fn, start, validation, steps, factors, progress=bar.update)
+        bar.total = n_validation * len(factors) + n_test * len(set(chosen.values()))
+        return tuned_curve(trainer.loss_fn, start, test, chosen, progress=bar.update)
