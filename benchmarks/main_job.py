@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -42,7 +43,8 @@ def run(seed: int, config: str, folder: Path, more: list[str]) -> dict:
     if not (folder / "results.json").is_file():
         launch = [Path(sys.executable).parent / "accelerate", "launch", ROOT / "recipes/meta_lora.py"]
         options = ["--config", config, "--compare", "full", "--seed", seed, "--output_dir", folder]
-        subprocess.run([str(word) for word in [*launch, *options, *more]], check=True)
+        environment = {"OMP_NUM_THREADS": str(os.cpu_count()), **os.environ}  # else the launcher sets one thread
+        subprocess.run([str(word) for word in [*launch, *options, *more]], check=True, env=environment)
     return json.loads((folder / "results.json").read_text(encoding="utf-8"))
 
 
