@@ -13,9 +13,9 @@ PACKAGE = Path(meta_peft.__file__).parent
 # Each module or subfolder of the package, from the ground up.
 FLOORS = [
     ["errors", "types"],
-    ["params", "forwards", "config_file", "memory", "smollm2_wheel"],
+    ["params", "forwards", "task_rows", "config_file", "memory", "smollm2_wheel"],
     ["fast_weights", "frozen_linear", "frozen_prefix", "inner_optimizers", "objectives"],
-    ["tasks", "preflight", "inner_loop"],
+    ["tasks", "preflight", "dora", "inner_loop"],
     ["adapter_loss", "algorithms"],
     ["outer_loop", "config"],
     ["evaluate", "in_context", "base_model"],
@@ -29,7 +29,7 @@ FLOORS = [
     ["__init__"],
 ]
 ROOMS = {room: rank for rank, floor in enumerate(FLOORS) for room in floor}
-PEFT = "fast_weights preflight adapter_loss outer_loop hub base_model adaptation trainer compare main_job"
+PEFT = "fast_weights preflight dora adapter_loss outer_loop hub base_model adaptation trainer compare main_job"
 ONLY_IN = {
     "peft": PEFT.split(),
     "bitsandbytes": ["frozen_linear", "preflight"],
