@@ -16,8 +16,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from meta_peft import preflight
+from meta_peft.fast_forwards import fast_forwards
 from meta_peft.fast_weights import FastWeights
-from meta_peft.frozen_linear import frozen_products, quantised_layers
+from meta_peft.forwards import replaced_forwards
 from meta_peft.frozen_prefix import FrozenPrefix
 from meta_peft.objectives import causal_lm
 from meta_peft.types import Params, Rows
@@ -41,7 +42,7 @@ class AdapterLoss:
         self.weights = FastWeights(model)
         base = model.get_base_model()
         self._head = base.get_output_embeddings()
-        self._quantised = quantised_layers(model)
+        self._fast = fast_forwards(model, self.weights.adapter)
         self._prefix = FrozenPrefix(model, base.config.model_type, list(self.weights.parameters()))
 
     def __call__(self, adapter: Params, rows: Rows) -> Tensor:
@@ -63,7 +64,7 @@ class AdapterLoss:
         with ExitStack() as stack:
             stack.enter_context(_evaluation_mode(self.model))
             stack.enter_context(self.weights.installed(adapter))
-            stack.enter_context(frozen_products(self._quantised))
+            stack.enter_context(replaced_forwards(self._fast))
             stack.enter_context(self._prefix.reused(rows))
             if self.second_order and torch.is_grad_enabled():
                 stack.enter_context(sdpa_kernel(SDPBackend.MATH))

@@ -28,8 +28,8 @@ def leaves(params: Params) -> Params:
 
 
 def take_task(params: Params, task: int) -> Params:
-    """One task's weights out of a stack, ``[T, out, in] -> [out, in]``, detached and copied."""
-    return {name: p[task].detach().clone() for name, p in params.items()}
+    """One task's weights ``[out, in]`` out of a stack, or out of what all share, detached and copied."""
+    return {name: (p[task] if p.dim() == 3 else p).detach().clone() for name, p in params.items()}
 
 
 def weighted_sum(terms: Iterable[tuple[float, Params]]) -> Params:

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from meta_peft.ops.cross_entropy import cross_entropy
 from meta_peft.types import Rows
 
 IGNORED = -100
@@ -36,7 +36,7 @@ def labelled_logits(model: nn.Module, head: nn.Module, rows: Rows) -> tuple[Tens
     targets_BL = rows.labels_BL[:, 1:]  # the token at position p is predicted from position p - 1
     row_N, position_N = (targets_BL != IGNORED).nonzero(as_tuple=True)
     with _head_reads(head, row_N, position_N):
-        logits_NV = model(**rows.inputs, use_cache=False).logits[0]
+        logits_NV = model(**rows.inputs, use_cache=False).logits.squeeze(0)
     return logits_NV, targets_BL[row_N, position_N], row_N
 
 
@@ -62,8 +62,7 @@ def scores_per_task(model: nn.Module, head: nn.Module, rows: Rows) -> TaskScores
 
 
 def _token_losses(logits_NV: Tensor, labels_N: Tensor) -> Tensor:
-    wide = logits_NV if logits_NV.dtype == torch.float64 else logits_NV.float()
-    return F.cross_entropy(wide, labels_N, reduction="none")
+    return cross_entropy(logits_NV, labels_N)
 
 
 def _mean_per_task(loss_N: Tensor, row_N: Tensor, rows: Rows) -> Tensor:
