@@ -39,11 +39,17 @@ def dequantise(layer: nn.Module) -> Tensor:
 
 def frozen_weight(layer: nn.Module, dtype: torch.dtype) -> Tensor:
     """The weight of a frozen linear layer, quantised or not, as ``[out, in]`` in `dtype`, detached."""
+    weight: Any = layer.weight
     if type(layer) is nn.Linear:
-        return layer.weight.detach().to(dtype)
+        return weight.detach().to(dtype)
     if type(layer) is Conv1D:
-        return layer.weight.detach().T.to(dtype)
+        return weight.detach().T.to(dtype)
     return dequantise(layer).to(dtype)
+
+
+def frozen_bias(layer: nn.Module, dtype: torch.dtype) -> Tensor | None:
+    bias: Any = layer.bias
+    return None if bias is None else bias.detach().to(dtype)
 
 
 def times_frozen(x: Tensor, layer: nn.Module, *, transposed: bool = False) -> Tensor:
@@ -82,8 +88,8 @@ class _FrozenProduct(torch.autograd.Function):
 def frozen_product(x: Tensor, layer: nn.Module) -> Tensor:
     """``x W^T + b`` for a frozen linear layer; x is ``[..., in]``, the result ``[..., out]``. Serves `torch.func` too."""
     y: Tensor = _FrozenProduct.apply(x, layer, False)
-    bias: Any = layer.bias
-    return y if bias is None else y + bias.detach().to(y.dtype)
+    bias = frozen_bias(layer, y.dtype)
+    return y if bias is None else y + bias
 
 
 def quantised_layers(model: nn.Module) -> list[nn.Module]:

@@ -11,8 +11,6 @@ for which the model is differentiated once only, so that fused attention kernels
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
@@ -33,6 +31,7 @@ class GradientGraph:
         """u times the Hessian and the mixed derivative. The graph is freed by the `last` product."""
         outputs = {name: g for name, g in self._grads.items() if g.requires_grad}  # a constant gradient has no graph
         inputs = {**self._fast, **self._slow}
+        found: tuple[Tensor | None, ...] = (None,) * len(inputs)
         if outputs:
             found = torch.autograd.grad(
                 list(outputs.values()),
@@ -41,11 +40,7 @@ class GradientGraph:
                 allow_unused=True,
                 retain_graph=not last,
             )
-        else:
-            found = (None,) * len(inputs)
-        filled = {
-            n: torch.zeros_like(p) if v is None else v for (n, p), v in zip(inputs.items(), found, strict=True)
-        }
+        filled = {n: torch.zeros_like(p) if v is None else v for (n, p), v in zip(inputs.items(), found, strict=True)}
         if last:
             self._grads = {}
         return {n: filled[n] for n in self._fast}, {n: filled[n] for n in self._slow}
@@ -63,7 +58,9 @@ def difference_product(
         grads = _gradients(loss_fn, at, leaves(slow), rows, 1 / h_T if slow else None)
         sides.append(grads)
     (plus, plus_slow), (minus, minus_slow) = sides
-    of_fast = {n: (plus[n] - minus[n]) / 2 if slow else (plus[n] - minus[n]) / (2 * _of_tasks(h_T, plus[n])) for n in fast}
+    of_fast = {
+        n: (plus[n] - minus[n]) / 2 if slow else (plus[n] - minus[n]) / (2 * _of_tasks(h_T, plus[n])) for n in fast
+    }
     return of_fast, {n: (plus_slow[n] - minus_slow[n]) / 2 for n in slow}
 
 
@@ -91,5 +88,3 @@ def norm(params: Params) -> Tensor:
 
 def _of_tasks(value_T: Tensor, like: Tensor) -> Tensor:
     return value_T[:, None, None].to(like.dtype)
-
-

@@ -14,6 +14,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import torch
+from torch import Tensor
+
 from meta_peft.errors import MetaPeftError, did_you_mean
 from meta_peft.inner_optimizers import InnerRule
 from meta_peft.inner_path import InnerPath, Remember
@@ -66,31 +69,35 @@ class MAML:
         return self.differentiated_steps > 0 and self.memory != "finite_differences"
 
     def __call__(self, loss_fn: LossFn, meta: Meta, batch: EpisodeBatch) -> MetaGradient:
-        graphs = {"auto": self.inner.steps, "unrolled": self.inner.steps}.get(str(self.memory), 0)
-        remember = Remember(
-            self.differentiated_steps,
-            graphs=self.memory if isinstance(self.memory, int) else graphs,
-            differences=self.memory == "finite_differences",
-            stops=self.multi_step > 0,
-        )
-        path = InnerPath(loss_fn, meta, batch.support, self.inner, remember)
+        path = InnerPath(loss_fn, meta, batch.support, self.inner, self._remember())
+        losses: list[Tensor] = []
 
         def query(fast: Params, weight: float) -> tuple[Params, Params]:
-            """Adjoints, from this step's share of the objective, of the fast weights and of the slow ones."""
+            """Adjoints of the fast and of the slow weights, from the query loss with its weight in the objective."""
             at, slow = leaves(fast), leaves(path.slow)
             loss_T = loss_fn({**slow, **at}, batch.query)
             losses.append(loss_T.detach())
             grads = gradients(weight * loss_T.sum(), {**at, **slow})
             return {n: grads[n] for n in at}, {n: grads[n] for n in slow}
 
-        losses: list = []
         share = self.multi_step / max(self.inner.steps, 1)
         of_fast, of_slow = query(path.fast, 1 - self.multi_step + share)
-        stop = (lambda k, fast: query(fast, share)) if self.multi_step else None
-        of_fast, of_slow, of_hyper = path.walk_back(of_fast, of_slow, stop)
-        mean = {**{n: p.sum(0) / batch.n_tasks for n, p in of_fast.items()}, **{n: p / batch.n_tasks for n, p in of_slow.items()}}
-        hyper = {n: of_hyper.get(n, 0 * meta.hyper[n].detach()) / batch.n_tasks for n in meta.hyper if self.inner.learn_rates}
-        metrics = {"loss": losses[0]}
-        if path.difference_error_T is not None:
-            metrics["hessian_error"] = path.difference_error_T
-        return MetaGradient(Meta({n: mean[n] for n in meta.adapter}, hyper), batch.n_tasks, metrics)
+        arriving = (lambda step, fast: query(fast, share)) if self.multi_step else None
+        of_fast, of_slow, of_hyper = path.walk_back(of_fast, of_slow, arriving)
+
+        total = {**{n: p.sum(0) for n, p in of_fast.items()}, **of_slow}
+        adapter = {name: total[name] / batch.n_tasks for name in meta.adapter}
+        hyper = {name: p / batch.n_tasks for name, p in of_hyper.items()}
+        if self.inner.learn_rates and not hyper:  # without steps nothing depends on rates
+            hyper = {name: torch.zeros_like(p) for name, p in meta.hyper.items()}
+        errors = {} if path.difference_error_T is None else {"hessian_error": path.difference_error_T}
+        return MetaGradient(Meta(adapter, hyper), batch.n_tasks, {"loss": losses[0], **errors})
+
+    def _remember(self) -> Remember:
+        kept = self.memory if isinstance(self.memory, int) else 0
+        return Remember(
+            self.differentiated_steps,
+            graphs=self.inner.steps if self.memory in ("auto", "unrolled") else kept,
+            differences=self.memory == "finite_differences",
+            stops=self.multi_step > 0,
+        )

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
-from meta_peft.frozen_linear import quantised_layers, times_frozen
+from meta_peft.frozen_linear import frozen_bias, quantised_layers, times_frozen
 
 
 def is_plain(layer: LoraLayer, adapter: str) -> bool:
@@ -31,12 +31,14 @@ def is_plain(layer: LoraLayer, adapter: str) -> bool:
     return (
         (type(base) in (nn.Linear, Conv1D) or bool(quantised_layers(base)))
         and adapter not in layer.lora_variant
-        and all(type(part[adapter]) is nn.Linear and part[adapter].bias is None for part in (layer.lora_A, layer.lora_B))
+        and all(
+            type(part[adapter]) is nn.Linear and part[adapter].bias is None for part in (layer.lora_A, layer.lora_B)
+        )
     )
 
 
 def lora_linear(x: Tensor, a: Tensor, b: Tensor, base: nn.Module, scaling: float) -> Tensor:
-    """``x W^T + bias + scaling x A^T B^T``: x is ``[B, L, in]``; A and B are ``[r, in]``, ``[out, r]`` or stacks of them."""
+    """``x W^T + bias + scaling x A^T B^T``: x is ``[B, L, in]``; A ``[r, in]`` and B ``[out, r]``, or stacks of them."""
     n_tasks = max(a.shape[0] if a.dim() == 3 else 1, b.shape[0] if b.dim() == 3 else 1)
     a = a if a.dim() == 3 and a.shape[0] == n_tasks else a.expand(n_tasks, *a.shape[-2:])
     b = b if b.dim() == 3 and b.shape[0] == n_tasks else b.expand(n_tasks, *b.shape[-2:])
@@ -53,14 +55,12 @@ class _LoraProduct(torch.autograd.Function):
         h = _narrow(x, a, scaling)
         ctx.save_for_backward(x, a, bt, h)
         ctx.base, ctx.scaling = base, scaling
-        y = _wide(times_frozen(x, base), h, bt)
-        return y if base.bias is None else y.add_(base.bias.detach().to(y.dtype))
+        y, bias = _wide(times_frozen(x, base), h, bt), frozen_bias(base, x.dtype)
+        return y if bias is None else y.add_(bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        dx, da, dbt = _Backward.apply(
-            grads[0], *ctx.saved_tensors, ctx.base, ctx.scaling, ctx.needs_input_grad[0]
-        )
+        dx, da, dbt = _Backward.apply(grads[0], *ctx.saved_tensors, ctx.base, ctx.scaling, ctx.needs_input_grad[0])
         return dx, da, dbt, None, None
 
 

@@ -1,4 +1,4 @@
-"""``y = w n`` with ``n = r x``, ``r = (mean x^2 + eps)^(-1/2)``: RMSNorm (Zhang & Sennrich 2019, arXiv 1910.07467), w frozen.
+"""RMSNorm (Zhang & Sennrich 2019, arXiv 1910.07467): ``y = w n``, ``n = r x``, ``r = (mean x^2 + eps)^(-1/2)``, w frozen.
 
 The Jacobian of n is symmetric, ``J = r (1 - n n^T / size)``. With ``h = w g`` the backward is ``dx = J h``; for its
 cotangent p the backward of the backward is ``dg = w J p`` and, with the means ``a = <p n>``, ``m = <h n>``, ``c = <p h>``,

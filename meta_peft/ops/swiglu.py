@@ -54,9 +54,7 @@ class _Backward(torch.autograd.Function):
         return dg.view(shape), da.view(shape), db.view(shape)
 
 
-def _second(
-    g: Tensor, a: Tensor, b: Tensor, u: Tensor, v: Tensor, dg: Tensor, da: Tensor, db: Tensor
-) -> None:
+def _second(g: Tensor, a: Tensor, b: Tensor, u: Tensor, v: Tensor, dg: Tensor, da: Tensor, db: Tensor) -> None:
     q = torch.sigmoid(a)
     s, rest = q * a, 1 - q
     s1 = torch.addcmul(q, s, rest)
