@@ -19,6 +19,7 @@ from meta_peft.base_model import BaseIdentity, load_base, load_tokenizer
 from meta_peft.config import ModelArguments
 from meta_peft.errors import MetaPeftError
 from meta_peft.fast_weights import FastWeights, active_adapter
+from meta_peft.inner_optimizers.rule import RATES
 from meta_peft.sidecar import JSON, TENSORS, Sidecar
 from meta_peft.types import Params
 
@@ -102,6 +103,12 @@ def attach(model: PeftModel, sidecar: Sidecar, tokenizer: Any) -> None:
         raise MetaPeftError(
             f"The sidecar has rates for {len(sidecar.names)} LoRA matrices, the adapter has {len(names)} (first"
             f" {sidecar.names[:1]} and {names[:1]}): they do not belong together."
+        )
+    expected = sidecar.inner.initial_rates(dict(FastWeights(model).parameters()))[RATES].shape[1]
+    if sidecar.log_rates.shape[1] != expected:
+        raise MetaPeftError(
+            f"The sidecar has {sidecar.log_rates.shape[1]} rates, the adapter's fast weights need {expected}: they do not"
+            " belong together."
         )
     model.meta_peft = MetaLearned(sidecar, tokenizer, active_adapter(model))
 

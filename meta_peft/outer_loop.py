@@ -8,13 +8,13 @@ from torch import Tensor, nn
 
 from meta_peft import preflight
 from meta_peft.adapter_loss import AdapterLoss
-from meta_peft.algorithms import MAML, ImplicitMAML, MultiTask, Reptile
 from meta_peft.errors import MetaPeftError
 from meta_peft.fast_weights import FastWeights
 from meta_peft.inner_optimizers.rule import RATES, InnerRule
 from meta_peft.memory import ran_out
 from meta_peft.memory_plan import MemoryPlan
 from meta_peft.params import weighted_sum
+from meta_peft.schedule import AnyAlgorithm
 from meta_peft.types import Algorithm, EpisodeBatch, LossFn, Meta, MetaGradient, Params
 
 
@@ -36,7 +36,7 @@ class LearnedRates(nn.Module):
 def meta_gradient(
     model: PeftModel | AdapterLoss,
     episode_batch: EpisodeBatch,
-    algorithm: MAML | ImplicitMAML | Reptile | MultiTask,
+    algorithm: AnyAlgorithm,
     rates: LearnedRates | None = None,
     *,
     tasks_per_forward: int | MemoryPlan | None = None,
@@ -54,6 +54,16 @@ def meta_gradient(
     Returns:
         Gradients by the names of `AdapterLoss.weights`; nothing is written to `.grad` (see `assign_gradient`).
     """
+    loss_fn = bind(model, algorithm)
+    if not isinstance(tasks_per_forward, MemoryPlan):
+        tasks_per_forward = MemoryPlan(episode_batch.n_tasks if tasks_per_forward is None else tasks_per_forward)
+    adapter: Params = dict(loss_fn.weights.parameters())
+    hyper = algorithm.inner.initial_rates(adapter) if rates is None else rates.values()
+    return in_chunks(algorithm, loss_fn, Meta(adapter, hyper), episode_batch, tasks_per_forward)
+
+
+def bind(model: PeftModel | AdapterLoss, algorithm: AnyAlgorithm) -> AdapterLoss:
+    """The model's loss, checked for what `algorithm` asks of it."""
     loss_fn = model if isinstance(model, AdapterLoss) else AdapterLoss(model, second_order=algorithm.second_order)
     if algorithm.second_order and not loss_fn.second_order:
         raise MetaPeftError(
@@ -62,11 +72,7 @@ def meta_gradient(
         )
     if getattr(algorithm, "memory", None) == "finite_differences":
         preflight.check_differences(loss_fn.model)
-    if not isinstance(tasks_per_forward, MemoryPlan):
-        tasks_per_forward = MemoryPlan(episode_batch.n_tasks if tasks_per_forward is None else tasks_per_forward)
-    adapter: Params = dict(loss_fn.weights.parameters())
-    hyper = algorithm.inner.initial_rates(adapter) if rates is None else rates.values()
-    return in_chunks(algorithm, loss_fn, Meta(adapter, hyper), episode_batch, tasks_per_forward)
+    return loss_fn
 
 
 def in_chunks(algorithm: Algorithm, loss_fn: LossFn, meta: Meta, batch: EpisodeBatch, plan: MemoryPlan) -> MetaGradient:

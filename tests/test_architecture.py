@@ -14,9 +14,11 @@ PACKAGE = Path(meta_peft.__file__).parent
 FLOORS = [
     ["errors", "types"],
     ["params", "forwards", "config_file", "memory", "smollm2_wheel"],
-    ["fast_weights", "frozen_linear", "frozen_prefix", "inner_optimizers", "objectives"],
-    ["tasks", "preflight", "inner_loop"],
-    ["adapter_loss", "algorithms"],
+    ["fast_weights", "frozen_linear", "frozen_prefix", "inner_optimizers", "shelf"],
+    ["ops", "preflight", "inner_loop", "hessian"],
+    ["objectives", "fast_forwards", "inner_path"],
+    ["tasks", "adapter_loss", "algorithms"],
+    ["memory_plan", "schedule"],
     ["outer_loop", "config"],
     ["evaluate", "in_context", "base_model"],
     ["sidecar", "report"],
@@ -29,7 +31,7 @@ FLOORS = [
     ["__init__"],
 ]
 ROOMS = {room: rank for rank, floor in enumerate(FLOORS) for room in floor}
-PEFT = "fast_weights preflight adapter_loss outer_loop hub base_model adaptation trainer compare main_job"
+PEFT = "fast_weights fast_forwards ops preflight adapter_loss outer_loop hub base_model adaptation trainer compare main_job"
 ONLY_IN = {
     "peft": PEFT.split(),
     "bitsandbytes": ["frozen_linear", "preflight"],

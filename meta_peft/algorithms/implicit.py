@@ -57,6 +57,11 @@ class ImplicitMAML:
     def second_order(self) -> bool:
         return self.memory != "finite_differences"
 
+    def products(self, support: int, query: int) -> int:
+        """Matrix products of one row with one adapted layer that a task costs."""
+        hessian = 2 + 2 * (self.iterations + 1) if self.second_order else 4 * (self.iterations + 1)
+        return support * (2 * self.inner.steps + hessian) + 2 * query
+
     def __call__(self, loss_fn: LossFn, meta: Meta, batch: EpisodeBatch) -> MetaGradient:
         end = adapt(loss_fn, meta.adapter, meta.hyper, batch.support, self.inner)
         fast, slow = self.inner.split(end)

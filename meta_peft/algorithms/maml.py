@@ -93,6 +93,13 @@ class MAML:
         errors = {} if path.difference_error_T is None else {"hessian_error": path.difference_error_T}
         return MetaGradient(Meta(adapter, hyper), batch.n_tasks, {"loss": losses[0], **errors})
 
+    def products(self, support: int, query: int) -> int:
+        """Matrix products of one row with one adapted layer that a task costs, with its numbers of rows."""
+        steps, differentiated = self.inner.steps, self.differentiated_steps
+        rebuilt = differentiated - min(differentiated, self._remember().graphs)  # forward and backward once more
+        queries = steps if self.multi_step and steps else 1
+        return support * (2 * steps + 2 * differentiated + 2 * rebuilt) + 2 * query * queries
+
     def _remember(self) -> Remember:
         kept = self.memory if isinstance(self.memory, int) else 0
         return Remember(

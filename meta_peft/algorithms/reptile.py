@@ -29,6 +29,10 @@ class Reptile:
         if self.inner.fast is not None:
             raise MetaPeftError("Reptile gives no gradient for slow weights: leave fast_weights out, or use MAML.")
 
+    def products(self, support: int, query: int) -> int:
+        """Matrix products of one row with one adapted layer that a task costs."""
+        return 2 * self.inner.steps * (support + query)
+
     def __call__(self, loss_fn: LossFn, meta: Meta, batch: EpisodeBatch) -> MetaGradient:
         losses: list[Tensor] = []
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
@@ -84,15 +85,21 @@ class InnerRule:
         """Whether, with gradients taken as constants, a step is the identity plus constants."""
         return not (self.learn_rates or self.proximal or getattr(self.optimizer, "weight_decay", 0.0))
 
-    def split(self, adapter: Params) -> tuple[Params, Params]:
-        """The fast weights, and the others."""
-        fast = {n: p for n, p in adapter.items() if self.fast is None or re.search(self.fast, n)}
-        if not fast:
+    def fast_names(self, names: Iterable[str]) -> list[str]:
+        """Those of the LoRA matrices that are fast weights."""
+        names = list(names)
+        found = [name for name in names if self.fast is None or re.search(self.fast, name)]
+        if not found:
             raise MetaPeftError(
                 f"fast_weights={self.fast!r} is found in the name of no LoRA matrix. They have names like"
-                f" {', '.join(list(adapter)[:2])}."
+                f" {', '.join(names[:2])}."
             )
-        return fast, {n: p for n, p in adapter.items() if n not in fast}
+        return found
+
+    def split(self, adapter: Params) -> tuple[Params, Params]:
+        """The fast weights, and the others."""
+        fast = {name: adapter[name] for name in self.fast_names(adapter)}
+        return fast, {name: p for name, p in adapter.items() if name not in fast}
 
     def initial_rates(self, adapter: Params) -> Params:
         """The hyper-parameters to start from: log rates ``[S, n]`` for S = 1 or `steps` and n fast matrices or entries."""
