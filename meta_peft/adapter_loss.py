@@ -7,8 +7,9 @@ differentiated twice. Outside a call the model is an ordinary PEFT model, as it 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from typing import TypeVar
 
 import torch
 from peft import PeftModel
@@ -17,55 +18,90 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from meta_peft import preflight
 from meta_peft.fast_forwards import fast_forwards
-from meta_peft.fast_weights import FastWeights
+from meta_peft.fast_weights import FastWeights, lora_layers
 from meta_peft.forwards import replaced_forwards
-from meta_peft.frozen_prefix import FrozenPrefix
-from meta_peft.objectives import causal_lm
+from meta_peft.frozen_prefix import FrozenPrefix, layer_list
+from meta_peft.objectives import objective_for
+from meta_peft.objectives.labelled_tokens import TaskScores
+from meta_peft.task_rows import RowsRearrangedError, TasksApart, rows_in_place
 from meta_peft.types import Params, Rows
+
+Measured = TypeVar("Measured")
 
 
 class AdapterLoss:
     """``(adapter, rows) -> loss_T`` for one adapter of a PEFT model.
 
+    All tasks of a stack go through the model at once. Where an architecture or a place of LoRA does not allow that, they
+    go one after the other, with the same results: this is found out at the first call and said in the log.
+
     Args:
         model: a `PeftModel` with LoRA layers and a language-modelling head; its base is never written to.
         second_order: whether losses will be differentiated twice. Then attention runs as ordinary matrix products.
+        objective: a name of `meta_peft.objectives.OBJECTIVES`; by default what the model is made for.
 
     Raises:
         MetaPeftError: the model is one whose gradients would be wrong without an error (see `preflight`).
     """
 
-    def __init__(self, model: PeftModel, *, second_order: bool = True):
+    def __init__(self, model: PeftModel, *, second_order: bool = True, objective: str | None = None):
         preflight.check_model(model, second_order=second_order)
         self.model = model
         self.second_order = second_order
         self.weights = FastWeights(model)
-        base = model.get_base_model()
+        self._base = base = model.get_base_model()  # PEFT's own wrapper would want inputs of certain names
+        self._objective = objective_for(base, objective)
         self._head = base.get_output_embeddings()
-        self._fast = fast_forwards(model, self.weights.adapter)
+        self._forwards = fast_forwards(model, self.weights.adapter)
         self._prefix = FrozenPrefix(model, base.config.model_type, list(self.weights.parameters()))
+        self._adapted = list(lora_layers(model, self.weights.adapter))
+        self._at_once = True
+        self._apart = TasksApart()
 
     def __call__(self, adapter: Params, rows: Rows) -> Tensor:
-        with self._running(adapter, rows):
-            return causal_lm.loss_per_task(self.model, self._head, rows)
+        losses = self._measured(lambda r: self._objective.loss_per_task(self._base, self._head, r), adapter, rows)
+        return torch.cat(losses)
 
     @torch.no_grad()
-    def scores(self, adapter: Params, rows: Rows) -> causal_lm.TaskScores:
+    def scores(self, adapter: Params, rows: Rows) -> TaskScores:
         """Loss and exact match per task, without gradients."""
-        with self._running(adapter, rows):
-            return causal_lm.scores_per_task(self.model, self._head, rows)
+        parts = self._measured(lambda r: self._objective.scores_per_task(self._base, self._head, r), adapter, rows)
+        return TaskScores(torch.cat([p.loss_T for p in parts]), torch.cat([p.exact_match_T for p in parts]))
 
     def layers(self) -> tuple[int, int]:
-        """How many decoder layers the model has, and how many of them are run once per stack instead of at every step."""
-        return int(self.model.get_base_model().config.num_hidden_layers), len(self._prefix.below)
+        """How many layers the model has, and how many of them are run once per stack instead of at every step."""
+        n_layers = int(self._base.config.num_hidden_layers)
+        if self._base.config.is_encoder_decoder:
+            n_layers = len(layer_list(self._base.get_encoder())) + len(layer_list(self._base.get_decoder()))
+        return n_layers, self._prefix.n_layers
+
+    def _measured(self, measure: Callable[[Rows], Measured], adapter: Params, rows: Rows) -> list[Measured]:
+        """What `measure` returns for all tasks at once, or for one after the other."""
+        own = self.weights.parameters()
+        stacked = {name for name, value in adapter.items() if value.dim() > own[name].dim()}
+        if not stacked or (self._at_once and rows.n_tasks > 1):
+            try:
+                with self._running(adapter, rows, at_once=bool(stacked)):
+                    return [measure(rows)]
+            except RowsRearrangedError as reason:
+                self._at_once = False
+                preflight.say_once(f"{reason} The tasks of a stack go through the model one after the other.")
+        measured = []
+        for task, its_rows in enumerate(self._apart.of(rows)):
+            its_adapter = {name: value[task] if name in stacked else value for name, value in adapter.items()}
+            with self._running(its_adapter, its_rows, at_once=False):
+                measured.append(measure(its_rows))
+        return measured
 
     @contextmanager
-    def _running(self, adapter: Params, rows: Rows) -> Iterator[None]:
+    def _running(self, adapter: Params, rows: Rows, *, at_once: bool) -> Iterator[None]:
         with ExitStack() as stack:
             stack.enter_context(_evaluation_mode(self.model))
             stack.enter_context(self.weights.installed(adapter))
-            stack.enter_context(replaced_forwards(self._fast))
+            stack.enter_context(replaced_forwards(self._forwards))
             stack.enter_context(self._prefix.reused(rows))
+            if at_once:
+                stack.enter_context(rows_in_place(self._adapted, rows.labels_BL.shape[0]))
             if self.second_order and torch.is_grad_enabled():
                 stack.enter_context(sdpa_kernel(SDPBackend.MATH))
             yield

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from meta_peft.allocator import keep_freed_memory
 from meta_peft.errors import MetaPeftError, did_you_mean
-from meta_peft.memory import keep_freed_memory
 
 EXAMPLES = """examples:
   meta-peft train --config recipes/configs/locale_formatting.yaml

@@ -132,9 +132,7 @@ class MetaLoraConfig(TrainingArguments):
     )
     learn_inner_lr: bool = field(default=True, metadata={"help": "Learn one inner rate for each LoRA matrix."})
     inner_lr_per_step: bool = field(default=False, metadata={"help": "Learn rates for each inner step separately."})
-    inner_lr_per_entry: bool = field(
-        default=False, metadata={"help": "Learn a rate for each entry of a LoRA matrix (Meta-SGD)."}
-    )
+    inner_lr_per_entry: bool = field(default=False, metadata={"help": "Learn a rate for each entry of a LoRA matrix."})
     inner_lr_learning_rate: float = field(
         default=0.05, metadata={"help": "Outer learning rate of the log inner rates."}
     )

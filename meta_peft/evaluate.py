@@ -15,7 +15,7 @@ import torch
 from meta_peft.adapter_loss import AdapterLoss
 from meta_peft.inner_loop import adapt
 from meta_peft.inner_optimizers.rule import InnerRule, scaled
-from meta_peft.objectives.causal_lm import TaskScores
+from meta_peft.objectives.labelled_tokens import TaskScores
 from meta_peft.types import EpisodeBatch, Params
 
 Progress = Callable[[int], object]

@@ -13,6 +13,7 @@ from typing import Any
 from peft import PeftModel
 from torch import Tensor, nn
 
+from meta_peft.dora import dora_forwards
 from meta_peft.fast_weights import lora_layers
 from meta_peft.frozen_linear import frozen_product, quantised_layers
 from meta_peft.ops.lora_linear import is_plain, lora_linear
@@ -28,7 +29,8 @@ SILU = {"SiLU", "SiLUActivation"}
 
 
 def fast_forwards(model: PeftModel, adapter: str) -> Forwards:
-    return [*_products(model, adapter), *_norms(model), *_gated(model)]
+    """Forwards to take the place of the modules' own while losses are computed."""
+    return [*_products(model, adapter), *dora_forwards(model, adapter), *_norms(model), *_gated(model)]
 
 
 def _products(model: PeftModel, adapter: str) -> Iterator[tuple[nn.Module, Callable[..., Any]]]:

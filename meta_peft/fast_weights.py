@@ -2,7 +2,8 @@
 
 PEFT's own layers do the forward. For its duration the `nn.Linear` that holds a LoRA matrix takes its weight from the
 dict it is given, ``[out, in]`` for weights that all rows share or ``[T, out, in]`` for a stack over tasks, so that T
-tasks, each with its own weights, go through the frozen base model in one pass.
+tasks, each with its own weights, go through the frozen base model in one pass. The matrices of an embedding are bare
+parameters, which PEFT multiplies itself: they cannot be stacked. The magnitudes of DoRA, ``[out]``, are fast weights too.
 """
 
 from __future__ import annotations
@@ -31,12 +32,17 @@ class FastWeights:
 
     def __init__(self, model: PeftModel, adapter: str | None = None):
         self.adapter = adapter or active_adapter(model)
-        self._linears: dict[str, nn.Linear] = {}
+        self._places: dict[str, tuple[nn.Module, str]] = {}
         for path, layer in lora_layers(model, self.adapter):
             for matrix in ("lora_A", "lora_B"):
-                linear: nn.Linear = getattr(layer, matrix)[self.adapter]
-                self._linears[f"{path}.{matrix}.weight"] = linear
-        if not self._linears:
+                if self.adapter in getattr(layer, matrix):
+                    self._places[f"{path}.{matrix}.weight"] = getattr(layer, matrix)[self.adapter], "weight"
+            for matrix in ("lora_embedding_A", "lora_embedding_B"):
+                if self.adapter in getattr(layer, matrix):
+                    self._places[f"{path}.{matrix}"] = getattr(layer, matrix), self.adapter
+            if self.adapter in layer.lora_magnitude_vector:
+                self._places[f"{path}.lora_magnitude_vector"] = layer.lora_magnitude_vector[self.adapter], "weight"
+        if not self._places:
             raise MetaPeftError(
                 f"The model has no LoRA layer with an adapter called {self.adapter!r}. Make one with"
                 " peft.get_peft_model(model, LoraConfig(target_modules=...)) whose targets match layers of the model."
@@ -44,7 +50,7 @@ class FastWeights:
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """The model's own parameters, by name."""
-        return {name: cast(nn.Parameter, linear.weight) for name, linear in self._linears.items()}
+        return {name: cast(nn.Parameter, getattr(*place)) for name, place in self._places.items()}
 
     def load_(self, values: Params) -> None:
         """Copy `values`, ``[out, in]`` each, into the model's own parameters."""
@@ -55,16 +61,21 @@ class FastWeights:
     @contextmanager
     def installed(self, values: Params) -> Iterator[None]:
         """Forwards of the model inside this context use `values`, and gradients flow to them."""
-        own = {name: linear._parameters.pop("weight") for name, linear in self._linears.items()}
+        places = {place: values[name] for name, place in self._places.items()}
+        own = {(module, attribute): module._parameters[attribute] for module, attribute in places}
+        linears = [module for module, _ in places if type(module) is nn.Linear]
         try:
-            for name, linear in self._linears.items():
-                linear.__dict__["weight"] = values[name]
+            for (module, attribute), value in places.items():
+                module._parameters[attribute] = None
+                module.__dict__[attribute] = value
+            for linear in linears:
                 linear.__class__ = _StackedLinear
             yield
         finally:
-            for name, linear in self._linears.items():
-                linear.__dict__.pop("weight", None)
-                linear._parameters["weight"] = own[name]
+            for (module, attribute), parameter in own.items():
+                module.__dict__.pop(attribute, None)
+                module._parameters[attribute] = parameter
+            for linear in linears:
                 linear.__class__ = nn.Linear
 
 
@@ -90,7 +101,7 @@ class _StackedLinear(nn.Linear):
 def lora_layers(model: nn.Module, adapter: str) -> Iterator[tuple[str, LoraLayer]]:
     """All LoRA layers of `model` that carry `adapter`, with their paths, in the model's own order."""
     for path, module in model.named_modules():
-        if isinstance(module, LoraLayer) and adapter in module.lora_A:
+        if isinstance(module, LoraLayer) and (adapter in module.lora_A or adapter in module.lora_embedding_A):
             yield path, module
 
 

@@ -1,16 +1,18 @@
-"""The decoder layers below the first adapted one, run once per stack of rows instead of once per inner step.
+"""What lies below the first adapted layer, run once per stack of rows instead of once per inner step.
 
-What enters the first adapted layer is a constant of the inner loop: neither fast nor meta weights reach it. The first
-forward of a `Rows` object remembers it; later forwards of the same object skip the layers below. This needs a list of
-layers that hand on nothing but their hidden state, which holds for the model types in `PLAIN_STACKS`, each of them
-tested; other models run all their layers each time.
+Neither fast nor meta weights reach it, so it is a constant of the inner loop: the lower layers of a decoder, or the
+whole encoder of an encoder-decoder whose adapter is in the decoder. The first forward of a `Rows` object remembers what
+it returns; later forwards of the same object are given that. This needs layers that depend on each other through what
+they return alone, which holds for the model types in `PLAIN_STACKS`, each of them tested; other models run all their
+layers each time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
@@ -18,56 +20,107 @@ from torch import Tensor, nn
 from meta_peft.forwards import replaced_forwards
 from meta_peft.types import Rows
 
-PLAIN_STACKS = frozenset({"llama", "gpt2", "mistral", "qwen2", "qwen3"})
+DECODERS = (
+    "gemma",
+    "gemma2",
+    "gemma3_text",
+    "gpt2",
+    "gpt_neox",
+    "llama",
+    "mistral",
+    "opt",
+    "phi",
+    "phi3",
+    "qwen2",
+    "qwen3",
+)
+MIXTURES_OF_EXPERTS = ("mixtral", "olmoe", "qwen2_moe", "qwen3_moe")
+ENCODERS = ("bert", "distilbert", "roberta")
+ENCODER_DECODERS = ("t5", "whisper")
+PLAIN_STACKS = frozenset({*DECODERS, *MIXTURES_OF_EXPERTS, *ENCODERS, *ENCODER_DECODERS})
+
+
+class Run(NamedTuple):
+    """Modules called one after the other that no adapted module comes before, and how many layers they are."""
+
+    modules: list[nn.Module]
+    n_layers: int
 
 
 class FrozenPrefix:
-    """Remembers, for each live `Rows`, the hidden state ``[B, L, H]`` that enters the first adapted layer."""
+    """Remembers, for each live `Rows`, what the constant parts of a model return."""
 
     def __init__(self, model: nn.Module, model_type: str, adapted: list[str]):
-        layers = _decoder_layers(model, adapted) if model_type in PLAIN_STACKS else []
-        first = next((i for i, (path, _) in enumerate(layers) if any(_below(path, name) for name in adapted)), 0)
-        self.below: list[nn.Module] = [layer for _, layer in layers[:first]]
-        self._first_adapted = layers[first][1] if self.below else None
-        self._entering: WeakKeyDictionary[Rows, Tensor] = WeakKeyDictionary()
+        self._runs = _constant_runs(model, adapted) if model_type in PLAIN_STACKS else []
+        self._known: WeakKeyDictionary[Rows, dict[int, Any]] = WeakKeyDictionary()
+
+    @property
+    def n_layers(self) -> int:
+        """How many layers are run once per stack."""
+        return sum(run.n_layers for run in self._runs)
 
     @contextmanager
     def reused(self, rows: Rows) -> Iterator[None]:
         """A forward of `rows` inside this context skips what an earlier one has computed."""
-        if self._first_adapted is None:
+        known = self._known.setdefault(rows, {}) if self._runs else {}
+        skipped = {module: known[i] for i, run in enumerate(self._runs) if i in known for module in run.modules}
+        with ExitStack() as stack:
+            stack.enter_context(replaced_forwards((m, partial(_return, value)) for m, value in skipped.items()))
+            for i, run in enumerate(self._runs):
+                if i not in known:
+                    stack.callback(run.modules[-1].register_forward_hook(_remembering(known, i)).remove)
             yield
-            return
-        known = self._entering.get(rows)
-
-        def enter(
-            _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-        ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-            nonlocal known
-            if known is None:
-                known = (args[0] if args else kwargs["hidden_states"]).detach()
-                self._entering[rows] = known
-            if args:
-                return (known, *args[1:]), kwargs
-            return args, {**kwargs, "hidden_states": known}
-
-        hook = self._first_adapted.register_forward_pre_hook(enter, with_kwargs=True)
-        skipped = [] if known is None else self.below
-        try:
-            with replaced_forwards((layer, _hand_on) for layer in skipped):
-                yield
-        finally:
-            hook.remove()
 
 
-def _hand_on(hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
-    return hidden_states
+def _remembering(known: dict[int, Any], i: int) -> Callable[[nn.Module, Any, Any], Any]:
+    def hook(_: nn.Module, __: Any, output: Any) -> Any:
+        known[i] = _detached(output)
+        return known[i]
+
+    return hook
 
 
-def _decoder_layers(model: nn.Module, adapted: list[str]) -> list[tuple[str, nn.Module]]:
-    """The one list of layers that holds every adapted module, with paths; empty if there is none."""
+def _return(value: Any, *_: Any, **__: Any) -> Any:
+    """The forward of every module of a run: what the last of them returned the first time."""
+    return value
+
+
+def _detached(output: Any) -> Any:
+    if isinstance(output, Tensor):
+        return output.detach()
+    if isinstance(output, tuple):
+        return tuple(_detached(part) for part in output)
+    if isinstance(output, dict):  # as the outputs of `transformers` are
+        return type(output)(**{name: _detached(part) for name, part in output.items()})
+    return output
+
+
+def layer_list(module: nn.Module) -> list[nn.Module]:
+    """The layers of an encoder or a decoder."""
+    return next((list(m) for m in module.children() if isinstance(m, nn.ModuleList)), [])
+
+
+def _constant_runs(model: Any, adapted: list[str]) -> list[Run]:
+    base = model.get_base_model()
+    if not base.config.is_encoder_decoder:
+        return _lower_layers(model, adapted)
+    paths = {module: path for path, module in model.named_modules()}
+    encoder, decoder = base.get_encoder(), base.get_decoder()
+    in_encoder = [name for name in adapted if _below(paths[encoder], name)]
+    in_decoder = [name for name in adapted if _below(paths[decoder], name)]
+    if len(in_encoder) + len(in_decoder) < len(adapted):
+        return []
+    if in_encoder:
+        return _lower_layers(model, in_encoder)  # all of the decoder reads what comes after them
+    return [Run([encoder], len(layer_list(encoder))), *_lower_layers(model, in_decoder)]
+
+
+def _lower_layers(model: nn.Module, adapted: list[str]) -> list[Run]:
+    """What comes before the first adapted layer in the one list of layers that holds every adapted module."""
     for path, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and all(_below(path, name) for name in adapted):
-            return [(f"{path}.{i}", layer) for i, layer in enumerate(module)]
+            first = next(i for i in range(len(module)) if any(_below(f"{path}.{i}", name) for name in adapted))
+            return [Run(list(module)[:first], first)] if first else []
     return []
 
 

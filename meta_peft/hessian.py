@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from meta_peft.params import gradients, leaves
+from meta_peft.params import dot, gradients, leaves, per_task
 from meta_peft.types import LossFn, Params, Rows
 
 
@@ -53,13 +53,13 @@ def difference_product(
     h_T = wider * _step(fast, u)
     sides: list[tuple[Params, Params]] = []
     for sign in (1, -1):
-        at = leaves({n: p + sign * _of_tasks(h_T, p) * u[n] for n, p in fast.items()})
+        at = leaves({n: p + sign * per_task(h_T, p) * u[n] for n, p in fast.items()})
         # A task's share in the gradient of slow weights has to be divided by that task's own h, before tasks are summed.
         grads = _gradients(loss_fn, at, leaves(slow), rows, 1 / h_T if slow else None)
         sides.append(grads)
     (plus, plus_slow), (minus, minus_slow) = sides
     of_fast = {
-        n: (plus[n] - minus[n]) / 2 if slow else (plus[n] - minus[n]) / (2 * _of_tasks(h_T, plus[n])) for n in fast
+        n: (plus[n] - minus[n]) / 2 if slow else (plus[n] - minus[n]) / (2 * per_task(h_T, plus[n])) for n in fast
     }
     return of_fast, {n: (plus_slow[n] - minus_slow[n]) / 2 for n in slow}
 
@@ -76,15 +76,6 @@ def _gradients(
 def _step(fast: Params, u: Params) -> Tensor:
     """``[T]``: a change of the weights by about the cube root of the precision, relative to their size."""
     first = next(iter(fast.values()))
-    size_T, length_T = norm(fast), norm(u)
+    size_T, length_T = dot(fast, fast).sqrt(), dot(u, u).sqrt()
     change = torch.finfo(first.dtype).eps ** (1 / 3)
     return change * (1 + size_T) / length_T.clamp_min(torch.finfo(first.dtype).tiny ** 0.5)
-
-
-def norm(params: Params) -> Tensor:
-    """The norm of each task's weights, ``[T]``."""
-    return torch.stack([p.square().sum((-2, -1)) for p in params.values()]).sum(0).sqrt()
-
-
-def _of_tasks(value_T: Tensor, like: Tensor) -> Tensor:
-    return value_T[:, None, None].to(like.dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import shutil
 import tempfile
@@ -54,12 +55,11 @@ def save_adapted(weights: Params, config: Any, base_name: str, folder: str | Pat
 
 def write_adapter(weights: Params, config: Any, base_name: str, folder: Path) -> None:
     """The two files of a PEFT adapter."""
-    was = config.base_model_name_or_path, config.inference_mode
-    config.base_model_name_or_path, config.inference_mode = base_name, True
-    try:
-        config.save_pretrained(str(folder))
-    finally:
-        config.base_model_name_or_path, config.inference_mode = was
+    written = copy.copy(config)
+    written.base_model_name_or_path, written.inference_mode = base_name, True
+    if isinstance(written.target_modules, set):  # the order of a set differs from run to run
+        written.target_modules = sorted(written.target_modules)
+    written.save_pretrained(str(folder))
     tensors = {name: value.detach().cpu().contiguous() for name, value in weights.items()}
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from meta_peft.adapter_loss import AdapterLoss
 from meta_peft.errors import MetaPeftError
-from meta_peft.objectives.causal_lm import IGNORED
+from meta_peft.objectives.labelled_tokens import IGNORED
 from meta_peft.tasks import EpisodeCollator
 from meta_peft.types import Episode, Params
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from meta_peft.inner_optimizers import InnerRule
-from meta_peft.params import gradients, leaves
+from meta_peft.params import expand, gradients, leaves
 from meta_peft.types import LossFn, Params, Rows
 
 
-def start(adapter: Params, rule: InnerRule, n_tasks: int) -> tuple[Params, Params]:
-    """The fast weights as a stack ``[T, out, in]`` of equal copies, and the slow weights ``[out, in]``, detached."""
+def start(adapter: Params, rule: InnerRule, n_tasks: int, *, stacked: bool = False) -> tuple[Params, Params]:
+    """The fast weights as a stack over tasks, equal copies unless `stacked` already, and the slow weights, detached."""
     fast, slow = rule.split({name: p.detach() for name, p in adapter.items()})
-    return {n: p if p.dim() == 3 else p.expand(n_tasks, *p.shape) for n, p in fast.items()}, slow
+    return (fast if stacked else expand(fast, n_tasks)), slow
 
 
 def adapt(
@@ -24,29 +24,29 @@ def adapt(
     *,
     steps: int | None = None,
     after_step: Callable[[int, Params], None] = lambda step, adapted: None,
+    stacked: bool = False,
 ) -> Params:
     """`steps` updates of each task's own copy of `adapter` on its support rows, as plain numbers.
 
     Args:
-        adapter: ``[out, in]`` each, where all tasks start; or a stack ``[T, out, in]`` of starts.
+        adapter: where all tasks start, ``[out, in]`` each; or, if `stacked`, a stack of starts ``[T, out, in]``.
         after_step: called with k and the adapter, with k = 0 before the first step and after each step.
 
     Returns:
-        The adapter with fast weights ``[T, out, in]``; slow ones (see `InnerRule.fast`) as they were.
+        The adapter of each task, ``[T, out, in]``; slow weights (see `InnerRule.fast`) are as they were.
     """
-    names = list(adapter)
-    fast, slow = start(adapter, rule, support.n_tasks)
+    fast, slow = start(adapter, rule, support.n_tasks, stacked=stacked)
     hyper = {name: value.detach() for name, value in hyper.items()}
 
     def adapted() -> Params:
-        both = {**slow, **fast}
-        return {name: both[name].detach() for name in names}
+        all_of_them = {**(slow if stacked else expand(slow, support.n_tasks)), **fast}
+        return {name: all_of_them[name].detach() for name in adapter}
 
     state = rule.init(fast)
     after_step(0, adapted())
     for step in range(rule.steps if steps is None else steps):
-        fast = leaves(fast)
-        grads = gradients(loss_fn({**slow, **fast}, support).sum(), fast)
-        fast, state = rule.step(step, {n: p.detach() for n, p in fast.items()}, grads, state, hyper)
+        at = leaves(fast)
+        grads = gradients(loss_fn({**slow, **at}, support).sum(), at)
+        fast, state = rule.step(step, fast, grads, state, hyper)
         after_step(step + 1, adapted())
     return adapted()

@@ -21,10 +21,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from meta_peft.hessian import GradientGraph, difference_product, norm
+from meta_peft.hessian import GradientGraph, difference_product
 from meta_peft.inner_loop import start
 from meta_peft.inner_optimizers import InnerRule
-from meta_peft.params import gradients, leaves
+from meta_peft.params import dot, gradients, leaves
 from meta_peft.shelf import Shelf
 from meta_peft.types import LossFn, Meta, Params, Rows
 
@@ -139,8 +139,9 @@ class InnerPath:
         product = difference_product(*at)
         if self.difference_error_T is None:  # once: the error of the last step's product, from one of twice the width
             wider, _ = difference_product(*at, wider=2.0)
-            gap = norm({n: product[0][n] - wider[n] for n in wider})
-            self.difference_error_T = gap / norm(wider).clamp_min(torch.finfo(gap.dtype).tiny)
+            gap = {n: product[0][n] - wider[n] for n in wider}
+            tiny = torch.finfo(next(iter(wider.values())).dtype).tiny
+            self.difference_error_T = (dot(gap, gap) / dot(wider, wider).clamp_min(tiny)).sqrt()
         return product
 
     def _through_init(self, of_fast: Params, of_state: Params) -> Params:

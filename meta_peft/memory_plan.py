@@ -36,13 +36,14 @@ class MemoryPlan:
 
     Args:
         tasks_per_forward: how many tasks go through the model at once, where that is to be fixed.
-        budget: bytes for activations, graphs and fast weights; by default a share of what the device has left.
+        budget: bytes for activations, graphs and fast weights; by default a share of what the device has left. With
+            `math.inf` nothing is planned: everything is tried, and halved where memory runs out.
     """
 
-    def __init__(self, tasks_per_forward: int | None = None, budget: int | None = None):
+    def __init__(self, tasks_per_forward: int | None = None, budget: float | None = None):
         if tasks_per_forward is not None and tasks_per_forward < 1:
             raise MetaPeftError(f"tasks_per_forward must be 1 or more, or None to find it; got {tasks_per_forward}.")
-        if budget is not None and budget < 1:
+        if budget is not None and not budget > 0:
             raise MetaPeftError(f"A memory budget must be positive, got {budget}.")
         self.tasks_per_forward, self.budget = tasks_per_forward, budget
         self._most_tasks: int | None = None  # found by running out of memory
@@ -55,7 +56,7 @@ class MemoryPlan:
         if self._most_tasks == 0:  # not even one task fits with graphs kept
             return (replace(algorithm, memory="replay") if undecided else algorithm), 1
         largest = min(self.tasks_per_forward or batch.n_tasks, self._most_tasks or batch.n_tasks, batch.n_tasks)
-        if not undecided and self.tasks_per_forward is not None:
+        if self.budget == math.inf or (not undecided and self.tasks_per_forward is not None):
             return algorithm, largest
         needs, budget = self._of_one_task(algorithm, loss_fn, meta, batch), self._budget(meta)
         steps = algorithm.inner.steps
@@ -82,7 +83,7 @@ class MemoryPlan:
         )
         return True
 
-    def _budget(self, meta: Meta) -> int:
+    def _budget(self, meta: Meta) -> float:
         if self.budget is None:
             device = next(iter(meta.adapter.values())).device
             self.budget = int(SHARE.get(device.type, 0.85) * available(device))
@@ -103,7 +104,7 @@ class MemoryPlan:
             self._needs[kind] = known
         return known
 
-    def _say(self, size: int, graphs: int | None, needs: _Needs, budget: int) -> None:
+    def _say(self, size: int, graphs: int | None, needs: _Needs, budget: float) -> None:
         if (size, graphs) != self._said:
             self._said = (size, graphs)
             kept = "" if graphs is None else f", the graphs of the last {graphs} inner steps are kept"
@@ -123,10 +124,10 @@ class _Needs:
     query_graph: int
     copies: int
 
-    def tasks_in(self, budget: int, graphs: int) -> int:
+    def tasks_in(self, budget: float, graphs: int) -> int:
         return int(budget / (MARGIN * (max(graphs, 1) * self.graph + self.query_graph + self.copies)))
 
-    def graphs_in(self, budget: int, n_tasks: int) -> int:
+    def graphs_in(self, budget: float, n_tasks: int) -> int:
         return int((budget / MARGIN / max(n_tasks, 1) - self.query_graph - self.copies) / max(self.graph, 1))
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
@@ -56,7 +58,7 @@ def meta_gradient(
     """
     loss_fn = bind(model, algorithm)
     if not isinstance(tasks_per_forward, MemoryPlan):
-        tasks_per_forward = MemoryPlan(episode_batch.n_tasks if tasks_per_forward is None else tasks_per_forward)
+        tasks_per_forward = MemoryPlan(tasks_per_forward, budget=math.inf)
     adapter: Params = dict(loss_fn.weights.parameters())
     hyper = algorithm.inner.initial_rates(adapter) if rates is None else rates.values()
     return in_chunks(algorithm, loss_fn, Meta(adapter, hyper), episode_batch, tasks_per_forward)

@@ -11,17 +11,22 @@ from typing import Any
 import bitsandbytes as bnb
 import torch
 from peft import PeftModel
-from peft.tuners.lora import LoraLayer
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from meta_peft.errors import MetaPeftError
-from meta_peft.fast_weights import active_adapter, lora_layers
+from meta_peft.fast_weights import FastWeights, active_adapter, lora_layers
 
 logger = logging.getLogger("meta_peft")
 _said: set[str] = set()
 
 BASE_CHANGING_INITS = ("pissa", "olora", "loftq", "corda", "eva", "lora_ga")
+VARIANTS = ("NoneType", "DoraLinearVariant")
+ADAPTABLE = (nn.Linear, nn.Embedding, Conv1D)
 FUSED_ATTENTION = ("flash_attention", "flash", "flex_attention", "paged", "kernels")
+# Mixtures of experts whose tokens are routed one by one, without a capacity that they would share; each is tested.
+ROUTED_BY_TOKEN = frozenset({"mixtral", "olmoe", "qwen2_moe", "qwen3_moe"})
+TWICE_DIFFERENTIABLE_EXPERTS = ("eager", "batched_mm", "grouped_mm")
 
 
 def check_model(model: Any, *, second_order: bool) -> None:
@@ -55,9 +60,20 @@ def _check_adapter(model: PeftModel, adapter: str) -> None:
             f"init_lora_weights={init!r} changes the base weights, so what is learned would not fit the original base"
             " model. Use init_lora_weights=True (the default), 'gaussian' or 'orthogonal'."
         )
-    for option in ("modules_to_save", "trainable_token_indices", "target_parameters"):
+    for option in ("modules_to_save", "trainable_token_indices"):
         if getattr(config, option, None):
             raise MetaPeftError(f"{option} is set, but only LoRA matrices are meta-learned: remove it from LoraConfig.")
+    if getattr(config, "target_parameters", None):
+        raise MetaPeftError(
+            f"target_parameters={sorted(config.target_parameters)} adapts bare parameters, such as the experts and routers"
+            " that PEFT turns target_modules='all-linear' into; only linear layers and embeddings are supported: name"
+            " those to adapt in target_modules."
+        )
+    if getattr(config, "ensure_weight_tying", False):
+        raise MetaPeftError(
+            "ensure_weight_tying lets two layers share their LoRA matrices, which would be adapted as if they did not:"
+            " leave it out of LoraConfig, or leave the embedding out of target_modules."
+        )
     if getattr(config, "lora_bias", False) or config.bias != "none":
         raise MetaPeftError("Biases are not meta-learned: set bias='none' and lora_bias=False in LoraConfig.")
     if config.lora_dropout:
@@ -68,29 +84,36 @@ def _check_adapter(model: PeftModel, adapter: str) -> None:
 
 def _check_layers(model: PeftModel, adapter: str) -> None:
     for path, layer in lora_layers(model, adapter):
-        if adapter in layer.lora_variant:
-            kind = type(layer.lora_variant[adapter]).__name__.removesuffix("Variant")
-            raise MetaPeftError(f"{path} uses the LoRA variant {kind}; only plain LoRA and rsLoRA are supported.")
+        variant = type(layer.lora_variant.get(adapter)).__name__
+        if variant not in VARIANTS:
+            raise MetaPeftError(
+                f"{path} uses the LoRA variant {variant.removesuffix('Variant')}, whose weights or derivatives are not"
+                " known here: use plain LoRA, rsLoRA (use_rslora=True), or DoRA on linear layers (use_dora=True)."
+            )
+        if variant == "DoraLinearVariant" and isinstance(layer.get_base_layer(), bnb.nn.Linear8bitLt):
+            raise MetaPeftError(
+                f"{path} has DoRA on an 8-bit layer, whose scales PEFT's own forward loses, so that the adapter could not"
+                " be used: load the base model in 4-bit or unquantised, or set use_dora=False."
+            )
         if layer.merged:
             raise MetaPeftError(f"The adapter is merged into {path}: call model.unmerge_adapter() first.")
-        for linear in (layer.lora_A[adapter], layer.lora_B[adapter]):
-            if type(linear) is not nn.Linear:
-                raise MetaPeftError(f"{path} is a {type(linear).__name__} adapter; only linear layers are supported.")
-            if linear.weight.dtype in (torch.float16, torch.bfloat16):
-                raise MetaPeftError(
-                    f"{path} has LoRA weights in {linear.weight.dtype}, which swallow small inner steps. Keep them in"
-                    " float32 (get_peft_model does, with autocast_adapter_dtype=True)."
-                )
-    head = getattr(model.get_base_model(), "get_output_embeddings", lambda: None)()
+        if not isinstance(layer.get_base_layer(), ADAPTABLE):
+            kind = type(layer.get_base_layer()).__name__
+            raise MetaPeftError(
+                f"{path} is a {kind} with LoRA; only linear layers and embeddings are supported: leave it out of"
+                " target_modules."
+            )
+    for name, parameter in FastWeights(model, adapter).parameters().items():
+        if parameter.dtype in (torch.float16, torch.bfloat16):
+            raise MetaPeftError(
+                f"{name} is in {parameter.dtype}, which swallows small inner steps. Keep LoRA weights in float32"
+                " (get_peft_model does, with autocast_adapter_dtype=True)."
+            )
     for path, module in model.named_modules():
         if hasattr(module, "_orig_mod") or module._compiled_call_impl is not None:
             raise MetaPeftError(
                 f"{path or 'The model'} is compiled; torch.compile has no second derivative. Pass the model itself."
             )
-        if isinstance(module, LoraLayer) and adapter in module.lora_embedding_A:
-            raise MetaPeftError(f"{path} is a LoRA adapter of an embedding; only linear layers are supported.")
-        if isinstance(module, LoraLayer) and module is head:
-            raise MetaPeftError(f"{path}, the output head, has a LoRA adapter: leave it out of target_modules.")
         if "unsloth" in f"{type(module).__module__} {getattr(module.forward, '__module__', '')}":
             raise MetaPeftError(
                 f"{path or 'The model'} is patched by Unsloth, whose kernels overwrite activations in backward. Load"
@@ -101,16 +124,10 @@ def _check_layers(model: PeftModel, adapter: str) -> None:
 def _check_base(base: Any, *, second_order: bool) -> None:
     if not hasattr(base, "get_output_embeddings") or base.get_output_embeddings() is None:
         raise MetaPeftError(
-            f"{type(base).__name__} has no language-modelling head, so it has no loss: load it with AutoModelForCausalLM."
+            f"{type(base).__name__} has no language-modelling head, so it has no loss: load it with AutoModelForCausalLM,"
+            " AutoModelForSeq2SeqLM, AutoModelForSpeechSeq2Seq or AutoModelForMaskedLM."
         )
-    if base.config.is_encoder_decoder:
-        raise MetaPeftError(f"{type(base).__name__} is an encoder-decoder; only decoder-only models are supported.")
-    for attribute in ("num_local_experts", "num_experts", "n_routed_experts"):
-        if getattr(base.config, attribute, None):
-            raise MetaPeftError(
-                f"{type(base).__name__} is a mixture of experts: its router would mix the rows of different tasks."
-                " Use a dense model."
-            )
+    _check_experts(base, second_order=second_order)
     attention = str(getattr(base.config, "_attn_implementation", None) or "")
     if second_order and (
         attention.startswith(FUSED_ATTENTION) or "/" in attention
@@ -136,6 +153,23 @@ def _check_base(base: Any, *, second_order: bool) -> None:
         method = getattr(base.config.quantization_config, "quant_method", "unknown")
         raise MetaPeftError(
             f"The base model is quantised with {method}; only bitsandbytes 4-bit and 8-bit are supported."
+        )
+
+
+def _check_experts(base: Any, *, second_order: bool) -> None:
+    if not any(getattr(base.config, n, None) for n in ("num_local_experts", "num_experts", "n_routed_experts")):
+        return
+    if base.config.model_type not in ROUTED_BY_TOKEN:
+        raise MetaPeftError(
+            f"{type(base).__name__} is a mixture of experts that is not known to route each token by itself: with limited"
+            f" capacity, for one, the tokens of different tasks would compete. Use one of {sorted(ROUTED_BY_TOKEN)}, or a"
+            " dense model."
+        )
+    experts = str(getattr(base.config, "_experts_implementation", None) or "")
+    if second_order and experts not in TWICE_DIFFERENTIABLE_EXPERTS:
+        raise MetaPeftError(
+            f"experts_implementation={experts!r} is not known to have a second derivative. Load the model with one of"
+            f" {list(TWICE_DIFFERENTIABLE_EXPERTS)}, or use a first-order algorithm."
         )
 
 

@@ -29,8 +29,9 @@ class Episode:
 class Rows:
     """The rows of T tasks as one stack of model inputs.
 
-    `inputs` holds what the model is called with, each ``[B, L]``; `labels_BL` the token ids to predict, -100 where
-    nothing is to be predicted. Two `Rows` are equal only if they are the same object: caches rely on that.
+    `inputs` holds what the model is called with, rows first: tokens ``[B, L]``, for instance, or sound
+    ``[B, mel, frames]``; `labels_BL` the token ids to predict, -100 where nothing is to be predicted. Two `Rows` are
+    equal only if they are the same object: caches rely on that.
     """
 
     inputs: dict[str, Tensor]

@@ -126,7 +126,7 @@ def tolerance(name: str) -> float:
     return 1e-12 if name in ("llama", "gpt2") else 1e-4
 
 
-def dense_twin(model: PeftModel) -> PeftModel:
+def dense_twin(model: PeftModel, **options) -> PeftModel:
     """The same model and adapter with every bitsandbytes layer replaced by a dense copy of its weight."""
     base = tiny_base("llama", torch.float32, layers=2, width=64)
     source = model.get_base_model()
@@ -138,7 +138,7 @@ def dense_twin(model: PeftModel) -> PeftModel:
         state[name] = dequantise(layer).float() if quantised_layers(layer) else layer.weight.detach()
         assert state[name].shape == tensor.shape
     base.load_state_dict(state)
-    twin = with_lora(base)
+    twin = with_lora(base, **options)
     FastWeights(twin).load_(dict(FastWeights(model).parameters()))
     return twin
 
@@ -213,6 +213,6 @@ def fingerprint(model: nn.Module) -> dict[str, str]:
                 tensors[f"{path}.{name}"] = value
 
     def digest(tensor: Tensor) -> str:
-        return hashlib.sha256(tensor.detach().contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
+        return hashlib.sha256(tensor.detach().reshape(-1).view(torch.uint8).numpy().tobytes()).hexdigest()
 
     return {name: digest(tensor) for name, tensor in tensors.items()}

@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import logging
+
 import pytest
 import torch
+from architectures import ARCHITECTURES, base_of, lora, rows_for
 from conftest import (
     QUANTISED,
     assert_equal,
@@ -13,8 +16,11 @@ from conftest import (
     tolerance,
 )
 
+from meta_peft import preflight
 from meta_peft.adapter_loss import AdapterLoss
+from meta_peft.errors import MetaPeftError
 from meta_peft.params import expand, gradients, leaves
+from meta_peft.types import Rows
 
 MODELS = ["llama", "gpt2", "float32", "nf4", "int8"]
 
@@ -133,3 +139,85 @@ def test_model_can_be_used_as_ever_afterwards():
     loss_fn = AdapterLoss(model)
     loss_fn(stack_of(loss_fn), rows)
     assert torch.equal(model(**rows.inputs).logits, before)
+
+
+def runs_of(loss_fn: AdapterLoss) -> list[int]:
+    """How many rows go through the model in each forward, from now on."""
+    seen: list[int] = []
+    head = loss_fn.model.get_base_model().get_output_embeddings()
+    embedding = loss_fn.model.get_base_model().get_input_embeddings()
+    assert head is not embedding
+    embedding.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
+    return seen
+
+
+# Places for LoRA that rows of a stack do not reach in order: flattened rows, an embedding, the head.
+PLACES = {"opt": ("fc1",), "llama": ("embed_tokens",), "qwen3": ("lm_head",)}
+
+
+@pytest.mark.parametrize("kind", PLACES)
+def test_tasks_go_one_after_the_other_where_a_stack_cannot(kind: str, monkeypatch, caplog):
+    """Found out at the first call, said once, and equal to what each task gives alone."""
+    monkeypatch.setattr(preflight, "_said", set())
+    caplog.set_level(logging.INFO, "meta_peft")
+    loss_fn = AdapterLoss(lora(base_of(kind), PLACES[kind]))
+    rows, seen, stack = random_rows(), runs_of(loss_fn), stack_of(loss_fn)
+    losses, scores = loss_fn(stack, rows), loss_fn.scores(stack, rows)
+    assert seen[-6:] == [2] * 6
+    alone = [loss_fn({n: p[t] for n, p in stack.items()}, rows.tasks(t, t + 1)) for t in range(3)]
+    torch.testing.assert_close(losses, torch.cat(alone), rtol=1e-12, atol=0)
+    torch.testing.assert_close(scores.loss_T, losses.detach(), rtol=1e-12, atol=0)
+    assert len({loss.item() for loss in losses}) == 3
+    said = [m for m in caplog.messages if "The tasks of a stack go through the model one after the other" in m]
+    assert len(said) == 1
+    assert PLACES[kind][0] in said[0]
+
+
+@pytest.mark.parametrize("kind", PLACES)
+def test_matrices_that_all_tasks_share_need_one_forward(kind: str):
+    loss_fn = AdapterLoss(lora(base_of(kind), PLACES[kind]))
+    rows, seen, weights = random_rows(), runs_of(loss_fn), dict(loss_fn.weights.parameters())
+    together = loss_fn(weights, rows)
+    assert seen == [6]
+    torch.testing.assert_close(together, loss_fn(expand(weights, 3), rows), rtol=1e-12, atol=0)
+    one = rows.tasks(0, 1)
+    torch.testing.assert_close(loss_fn(expand(weights, 1), one), together[:1], rtol=1e-12, atol=0)
+
+
+def test_a_stack_goes_through_at_once_where_it_can():
+    for kind in ("opt", "t5", "bert"):
+        model = lora(base_of(kind), {"opt": ("q_proj",), "t5": ("q",), "bert": ("dense",)}[kind])
+        loss_fn = AdapterLoss(model)
+        seen, rows = runs_of(loss_fn), rows_for(model.get_base_model(), n_tasks=3)
+        loss_fn(stack_of(loss_fn), rows)
+        assert set(seen) <= {6}
+
+
+@pytest.mark.parametrize(
+    ("kind", "task_type"),
+    [
+        ("llama", "CAUSAL_LM"),
+        ("llama", "FEATURE_EXTRACTION"),
+        ("t5", "SEQ_2_SEQ_LM"),
+        ("whisper", "SEQ_2_SEQ_LM"),
+        ("bert", "FEATURE_EXTRACTION"),
+    ],
+)
+def test_the_task_type_of_the_adapter_does_not_matter(kind: str, task_type: str):
+    """By it PEFT chooses the class of its wrapper, some of which know of no inputs such as Whisper's."""
+    losses = []
+    for given in (None, task_type):
+        loss_fn = AdapterLoss(lora(base_of(kind), ARCHITECTURES[kind].targets, task_type=given))
+        losses.append(loss_fn(dict(loss_fn.weights.parameters()), rows_for(base_of(kind))))
+    assert torch.equal(*losses)
+
+
+def test_the_objective_can_be_named():
+    """A decoder that reads both ways, trained to fill in: its labels stand at the same positions."""
+    model, rows = tiny(), random_rows(n_tasks=1)
+    weights = dict(AdapterLoss(model).weights.parameters())
+    moved = Rows(rows.inputs, torch.cat([rows.labels_BL[:, 1:], torch.full((2, 1), -100)], 1), 1)
+    masked = AdapterLoss(model, objective="masked_lm")(weights, moved)
+    torch.testing.assert_close(masked, AdapterLoss(model)(weights, rows), rtol=1e-12, atol=0)
+    with pytest.raises(MetaPeftError, match="Unknown objective 'classification'"):
+        AdapterLoss(model, objective="classification")

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import random_rows, tiny, tiny_base, with_lora
+from conftest import VOCAB, random_rows, tiny, tiny_base, with_lora
 from peft import LoraConfig, get_peft_model_state_dict
 from torch import nn
 
@@ -13,10 +15,20 @@ from meta_peft.fast_weights import FastWeights, active_adapter
 from meta_peft.params import expand
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_names_and_values_are_those_that_peft_saves(kind: str):
-    model = tiny(kind)
-    saved, mine = get_peft_model_state_dict(model), FastWeights(model).parameters()
+@pytest.mark.parametrize(
+    "model",
+    [
+        tiny,
+        lambda: tiny("gpt2"),
+        lambda: with_lora(tiny_base(), target_modules=["embed_tokens", "q_proj", "lm_head"]),
+        lambda: with_lora(tiny_base(), use_dora=True),
+    ],
+    ids=["llama", "gpt2", "embedding and head", "DoRA"],
+)
+def test_names_and_values_are_those_that_peft_saves(model: Callable):
+    model = model()
+    saved = get_peft_model_state_dict(model, save_embedding_layers=False)  # else PEFT adds the base's embedding
+    mine = FastWeights(model).parameters()
     assert set(mine) == set(saved)
     assert all(torch.equal(mine[name], saved[name]) for name in saved)
 
@@ -80,6 +92,24 @@ def test_installed_values_are_used_and_taken_out_again():
     assert linear.weight is parameter
     assert "weight" not in linear.__dict__
     assert list(model.state_dict()) == keys
+
+
+def test_installed_matrices_of_an_embedding():
+    """They are bare parameters, side by side with those of other adapters."""
+    model = with_lora(tiny_base(), target_modules=["embed_tokens"])
+    model.add_adapter("other", LoraConfig(r=3, target_modules=["embed_tokens"]))
+    weights, keys, ids = FastWeights(model), list(model.state_dict()), random_rows().inputs["input_ids"]
+    own, layer = weights.parameters(), model.get_base_model().get_input_embeddings()
+    assert [tuple(p.shape) for p in own.values()] == [(2, VOCAB), (16, 2)]
+    values = {n: torch.randn(p.shape, dtype=p.dtype, requires_grad=True) for n, p in own.items()}
+    with weights.installed(values):
+        y = layer(ids)
+    a, b = values.values()
+    torch.testing.assert_close(y, layer.base_layer.weight[ids] + 2 * (a.T[ids] @ b.T), rtol=1e-12, atol=1e-14)
+    assert all(g.abs().max() > 0 for g in torch.autograd.grad(y.sum(), list(values.values())))
+    assert all(weights.parameters()[n] is p for n, p in own.items())
+    assert list(model.state_dict()) == keys
+    assert not {"default", "other"} & (set(layer.lora_embedding_A.__dict__) | set(layer.lora_embedding_B.__dict__))
 
 
 class FailureError(Exception):

@@ -4,63 +4,131 @@ import gc
 
 import pytest
 import torch
+from architectures import ARCHITECTURES, base_of, batch_for, lora
 from conftest import assert_equal, random_batch, random_rows, tiny_base, with_lora
+from peft.tuners.lora import LoraLayer
+from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from meta_peft.adapter_loss import AdapterLoss
 from meta_peft.algorithms import MAML
-from meta_peft.frozen_prefix import PLAIN_STACKS, FrozenPrefix
+from meta_peft.frozen_prefix import PLAIN_STACKS, FrozenPrefix, layer_list
 from meta_peft.inner_optimizers import InnerRule
 from meta_peft.outer_loop import meta_gradient
 from meta_peft.params import expand
 
-# Layers whose attention masks differ, where a model type has them.
-OPTIONS = {
-    "mistral": {"sliding_window": 3},
-    "qwen2": {"use_sliding_window": True, "sliding_window": 3, "max_window_layers": 2},
-}
+ALGORITHM = MAML(InnerRule(lr=0.02, steps=2, learn_rates=True))
 
 
-def loss_on_upper_layers(kind: str, *, layers: int = 3, adapted: tuple[int, ...] = (2,), reuse: bool = True):
-    base = tiny_base(kind, layers=layers, **OPTIONS.get(kind, {}))
-    model = with_lora(base, layers_to_transform=list(adapted)).train()
-    loss_fn = AdapterLoss(model)
-    if not reuse:
-        loss_fn._prefix = FrozenPrefix(model, "a model type that is not known", list(loss_fn.weights.parameters()))
-        assert not loss_fn._prefix.below
+def without_reuse(loss_fn: AdapterLoss) -> AdapterLoss:
+    model, names = loss_fn.model, list(loss_fn.weights.parameters())
+    loss_fn._prefix = FrozenPrefix(model, "a model type that is not known", names)
+    assert loss_fn._prefix.n_layers == 0
     return loss_fn
 
 
-def blocks(loss_fn: AdapterLoss):
-    inner = loss_fn.model.get_base_model().base_model
-    return inner.h if hasattr(inner, "h") else inner.layers
+def loss_on(kind: str, where: str) -> AdapterLoss:
+    """LoRA on the layers of an encoder-decoder whose path matches `where`; in training mode, with dropout."""
+    targets = rf".*{where}(.*\.)?({'|'.join(ARCHITECTURES[kind].targets)})"
+    return AdapterLoss(lora(base_of(kind, layers=3), targets).train())
 
 
-def count_runs(loss_fn: AdapterLoss) -> list[int]:
-    """How often the attention of each layer really runs, from now on."""
-    runs = [0] * len(blocks(loss_fn))
-    for i, block in enumerate(blocks(loss_fn)):
+def loss_on_upper_layers(kind: str, *, adapted: tuple[int, ...] = (2,), names: tuple[str, ...] = ()) -> AdapterLoss:
+    base = base_of(kind, layers=3)
+    if base.config.is_encoder_decoder:
+        return loss_on(kind, rf"decoder\.(block|layers)\.({'|'.join(map(str, adapted))})\.")
+    names = names or ARCHITECTURES[kind].targets
+    return AdapterLoss(lora(base, names, layers_to_transform=list(adapted)).train())
 
-        def count(*_, i=i):
-            runs[i] += 1
 
-        (block.attn if hasattr(block, "attn") else block.self_attn).register_forward_hook(count)
+def stacks(loss_fn: AdapterLoss) -> list[list[nn.Module]]:
+    """The layers of the decoder, or those of the encoder and those of the decoder."""
+    base = loss_fn.model.get_base_model()
+    if base.config.is_encoder_decoder:
+        return [layer_list(base.get_encoder()), layer_list(base.get_decoder())]
+    return [next(list(m) for m in base.modules() if isinstance(m, nn.ModuleList))]
+
+
+def count_runs(loss_fn: AdapterLoss) -> list[list[int]]:
+    """How often the first product of each layer really runs, from now on."""
+    runs = [[0] * len(layers) for layers in stacks(loss_fn)]
+    for counts, layers in zip(runs, stacks(loss_fn), strict=True):
+        for i, layer in enumerate(layers):
+
+            def count(*_, i=i, counts=counts):
+                counts[i] += 1
+
+            next(m for m in layer.modules() if isinstance(m, (LoraLayer, nn.Linear, Conv1D))).register_forward_hook(
+                count
+            )
     return runs
+
+
+def assert_same_training(mine: AdapterLoss, plain: AdapterLoss, pad: str = "right") -> None:
+    batch = batch_for(mine.model.get_base_model(), pad=pad)
+    with_reuse, without = meta_gradient(mine, batch, ALGORITHM), meta_gradient(plain, batch, ALGORITHM)
+    assert_equal(with_reuse.metrics, without.metrics, 1e-12)
+    assert_equal(with_reuse.grads.adapter, without.grads.adapter, 1e-12)
+    assert_equal(with_reuse.grads.hyper, without.grads.hyper, 1e-12)
+
+
+def test_every_known_model_type_is_tested():
+    assert set(ARCHITECTURES) >= PLAIN_STACKS
 
 
 @pytest.mark.parametrize("pad", ["left", "right"])
 @pytest.mark.parametrize("kind", sorted(PLAIN_STACKS))
 def test_changes_no_loss_and_no_gradient(kind: str, pad: str):
-    """In training mode; GPT-2 has a dropout of 0.1 in its config."""
-    with_reuse, without = loss_on_upper_layers(kind), loss_on_upper_layers(kind, reuse=False)
+    with_reuse, without = loss_on_upper_layers(kind), without_reuse(loss_on_upper_layers(kind))
     runs, all_runs = count_runs(with_reuse), count_runs(without)
-    batch = random_batch(pad=pad)
-    algorithm = MAML(InnerRule(lr=0.02, steps=2, learn_rates=True))
-    mine, plain = meta_gradient(with_reuse, batch, algorithm), meta_gradient(without, batch, algorithm)
-    assert_equal(mine.metrics, plain.metrics, 1e-12)
-    assert_equal(mine.grads.adapter, plain.grads.adapter, 1e-12)
-    assert_equal(mine.grads.hyper, plain.grads.hyper, 1e-12)
-    assert runs == [2, 2, 3]  # the lower layers once for the support rows and once for the query rows
-    assert all_runs == [3, 3, 3]
+    assert_same_training(with_reuse, without, pad)
+    # What lies below once for the support rows and once for the query rows.
+    assert runs[-1] == [2, 2, 3]
+    assert all_runs[-1] == [3, 3, 3]
+    if len(runs) > 1:
+        assert runs[0] == [2, 2, 2]
+        assert all_runs[0] == [3, 3, 3]
+    assert with_reuse.layers() == (3 * len(runs), 3 * len(runs) - 1)
+
+
+@pytest.mark.parametrize("kind", ["t5", "whisper"])
+@pytest.mark.parametrize(
+    ("where", "runs"),
+    [
+        (r"encoder\.(block|layers)\.[12]\.", [[2, 3, 3], [3, 3, 3]]),
+        (r"(block|layers)\.[12]\.", [[2, 3, 3], [3, 3, 3]]),  # of the decoder nothing is constant: it reads the encoder
+        (r"decoder\.(block|layers)\.[12]\.", [[2, 2, 2], [2, 3, 3]]),
+        (r"decoder\.", [[2, 2, 2], [3, 3, 3]]),
+        (r"coder\.", [[3, 3, 3], [3, 3, 3]]),
+    ],
+)
+def test_encoder_decoders(kind: str, where: str, runs: list):
+    with_reuse, without = loss_on(kind, where), without_reuse(loss_on(kind, where))
+    counted = count_runs(with_reuse)
+    assert_same_training(with_reuse, without)
+    assert counted == runs
+
+
+def test_nothing_is_constant_above_an_adapted_embedding():
+    """Encoder and decoder of T5 have an embedding layer each; the head stands outside both."""
+    for targets, below in [
+        (r".*decoder\..*(embed_tokens|block\.2\..*\.q)", 3),
+        (r".*encoder\..*(embed_tokens|block\.2\..*\.q)", 0),
+        (r".*decoder\.block\.2\..*\.q|lm_head", 0),
+    ]:
+        assert AdapterLoss(lora(base_of("t5", layers=3), targets)).layers() == (6, below)
+
+
+def test_tasks_that_go_one_after_the_other_share_nothing_but_skip_the_same():
+    """OPT's feed-forward layers see flattened rows, so a stack cannot go through them."""
+    with_reuse, without = (loss_on_upper_layers("opt", names=("fc1",)) for _ in range(2))
+    without_reuse(without)
+    for loss_fn in (with_reuse, without):
+        loss_fn(expand(dict(loss_fn.weights.parameters()), 2), random_rows(2))  # where this is found out
+    runs, all_runs = count_runs(with_reuse), count_runs(without)
+    assert_same_training(with_reuse, without)
+    assert runs == [[4, 4, 6]]  # two tasks
+    assert all_runs == [[6, 6, 6]]
 
 
 @pytest.mark.parametrize("adapted", [(0,), (0, 1, 2), (1, 2), (1,), (2,)])
@@ -69,7 +137,7 @@ def test_skips_the_layers_below_the_first_adapted_one(adapted: tuple[int, ...]):
     runs, rows = count_runs(loss_fn), random_rows()
     weights = expand({n: p.detach() for n, p in loss_fn.weights.parameters().items()}, 3)
     losses = [loss_fn(weights, rows) for _ in range(3)]
-    assert runs == [1 if layer < adapted[0] else 3 for layer in range(3)]
+    assert runs == [[1 if layer < adapted[0] else 3 for layer in range(3)]]
     torch.testing.assert_close(losses[1], losses[0], rtol=1e-14, atol=0)
     assert torch.equal(losses[2], losses[1])
 
@@ -89,9 +157,9 @@ def test_what_is_remembered_goes_with_its_rows():
     loss_fn = loss_on_upper_layers("llama")
     rows = random_rows()
     loss_fn(dict(loss_fn.weights.parameters()), rows)
-    known = loss_fn._prefix._entering
-    assert [tuple(state.shape) for state in known.values()] == [(6, 6, 16)]
-    assert not known[rows].requires_grad
+    known = loss_fn._prefix._known
+    assert [{i: tuple(state.shape) for i, state in states.items()} for states in known.values()] == [{0: (6, 6, 16)}]
+    assert not known[rows][0].requires_grad
     del rows
     gc.collect()
     assert len(known) == 0
@@ -101,7 +169,7 @@ def test_a_training_step_leaves_nothing_behind():
     loss_fn = loss_on_upper_layers("llama")
     meta_gradient(loss_fn, random_batch(), MAML(InnerRule(steps=1)), tasks_per_forward=2)
     gc.collect()
-    assert len(loss_fn._prefix._entering) == 0
+    assert len(loss_fn._prefix._known) == 0
 
 
 def test_evaluation_and_training_may_share_what_is_remembered():
@@ -114,9 +182,27 @@ def test_evaluation_and_training_may_share_what_is_remembered():
     assert all(torch.isfinite(g).all() for g in torch.autograd.grad(loss.sum(), list(weights.values())))
 
 
+def test_no_graph_hangs_on_what_is_remembered():
+    """`enable_input_require_grads` makes the activations of frozen layers require gradients."""
+    for kind in ("llama", "t5"):
+        loss_fn = loss_on_upper_layers(kind)
+        loss_fn.model.enable_input_require_grads()
+        rows = batch_for(loss_fn.model.get_base_model()).support
+        loss_fn(dict(loss_fn.weights.parameters()), rows)
+        states = list(loss_fn._prefix._known[rows].values())
+        tensors = [
+            t
+            for s in states
+            for t in ([s] if isinstance(s, torch.Tensor) else s.values() if isinstance(s, dict) else s)
+        ]
+        assert tensors
+        assert not any(t.requires_grad for t in tensors if t is not None)
+
+
 def test_model_types_that_are_not_known_run_all_their_layers():
-    loss_fn = AdapterLoss(with_lora(tiny_base("phi3", layers=2), target_modules=["qkv_proj"], layers_to_transform=[1]))
+    loss_fn = AdapterLoss(with_lora(tiny_base("cohere", layers=3), layers_to_transform=[2]))
     runs, rows = count_runs(loss_fn), random_rows()
     for _ in range(2):
         loss_fn(dict(loss_fn.weights.parameters()), rows)
-    assert runs == [2, 2]
+    assert runs == [[2, 2, 2]]
+    assert loss_fn.layers() == (3, 0)

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import peft
 import pytest
 import torch
+from architectures import ARCHITECTURES, base_of, lora
 from conftest import fingerprint, random_rows, tiny, tiny_base, with_lora
 from peft import LoraConfig, get_peft_model
 from torch import nn
@@ -87,7 +88,6 @@ def test_init_that_changes_the_base_and_needs_data(init: str):
     [
         ("modules_to_save", ["embed_tokens"]),
         ("trainable_token_indices", [1, 2]),
-        ("target_parameters", ["input_layernorm.weight"]),
     ],
 )
 def test_something_else_is_trained(option: str, value: list):
@@ -109,8 +109,43 @@ def test_biases(options: dict):
     passes(with_lora(tiny_base("qwen2"), bias="none", lora_bias=False))
 
 
-def test_lora_variant():
-    refused(with_lora(tiny_base(), use_dora=True), r"q_proj uses the LoRA variant Dora\w*; only plain LoRA and rsLoRA")
+def test_fused_experts_and_routers():
+    """They are bare parameters in `transformers` 5, for which PEFT rewrites the targets."""
+    model = lora(base_of("mixtral"), ("gate", "q_proj"))
+    refused(model, r"target_parameters=\['gate.weight'\] adapts bare parameters.*name those to adapt in target_modules")
+    model.peft_config["default"].target_parameters = ["experts.down_proj"]
+    refused(model, r"target_parameters=\['experts.down_proj'\] adapts bare parameters")
+    passes(lora(base_of("mixtral"), ARCHITECTURES["mixtral"].targets))
+
+
+def test_adapters_that_share_their_matrices():
+    targets = ["embed_tokens", "q_proj"]
+    model = with_lora(base_of("gemma"), target_modules=targets, ensure_weight_tying=True)
+    refused(model, "ensure_weight_tying lets two layers share their LoRA matrices.*leave it out of LoraConfig")
+    passes(lora(base_of("gemma"), targets))
+
+
+def test_dora(quantised_base):
+    passes(with_lora(tiny_base(), use_dora=True))
+    passes(with_lora(quantised_base("nf4"), use_dora=True))
+    refused(
+        with_lora(quantised_base("int8"), use_dora=True),
+        "q_proj has DoRA on an 8-bit layer, whose scales PEFT's own forward loses.*load the base model in 4-bit or unqu",
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "variant"),
+    [
+        ({"target_modules": ["embed_tokens"], "use_dora": True}, "embed_tokens uses the LoRA variant DoraEmbedding"),
+        ({"alora_invocation_tokens": [1]}, "q_proj uses the LoRA variant ALoraLinear"),
+    ],
+)
+def test_lora_variant(options: dict, variant: str):
+    model = with_lora(tiny_base("llama", torch.float32), **options)
+    refused(
+        model, rf"{variant}, whose weights or derivatives are not known here: use plain LoRA, rsLoRA.*or DoRA on lin"
+    )
 
 
 def test_merged_adapter():
@@ -124,7 +159,17 @@ def test_merged_adapter():
 def test_convolution():
     base = tiny_base()
     base.model.extra = nn.Conv1d(4, 4, 1, dtype=torch.float64)
-    refused(with_lora(base, target_modules=["extra"]), "extra is a Conv1d adapter; only linear layers are supported")
+    refused(with_lora(base, target_modules=["extra"]), "extra is a Conv1d with LoRA; only linear layers and embeddings")
+    passes(with_lora(tiny_base(), target_modules=["q_proj"]))
+
+
+def test_multihead_attention_of_torch():
+    """PEFT merges and unmerges its weights in every forward."""
+    base = tiny_base()
+    base.model.extra = nn.MultiheadAttention(16, 2, dtype=torch.float64)
+    refused(
+        with_lora(base, target_modules=["extra"]), "extra is a MultiheadAttention with LoRA; only linear layers and"
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -134,19 +179,19 @@ def test_lora_weights_in_half_precision(dtype: torch.dtype):
     for name, module in model.named_modules():
         if ".lora_" in name:
             module.to(dtype)
-    refused(model, rf"q_proj has LoRA weights in {dtype}.*autocast_adapter_dtype=True")
+    refused(model, rf"q_proj.lora_A.weight is in {dtype}, which.*autocast_adapter_dtype=True")
 
 
-def test_embedding():
-    refused(
-        with_lora(tiny_base(), target_modules=["embed_tokens", "q_proj"]), "embed_tokens is a LoRA adapter of an emb"
-    )
-    passes(with_lora(tiny_base(), target_modules=["q_proj"]))
+def test_embedding_and_output_head_pass():
+    passes(with_lora(tiny_base(), target_modules=["embed_tokens", "q_proj"]))
+    passes(with_lora(tiny_base(), target_modules=["lm_head", "q_proj"]))
 
 
-def test_output_head():
-    model = with_lora(tiny_base(), target_modules=["lm_head", "q_proj"])
-    refused(model, "lm_head, the output head, has a LoRA adapter: leave it out of target_modules")
+def test_embedding_weights_in_half_precision():
+    model = with_lora(tiny_base("llama", torch.bfloat16), target_modules=["embed_tokens"])
+    layer = model.get_base_model().model.embed_tokens
+    layer.lora_embedding_A["default"].data = layer.lora_embedding_A["default"].data.bfloat16()
+    refused(model, "embed_tokens.lora_embedding_A is in torch.bfloat16, which swallows small inner steps")
 
 
 def test_unsloth():
@@ -176,25 +221,46 @@ def test_model_without_a_head():
     refused(plain, "Sequential has no language-modelling head")
 
 
-def test_encoder_decoder():
-    sizes = {"d_model": 8, "d_ff": 8, "d_kv": 4, "num_layers": 1, "num_heads": 2, "vocab_size": 10}
-    base = AutoModelForSeq2SeqLM.from_config(AutoConfig.for_model("t5", decoder_start_token_id=0, **sizes))
-    refused(with_lora(base, target_modules=["q", "v"]), "T5ForConditionalGeneration is an encoder-decoder")
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_every_tested_architecture_passes(kind: str):
+    passes(lora(base_of(kind), ARCHITECTURES[kind].targets))
+
+
+SWITCH = {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2, "num_experts": 2}
 
 
 @pytest.mark.parametrize(
     ("kind", "experts"),
     [
-        ("mixtral", {"num_local_experts": 2}),
-        ("qwen3_moe", {"num_experts": 2, "moe_intermediate_size": 8}),
         ("deepseek_v3", {"n_routed_experts": 2, "moe_intermediate_size": 8, "q_lora_rank": None}),
+        ("phimoe", {"num_local_experts": 2}),
     ],
 )
-def test_mixture_of_experts(kind: str, experts: dict):
+def test_mixture_of_experts_that_is_not_known(kind: str, experts: dict):
     base = tiny_base(kind, torch.float32, **experts)
     refused(
-        with_lora(base, target_modules=["o_proj"]), "is a mixture of experts: its router would mix.*Use a dense model"
+        with_lora(base, target_modules=["o_proj"]),
+        r"is a mixture of experts that is not known to route each token by itself.*Use one of \['mixtral', .* or a dense",
     )
+
+
+def test_experts_of_limited_capacity():
+    """In Switch Transformers the tokens of other tasks decide whether a token is dropped."""
+    base = AutoModelForSeq2SeqLM.from_config(AutoConfig.for_model("switch_transformers", vocab_size=40, **SWITCH))
+    refused(with_lora(base, target_modules=["q", "v"]), "with limited capacity, for one, the tokens of different tasks")
+
+
+@pytest.mark.parametrize("experts", ["deepgemm", "sonicmoe"])
+def test_experts_without_a_second_derivative(experts: str):
+    model = lora(base_of("mixtral"), ARCHITECTURES["mixtral"].targets)
+    model.get_base_model().config._experts_implementation = experts  # they need a GPU to run
+    passes(model, second_order=False)
+    refused(
+        model, rf"experts_implementation='{experts}' is not known to have a second derivative. Load the model with one"
+    )
+    for remedy in ("eager", "batched_mm", "grouped_mm"):
+        model.get_base_model().config._experts_implementation = remedy
+        passes(model)
 
 
 @pytest.mark.parametrize(

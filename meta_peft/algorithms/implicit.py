@@ -20,9 +20,9 @@ from torch import Tensor
 
 from meta_peft.errors import MetaPeftError
 from meta_peft.hessian import GradientGraph, difference_product
-from meta_peft.inner_loop import adapt
+from meta_peft.inner_loop import adapt, start
 from meta_peft.inner_optimizers import InnerRule
-from meta_peft.params import gradients, leaves
+from meta_peft.params import dot, gradients, leaves, per_task
 from meta_peft.types import EpisodeBatch, LossFn, Meta, MetaGradient, Params
 
 SOLVERS = ("cg", "neumann")
@@ -64,7 +64,8 @@ class ImplicitMAML:
 
     def __call__(self, loss_fn: LossFn, meta: Meta, batch: EpisodeBatch) -> MetaGradient:
         end = adapt(loss_fn, meta.adapter, meta.hyper, batch.support, self.inner)
-        fast, slow = self.inner.split(end)
+        fast, _ = self.inner.split(end)
+        _, slow = start(meta.adapter, self.inner, batch.n_tasks)
         at = {"fast": leaves(fast), "slow": leaves(slow)}
         loss_T = loss_fn({**at["slow"], **at["fast"]}, batch.query)
         grads = gradients(loss_T.sum(), {**at["fast"], **at["slow"]})
@@ -86,7 +87,7 @@ class ImplicitMAML:
         residual = {n: right[n] - v[n] - at_v[n] for n in right}
         found = {n: p.sum(0) for n, p in v.items()} | {n: grads[n] - through_slow[n] for n in slow}
         mean = {n: found[n] / batch.n_tasks for n in meta.adapter}
-        error_T = _dot(residual, residual).sqrt() / _dot(right, right).sqrt()
+        error_T = dot(residual, residual).sqrt() / dot(right, right).sqrt()
         return MetaGradient(Meta(mean, {}), batch.n_tasks, {"loss": loss_T.detach(), "residual": error_T})
 
 
@@ -94,13 +95,13 @@ def _conjugate_gradients(product: Callable[[Params], Params], right: Params, ite
     """v with ``v + product(v) = right``, every task by itself (Hestenes & Stiefel 1952), from v = right."""
     v = right
     r = {n: -p for n, p in product(v).items()}
-    d, squared_T = r, _dot(r, r)
+    d, squared_T = r, dot(r, r)
     for _ in range(iterations - 1):
         of_d = {n: d[n] + p for n, p in product(d).items()}
-        length_T = _ratio(squared_T, _dot(d, of_d))
+        length_T = _ratio(squared_T, dot(d, of_d))
         v = _plus(v, length_T, d)
         r = _plus(r, -length_T, of_d)
-        before_T, squared_T = squared_T, _dot(r, r)
+        before_T, squared_T = squared_T, dot(r, r)
         d = _plus(r, _ratio(squared_T, before_T), d)
     return v
 
@@ -112,13 +113,8 @@ def _neumann(product: Callable[[Params], Params], right: Params, iterations: int
     return v
 
 
-def _dot(a: Params, b: Params) -> Tensor:
-    """``[T]``"""
-    return torch.stack([(a[n] * b[n]).sum((-2, -1)) for n in a]).sum(0)
-
-
 def _plus(a: Params, factor_T: Tensor, b: Params) -> Params:
-    return {n: torch.addcmul(a[n], factor_T[:, None, None], b[n]) for n in a}
+    return {n: torch.addcmul(a[n], per_task(factor_T, a[n]), b[n]) for n in a}
 
 
 def _scaled(a: Params, factor: float) -> Params:

@@ -22,6 +22,7 @@ from torch import Tensor
 from meta_peft.errors import MetaPeftError
 from meta_peft.inner_optimizers.adam import Adam
 from meta_peft.inner_optimizers.sgd import SGD
+from meta_peft.params import dot, per_task
 from meta_peft.types import Params
 
 RATES = "log_rates"
@@ -117,7 +118,7 @@ class InnerRule:
         return {**self.optimizer.init(fast), **starts}
 
     def step(self, step: int, fast: Params, grads: Params, state: Params, hyper: Params) -> tuple[Params, Params]:
-        """One update of a stack of fast weights."""
+        """One update of a stack of fast weights, the tasks along the first dimension."""
         starts = {name: p for name, p in state.items() if name.startswith(START)}
         if self.proximal:
             grads = {n: g + self.proximal * (fast[n] - starts[START + n]) for n, g in grads.items()}
@@ -133,7 +134,7 @@ class InnerRule:
         rates: Tensor = hyper[RATES][min(step, hyper[RATES].shape[0] - 1)].exp()
         if not self.rates_per_entry:
             return dict(zip(fast, rates, strict=True))
-        shapes = [p.shape[-2:] for p in fast.values()]
+        shapes = [p.shape[1:] for p in fast.values()]
         parts = rates.split([shape.numel() for shape in shapes])
         return {name: part.view(shape) for name, part, shape in zip(fast, parts, shapes, strict=True)}
 
@@ -152,9 +153,9 @@ class InnerRule:
 
 def _clipped(grads: Params, largest: float) -> Params:
     """Each task's gradient scaled down to a norm of `largest` if it is longer."""
-    squared_T = torch.stack([g.square().sum((-2, -1)) for g in grads.values()]).sum(0)
-    scale_T = largest * squared_T.clamp_min(largest**2).rsqrt()  # the derivative is 0 below the bound, never infinite
-    return {name: g * scale_T[..., None, None] for name, g in grads.items()}
+    # Clamped below the bound, where the scale is 1, so that the derivative of the root is never infinite.
+    scale_T = largest * dot(grads, grads).clamp_min(largest**2).rsqrt()
+    return {name: g * per_task(scale_T, g) for name, g in grads.items()}
 
 
 def scaled(hyper: Params, factor: float) -> Params:

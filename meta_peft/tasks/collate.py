@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from meta_peft.errors import MetaPeftError
-from meta_peft.objectives.causal_lm import IGNORED
+from meta_peft.objectives.labelled_tokens import IGNORED
 from meta_peft.types import Episode, EpisodeBatch, Rows
 
 

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from meta_peft.errors import MetaPeftError
-from meta_peft.objectives.causal_lm import IGNORED
+from meta_peft.objectives.labelled_tokens import IGNORED
 
 INPUT_TARGET = [("input", "target"), ("text", "label"), ("question", "answer")]
 

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from conftest import VOCAB, random_rows, tiny_base
 
-from meta_peft.objectives import causal_lm
+from meta_peft.objectives.causal_lm import CAUSAL_LM
 from meta_peft.types import Rows
 
 
@@ -24,7 +24,7 @@ def test_logits_at_labelled_positions_only(model, head, pad: str):
     rows = random_rows(pad=pad)
     seen = []
     hook = head.register_forward_hook(lambda _, args, out: seen.append(out.shape))
-    logits, labels, row_N = causal_lm.labelled_logits(model, head, rows)
+    logits, labels, row_N = CAUSAL_LM.labelled_logits(model, head, rows)
     hook.remove()
     everything = model(**rows.inputs).logits
     expected = [
@@ -39,25 +39,6 @@ def test_logits_at_labelled_positions_only(model, head, pad: str):
     assert row_N.tolist() == [e[2] for e in expected]
 
 
-def test_each_task_is_averaged_over_its_own_labels(model, head):
-    """Tasks here have different numbers of labels: a mean over rows, or over the stack, would show."""
-    rows = random_rows()
-    counts = [(rows.tasks(t, t + 1).labels_BL[:, 1:] != -100).sum().item() for t in range(3)]
-    assert len(set(counts)) > 1
-    loss_T = causal_lm.loss_per_task(model, head, rows)
-    for t in range(3):
-        one = rows.tasks(t, t + 1)
-        logits = model(**one.inputs).logits[:, :-1].flatten(0, 1)
-        torch.testing.assert_close(loss_T[t], F.cross_entropy(logits, one.labels_BL[:, 1:].flatten()))
-
-
-def test_other_tasks_of_the_stack_do_not_matter(model, head):
-    rows = random_rows()
-    whole = causal_lm.loss_per_task(model, head, rows)
-    parts = [causal_lm.loss_per_task(model, head, rows.tasks(t, t + 1)) for t in range(3)]
-    torch.testing.assert_close(whole, torch.cat(parts), rtol=1e-12, atol=0)
-
-
 def test_padding_does_not_matter(model, head):
     rows = random_rows(n_tasks=1, per_task=3)
     longer = Rows(
@@ -66,34 +47,5 @@ def test_padding_does_not_matter(model, head):
         1,
     )
     torch.testing.assert_close(
-        causal_lm.loss_per_task(model, head, longer), causal_lm.loss_per_task(model, head, rows), rtol=1e-12, atol=0
+        CAUSAL_LM.loss_per_task(model, head, longer), CAUSAL_LM.loss_per_task(model, head, rows), rtol=1e-12, atol=0
     )
-
-
-def test_cross_entropy_is_computed_in_float32_at_least():
-    model = tiny_base("llama", torch.bfloat16).eval()
-    loss_T = causal_lm.loss_per_task(model, model.get_output_embeddings(), random_rows())
-    assert loss_T.dtype == torch.float32
-
-
-def test_a_row_matches_if_every_label_is_the_most_likely_token(model, head):
-    """Rows of two tasks: one right, one wrong at its first label, one at its last; and one right."""
-    ids = torch.randint(3, VOCAB, (4, 6), generator=torch.Generator().manual_seed(0))
-    mask, labels = torch.ones_like(ids), torch.full_like(ids, -100)
-    likeliest = model(input_ids=ids, attention_mask=mask).logits.argmax(-1)
-    labels[:, 3:] = likeliest[:, 2:5]
-    labels[1, 3] = (labels[1, 3] + 1) % VOCAB
-    labels[2, 5] = (labels[2, 5] + 1) % VOCAB
-    scores = causal_lm.scores_per_task(model, head, Rows({"input_ids": ids, "attention_mask": mask}, labels, 2))
-    assert scores.exact_match_T.tolist() == [0.5, 0.5]
-    three = Rows({"input_ids": ids[:3], "attention_mask": mask[:3]}, labels[:3], 3)
-    assert causal_lm.scores_per_task(model, head, three).exact_match_T.tolist() == [1, 0, 0]
-    torch.testing.assert_close(
-        scores.loss_T, causal_lm.loss_per_task(model, head, Rows({"input_ids": ids, "attention_mask": mask}, labels, 2))
-    )
-
-
-def test_the_head_is_as_it_was_even_after_an_exception(model, head):
-    with pytest.raises(KeyError), causal_lm._head_reads(head, torch.tensor([0]), torch.tensor([0])):
-        raise KeyError
-    assert not head._forward_pre_hooks

@@ -1,0 +1,93 @@
+"""The mean negative log-likelihood of the labelled tokens of each task.
+
+``loss_t = mean over the labelled positions n of task t of -log softmax(logits_n)[label_n]``. Averaging within a task,
+never over the stack, keeps a task's inner gradient independent of which tasks it happens to be stacked with.
+
+Which position predicts which label is the one thing in which kinds of models differ: see the modules beside this one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from meta_peft.ops.cross_entropy import cross_entropy
+from meta_peft.types import Rows
+
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class TaskScores:
+    """Per task: the loss ``[T]`` and the share of rows whose every label is the most likely token ``[T]``."""
+
+    loss_T: Tensor
+    exact_match_T: Tensor
+
+
+def same_positions(labels_BL: Tensor) -> Tensor:
+    return labels_BL
+
+
+@dataclass(frozen=True)
+class LabelledTokens:
+    """The loss and the scores of a kind of model.
+
+    Args:
+        targets: from labels ``[B, L]`` to the token that each position has to predict, -100 where there is none.
+        options: what the model is called with besides the rows' inputs.
+    """
+
+    targets: Callable[[Tensor], Tensor] = same_positions
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def loss_per_task(self, model: nn.Module, head: nn.Module, rows: Rows) -> Tensor:
+        """One loss per task, ``[T]``."""
+        logits_NV, labels_N, row_N = self.labelled_logits(model, head, rows)
+        return _mean_per_task(cross_entropy(logits_NV, labels_N), row_N, rows)
+
+    def scores_per_task(self, model: nn.Module, head: nn.Module, rows: Rows) -> TaskScores:
+        """Loss and exact match per task: a row matches if the most likely token is the label at all its positions."""
+        logits_NV, labels_N, row_N = self.labelled_logits(model, head, rows)
+        loss_T = _mean_per_task(cross_entropy(logits_NV, labels_N), row_N, rows)
+        wrong_N = (logits_NV.argmax(-1) != labels_N).to(loss_T.dtype)
+        n_rows = rows.labels_BL.shape[0]
+        wrong_B = torch.zeros(n_rows, dtype=loss_T.dtype, device=loss_T.device).index_add(0, row_N, wrong_N)
+        match_T = (wrong_B == 0).to(loss_T.dtype).view(rows.n_tasks, -1).mean(1)
+        return TaskScores(loss_T, match_T)
+
+    def labelled_logits(self, model: nn.Module, head: nn.Module, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits ``[N, V]``, labels ``[N]`` and row numbers ``[N]`` of the N labelled positions, and of no others.
+
+        The head sees one contiguous ``[N, H]`` block: over a vocabulary, logits are the largest tensor there is. What a
+        model does to hidden states before the head (a scale, a transform) or to logits after it, it does as ever.
+        """
+        targets_BL = self.targets(rows.labels_BL)
+        row_N, position_N = (targets_BL != IGNORED).nonzero(as_tuple=True)
+        with _head_reads(head, row_N, position_N):
+            logits_NV = model(**rows.inputs, **self.options).logits.squeeze(0)
+        return logits_NV, targets_BL[row_N, position_N], row_N
+
+
+def _mean_per_task(loss_N: Tensor, row_N: Tensor, rows: Rows) -> Tensor:
+    task_N = row_N // (rows.labels_BL.shape[0] // rows.n_tasks)
+    zeros_T = loss_N.new_zeros(rows.n_tasks)
+    count_T = zeros_T.index_add(0, task_N, torch.ones_like(loss_N))
+    return zeros_T.index_add(0, task_N, loss_N) / count_T
+
+
+@contextmanager
+def _head_reads(head: nn.Module, row_N: Tensor, position_N: Tensor) -> Iterator[None]:
+    def gather(_: nn.Module, args: tuple[Any, ...]) -> tuple[Tensor]:
+        return (args[0][row_N, position_N].unsqueeze(0),)
+
+    hook = head.register_forward_pre_hook(gather, prepend=True)  # so that others see what the head sees
+    try:
+        yield
+    finally:
+        hook.remove()

@@ -1,0 +1,35 @@
+from __future__ import annotations
+
+import pytest
+from architectures import ARCHITECTURES, SIZES, base_of
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
+
+from meta_peft.errors import MetaPeftError
+from meta_peft.objectives import OBJECTIVES, objective_for
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_chosen_by_what_the_model_is_made_for(kind: str):
+    how = ARCHITECTURES[kind].loaded_with
+    expected = {AutoModelForCausalLM: "causal_lm", AutoModelForMaskedLM: "masked_lm"}.get(how, "seq2seq_lm")
+    assert objective_for(base_of(kind)) is OBJECTIVES[expected]
+
+
+def test_a_name_comes_first():
+    assert objective_for(base_of("llama"), "masked_lm") is OBJECTIVES["masked_lm"]
+    with pytest.raises(MetaPeftError, match=r"Unknown objective 'mlm': expected one of \['causal_lm', 'masked_lm'"):
+        objective_for(base_of("llama"), "mlm")
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta"])
+def test_an_encoder_under_a_head_for_next_tokens(kind: str):
+    """It would see each token that it is to predict."""
+
+    def model(is_decoder: bool):
+        config = AutoConfig.for_model(kind, vocab_size=10, num_hidden_layers=1, is_decoder=is_decoder, **SIZES)
+        return AutoModelForCausalLM.from_config(config)
+
+    with pytest.raises(MetaPeftError, match=r"sees the tokens that it is to predict.*Load it with is_decoder=True"):
+        objective_for(model(is_decoder=False))
+    assert objective_for(model(is_decoder=True)) is OBJECTIVES["causal_lm"]
+    assert objective_for(model(is_decoder=False), "masked_lm") is OBJECTIVES["masked_lm"]
