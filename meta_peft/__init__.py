@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from meta_peft.adaptation import Adapted, adapt, adapt_many
     from meta_peft.adapter_loss import AdapterLoss
-    from meta_peft.algorithms import MAML, MultiTask, Reptile
+    from meta_peft.algorithms import MAML, ImplicitMAML, MultiTask, Reptile
     from meta_peft.config import MetaLoraConfig, ModelArguments, TaskArguments
     from meta_peft.errors import MetaPeftError
     from meta_peft.hub import load, push, save
     from meta_peft.inner_optimizers import SGD, Adam, InnerRule
+    from meta_peft.memory_plan import MemoryPlan
     from meta_peft.outer_loop import LearnedRates, assign_gradient, meta_gradient
     from meta_peft.tasks import EpisodeCollator, EpisodeDataset, PromptFormat, TaskSet
     from meta_peft.trainer import MetaTrainer
@@ -28,6 +29,7 @@ _HOMES = {
     "adapt": "adaptation",
     "adapt_many": "adaptation",
     "AdapterLoss": "adapter_loss",
+    "ImplicitMAML": "algorithms",
     "MAML": "algorithms",
     "MultiTask": "algorithms",
     "Reptile": "algorithms",
@@ -41,6 +43,7 @@ _HOMES = {
     "SGD": "inner_optimizers",
     "Adam": "inner_optimizers",
     "InnerRule": "inner_optimizers",
+    "MemoryPlan": "memory_plan",
     "LearnedRates": "outer_loop",
     "assign_gradient": "outer_loop",
     "meta_gradient": "outer_loop",

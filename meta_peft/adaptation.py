@@ -16,7 +16,7 @@ from meta_peft.adapter_loss import AdapterLoss
 from meta_peft.errors import MetaPeftError
 from meta_peft.fast_weights import FastWeights
 from meta_peft.inner_optimizers.rule import RATES, scaled
-from meta_peft.params import expand, take_task
+from meta_peft.params import take_task
 from meta_peft.tasks.collate import EpisodeCollator
 from meta_peft.types import Params
 
@@ -128,8 +128,7 @@ def _adapt_stack(
         if step == 0:
             before.append(loss_fn.scores(fast, rows).loss_T)
 
-    fast = expand(own, len(tasks))
-    fast = inner_loop.adapt(loss_fn, fast, hyper, rows, sidecar.inner, steps=steps, after_step=score_first)
+    fast = inner_loop.adapt(loss_fn, own, hyper, rows, sidecar.inner, steps=steps, after_step=score_first)
     after = loss_fn.scores(fast, rows)
     return {
         name: Adapted(

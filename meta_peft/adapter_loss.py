@@ -17,10 +17,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from meta_peft import preflight
-from meta_peft.dora import dora_forwards
+from meta_peft.fast_forwards import fast_forwards
 from meta_peft.fast_weights import FastWeights, lora_layers
 from meta_peft.forwards import replaced_forwards
-from meta_peft.frozen_linear import frozen_products, quantised_layers
 from meta_peft.frozen_prefix import FrozenPrefix, layer_list
 from meta_peft.objectives import objective_for
 from meta_peft.objectives.labelled_tokens import TaskScores
@@ -53,8 +52,7 @@ class AdapterLoss:
         self._base = base = model.get_base_model()  # PEFT's own wrapper would want inputs of certain names
         self._objective = objective_for(base, objective)
         self._head = base.get_output_embeddings()
-        self._quantised = quantised_layers(model)
-        self._dora = list(dora_forwards(model, self.weights.adapter))
+        self._forwards = fast_forwards(model, self.weights.adapter)
         self._prefix = FrozenPrefix(model, base.config.model_type, list(self.weights.parameters()))
         self._adapted = list(lora_layers(model, self.weights.adapter))
         self._at_once = True
@@ -100,8 +98,7 @@ class AdapterLoss:
         with ExitStack() as stack:
             stack.enter_context(_evaluation_mode(self.model))
             stack.enter_context(self.weights.installed(adapter))
-            stack.enter_context(frozen_products(self._quantised))
-            stack.enter_context(replaced_forwards(self._dora))
+            stack.enter_context(replaced_forwards(self._forwards))
             stack.enter_context(self._prefix.reused(rows))
             if at_once:
                 stack.enter_context(rows_in_place(self._adapted, rows.labels_BL.shape[0]))

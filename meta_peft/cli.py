@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from meta_peft.allocator import keep_freed_memory
 from meta_peft.errors import MetaPeftError, did_you_mean
-from meta_peft.memory import keep_freed_memory
 
 EXAMPLES = """examples:
   meta-peft train --config recipes/configs/locale_formatting.yaml
@@ -174,8 +174,12 @@ def inspect_command(options: argparse.Namespace) -> int:
         f"inner rates     {rates.min():.2e} to {rates.max():.2e}, {'learned' if sidecar.inner.learn_rates else 'fixed'}"
     )
     print(f"prompt          {sidecar.prompt_format.prompt_template!r} {sidecar.prompt_format.completion_template!r}")
-    for name, rate in zip(sidecar.names, rates[-1].tolist(), strict=True):
-        print(f"  {rate:.2e}  {name}")
+    fast = sidecar.inner.fast_names(sidecar.names)
+    if len(fast) < len(sidecar.names):
+        print(f"fast weights    {len(fast)} of them, those with {sidecar.inner.fast!r} in their names")
+    if not sidecar.inner.rates_per_entry:
+        for name, rate in zip(fast, rates[-1].tolist(), strict=True):
+            print(f"  {rate:.2e}  {name}")
     return 0
 
 

@@ -15,11 +15,13 @@ from peft import PeftModel
 from tqdm import tqdm
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
+from meta_peft.algorithms import MultiTask
 from meta_peft.config import MetaLoraConfig
 from meta_peft.errors import MetaPeftError
 from meta_peft.evaluate import Curve, Start, tune, tuned_curve
 from meta_peft.in_context import in_context_scores
 from meta_peft.report import Report
+from meta_peft.schedule import AnyAlgorithm
 from meta_peft.tasks import TaskSet
 from meta_peft.trainer import MetaTrainer
 from meta_peft.types import Episode, EpisodeBatch
@@ -97,19 +99,17 @@ def multitask_start(of: MetaTrainer, tasks: TaskSet, new_model: Callable[[], Pef
 
 
 def compute_ratio(n_layers: int, adapted: int, args: MetaLoraConfig) -> float:
-    """How many steps of multi-task training cost as much as one outer step of `args.algorithm`.
+    """How many steps of multi-task training cost as much as one outer step of `args.algorithm`, on average.
 
-    Counted in matrix products of a row with a layer. Layers below the lowest adapted one are run once a row; in the
-    `adapted` ones and those between, a forward and a backward are two products, and a second-order inner step is four.
+    Counted in matrix products of a row with a layer. Layers below the lowest adapted one are run once a row.
     """
-    support, query, below = args.shots, args.query_size, n_layers - adapted
-    inner = {"maml": 4, "fomaml": 2, "reptile": 2, "multitask": 0}[args.algorithm] * args.inner_steps
-    rows = support + query
-    last = 2 * query if args.algorithm in ("maml", "fomaml") else 0
-    inner_rows = rows if args.algorithm == "reptile" else support
-    if args.algorithm == "multitask":
-        return 1.0
-    return (rows * below + adapted * (inner * inner_rows + last)) / (rows * below + adapted * 2 * rows)
+    rows, schedule = args.shots + args.query_size, args.schedule()
+
+    def cost(algorithm: AnyAlgorithm) -> int:
+        return rows * (n_layers - adapted) + adapted * algorithm.products(args.shots, args.query_size)
+
+    proper = range(min(args.multitask_warmup_steps, args.max_steps - 1), args.max_steps)
+    return float(np.mean([cost(schedule.at(step)) for step in proper])) / cost(MultiTask())
 
 
 def _first(tasks: TaskSet, n: int, seed: int = 0) -> TaskSet:

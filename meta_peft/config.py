@@ -9,13 +9,20 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-from meta_peft.algorithms import MAML, MultiTask, Reptile
+from meta_peft.algorithms import MAML, ImplicitMAML, MultiTask, Reptile
+from meta_peft.algorithms.implicit import SOLVERS
 from meta_peft.errors import MetaPeftError, did_you_mean
 from meta_peft.inner_optimizers import SGD, Adam, InnerRule
+from meta_peft.memory_plan import MemoryPlan
+from meta_peft.schedule import AnyAlgorithm, Schedule
 from meta_peft.tasks.prompt import PromptFormat
 
-ALGORITHMS = ("maml", "fomaml", "reptile", "multitask")
+ALGORITHMS = ("maml", "fomaml", "imaml", "reptile", "multitask")
 INNER_OPTIMIZERS = ("sgd", "adam")
+_NOT_NEGATIVE = (
+    *("inner_lr_learning_rate", "multitask_warmup_steps", "inner_adam_eps_root", "inner_momentum", "proximal"),
+    *("inner_weight_decay", "first_order_until", "multi_step_until"),
+)
 
 
 def _choice(option: str, value: str, choices: tuple[str, ...]) -> None:
@@ -98,7 +105,8 @@ class MetaLoraConfig(TrainingArguments):
 
     output_dir: str | None = field(default="outputs/meta_lora", metadata={"help": "Where checkpoints and results go."})
     algorithm: str = field(
-        default="maml", metadata={"help": "maml (second order), fomaml (first order), reptile or multitask."}
+        default="maml",
+        metadata={"help": "maml (second order), fomaml (first order), imaml (implicit), reptile or multitask."},
     )
     shots: int = field(default=4, metadata={"help": "Support rows of a task, which the inner loop adapts on."})
     query_size: int = field(default=4, metadata={"help": "Other rows of the task, which the adapted weights face."})
@@ -111,16 +119,56 @@ class MetaLoraConfig(TrainingArguments):
     inner_adam_eps_root: float = field(
         default=1e-8, metadata={"help": "Added to the second moment of the inner adam, inside the root."}
     )
+    inner_weight_decay: float = field(default=0.0, metadata={"help": "Decoupled weight decay of the inner adam."})
+    inner_max_grad_norm: float | None = field(
+        default=None, metadata={"help": "Clip each task's inner gradient to this norm; none by default."}
+    )
+    fast_weights: str | None = field(
+        default=None,
+        metadata={
+            "help": "Regular expression for the names of the LoRA matrices that the inner loop adapts, such as lora_B;"
+            " the others are only meta-learned. All by default."
+        },
+    )
     learn_inner_lr: bool = field(default=True, metadata={"help": "Learn one inner rate for each LoRA matrix."})
     inner_lr_per_step: bool = field(default=False, metadata={"help": "Learn rates for each inner step separately."})
+    inner_lr_per_entry: bool = field(default=False, metadata={"help": "Learn a rate for each entry of a LoRA matrix."})
     inner_lr_learning_rate: float = field(
         default=0.05, metadata={"help": "Outer learning rate of the log inner rates."}
+    )
+    second_order_steps: int | None = field(
+        default=None,
+        metadata={"help": "Differentiate the inner gradients of this many last steps only; all by default."},
+    )
+    first_order_until: int = field(
+        default=0, metadata={"help": "Outer step before which maml is first-order (MAML++)."}
+    )
+    multi_step_until: int = field(
+        default=0,
+        metadata={
+            "help": "Outer step until which query losses after earlier inner steps count too, less and less (MAML++)."
+        },
+    )
+    proximal: float = field(
+        default=0.0, metadata={"help": "Pull of the inner loop towards its start; imaml needs it (its lambda)."}
+    )
+    implicit_solver: str = field(default="cg", metadata={"help": "How imaml solves its linear system: cg or neumann."})
+    implicit_iterations: int = field(default=5, metadata={"help": "Iterations of that solver."})
+    memory: str = field(
+        default="auto",
+        metadata={
+            "help": "What is kept of the inner steps' graphs: unrolled (all), replay (none, each is built again), a number"
+            " (those of the last steps), finite_differences (no second derivatives), or auto (what fits)."
+        },
+    )
+    memory_budget_gb: float | None = field(
+        default=None, metadata={"help": "Memory for auto to plan with; by default a share of what the device has left."}
     )
     multitask_warmup_steps: int = field(
         default=0, metadata={"help": "Outer steps of multi-task training before the algorithm proper."}
     )
     tasks_per_forward: int | None = field(
-        default=None, metadata={"help": "Tasks that go through the model at once; fewer need less memory."}
+        default=None, metadata={"help": "Tasks that go through the model at once; by default as many as fit."}
     )
     task_column: str = field(default="task", metadata={"help": "The column that names the task of a row."})
     prompt_template: str = field(
@@ -143,13 +191,16 @@ class MetaLoraConfig(TrainingArguments):
     def __post_init__(self) -> None:
         _choice("algorithm", self.algorithm, ALGORITHMS)
         _choice("inner_optimizer", self.inner_optimizer, INNER_OPTIMIZERS)
-        _at_least("inner_steps", self.inner_steps, 1 if self.algorithm == "reptile" else 0)
-        for option, least in (("shots", 1), ("query_size", 1), ("eval_query_size", 1), ("max_length", 4)):
-            _at_least(option, getattr(self, option), least)
-        for option in ("inner_lr_learning_rate", "multitask_warmup_steps", "inner_adam_eps_root", "inner_momentum"):
+        _choice("implicit_solver", self.implicit_solver, SOLVERS)
+        _at_least("inner_steps", self.inner_steps, 1 if self.algorithm in ("reptile", "imaml") else 0)
+        for option in ("shots", "query_size", "eval_query_size", "implicit_iterations", "tasks_per_forward"):
+            if getattr(self, option) is not None:
+                _at_least(option, getattr(self, option), 1)
+        _at_least("max_length", self.max_length, 4)
+        for option in _NOT_NEGATIVE:
             _at_least(option, getattr(self, option), 0)
-        if self.tasks_per_forward is not None:
-            _at_least("tasks_per_forward", self.tasks_per_forward, 1)
+        if self.memory_budget_gb is not None and not self.memory_budget_gb > 0:
+            raise MetaPeftError(f"memory_budget_gb must be positive; got {self.memory_budget_gb!r}.")
         if self.fp16:
             raise MetaPeftError(
                 "fp16 is refused: gradient scaling does not reach the inner loop, so small gradients would be lost."
@@ -178,7 +229,7 @@ class MetaLoraConfig(TrainingArguments):
 
     def inner_rule(self) -> InnerRule:
         """The inner rule that these options describe."""
-        adam = Adam(eps_root=self.inner_adam_eps_root)
+        adam = Adam(eps_root=self.inner_adam_eps_root, weight_decay=self.inner_weight_decay)
         learned = self.algorithm in ("maml", "fomaml") and self.learn_inner_lr
         return InnerRule(
             optimizer=adam if self.inner_optimizer == "adam" else SGD(self.inner_momentum),
@@ -186,16 +237,32 @@ class MetaLoraConfig(TrainingArguments):
             steps=self.inner_steps,
             learn_rates=learned,
             rates_per_step=learned and self.inner_lr_per_step,
+            rates_per_entry=learned and self.inner_lr_per_entry,
+            clip=self.inner_max_grad_norm,
+            proximal=self.proximal,
+            fast=self.fast_weights,
         )
 
-    def algorithm_object(self) -> MAML | Reptile | MultiTask:
+    def algorithm_object(self) -> AnyAlgorithm:
         """The algorithm that these options describe."""
-        rule = self.inner_rule()
+        rule, memory = self.inner_rule(), int(self.memory) if self.memory.isdigit() else self.memory
         kinds: dict[str, Any] = {
-            "maml": lambda: MAML(rule),
+            "maml": lambda: MAML(rule, second_order_steps=self.second_order_steps, memory=memory),
             "fomaml": lambda: MAML(rule, first_order=True),
+            "imaml": lambda: ImplicitMAML(rule, self.implicit_solver, self.implicit_iterations, memory),
             "reptile": lambda: Reptile(rule),
             "multitask": lambda: MultiTask(rule),
         }
-        made: MAML | Reptile | MultiTask = kinds[self.algorithm]()
+        made: AnyAlgorithm = kinds[self.algorithm]()
         return made
+
+    def schedule(self) -> Schedule:
+        """Which algorithm runs at which outer step."""
+        return Schedule(
+            self.algorithm_object(), self.multitask_warmup_steps, self.multi_step_until, self.first_order_until
+        )
+
+    def memory_plan(self) -> MemoryPlan:
+        """How batches are split to fit into memory."""
+        budget = None if self.memory_budget_gb is None else int(self.memory_budget_gb * 1e9)
+        return MemoryPlan(self.tasks_per_forward, budget)

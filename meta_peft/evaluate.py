@@ -16,7 +16,6 @@ from meta_peft.adapter_loss import AdapterLoss
 from meta_peft.inner_loop import adapt
 from meta_peft.inner_optimizers.rule import InnerRule, scaled
 from meta_peft.objectives.labelled_tokens import TaskScores
-from meta_peft.params import expand
 from meta_peft.types import EpisodeBatch, Params
 
 Progress = Callable[[int], object]
@@ -62,8 +61,7 @@ def curve(
             if step in steps:
                 scores[step] = loss_fn.scores(fast, batch.query)
 
-        fast = expand(start.adapter, batch.n_tasks)
-        adapt(loss_fn, fast, hyper, batch.support, start.rule, steps=max(steps), after_step=score)
+        adapt(loss_fn, start.adapter, hyper, batch.support, start.rule, steps=max(steps), after_step=score)
         rows.append(
             torch.stack([torch.stack([s.loss_T, s.exact_match_T]) for _, s in sorted(scores.items())]).cpu().numpy()
         )

@@ -1,8 +1,8 @@
-"""The product with a frozen bitsandbytes weight, whose derivatives of every order save no copy of that weight.
+"""The product with a frozen weight, whose derivatives of every order save no copy of that weight.
 
 ``y = x W^T`` is linear in x, so its backward is ``dx = g W``, the same product with the other orientation, and the
-backward of that is the first again. Written as one autograd Function that calls itself, the dequantised weight lives
-only while a product is computed. bitsandbytes' own backward hands a dequantised copy to autograd instead, which a
+backward of that is the first again. Written as one autograd Function that calls itself, a dequantised weight lives only
+while a product is computed. bitsandbytes' own backward hands a dequantised copy to autograd instead, which a
 second-order graph then keeps for every layer and inner step.
 
 8-bit layers are computed with weights only quantised (activations are not), in training and evaluation mode alike, so
@@ -19,6 +19,7 @@ import bitsandbytes as bnb
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from meta_peft.forwards import replaced_forwards
 
@@ -36,15 +37,35 @@ def dequantise(layer: nn.Module) -> Tensor:
     raise TypeError(f"{type(layer).__name__} is not a bitsandbytes layer")
 
 
+def frozen_weight(layer: nn.Module, dtype: torch.dtype) -> Tensor:
+    """The weight of a frozen linear layer, quantised or not, as ``[out, in]`` in `dtype`, detached."""
+    weight: Any = layer.weight
+    if type(layer) is nn.Linear:
+        return weight.detach().to(dtype)
+    if type(layer) is Conv1D:
+        return weight.detach().T.to(dtype)
+    return dequantise(layer).to(dtype)
+
+
+def frozen_bias(layer: nn.Module, dtype: torch.dtype) -> Tensor | None:
+    bias: Any = layer.bias
+    return None if bias is None else bias.detach().to(dtype)
+
+
+def times_frozen(x: Tensor, layer: nn.Module, *, transposed: bool = False) -> Tensor:
+    """``x W^T``, or ``x W`` if `transposed`, as plain numbers without a graph; x is ``[..., features]``."""
+    weight = frozen_weight(layer, x.dtype)
+    rows = x.reshape(-1, x.shape[-1])  # one large product: a batched one would read the weight once per row
+    y = rows @ weight if transposed else F.linear(rows, weight)
+    return y.view(*x.shape[:-1], -1)
+
+
 class _FrozenProduct(torch.autograd.Function):
-    """``x W^T``, or ``x W`` if `transposed`, for the quantised weight W of `layer`."""
+    """``x W^T``, or ``x W`` if `transposed`, for the frozen weight W of `layer`."""
 
     @staticmethod
     def forward(x: Tensor, layer: nn.Module, transposed: bool) -> Tensor:
-        weight = dequantise(layer).to(x.dtype)
-        rows = x.reshape(-1, x.shape[-1])  # one large product: a batched one would read the weight once per row
-        y = rows @ weight if transposed else F.linear(rows, weight)
-        return y.view(*x.shape[:-1], -1)
+        return times_frozen(x, layer, transposed=transposed)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -54,12 +75,21 @@ class _FrozenProduct(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> Any:
         return _FrozenProduct.apply(grads[0], ctx.layer, not ctx.transposed), None, None
 
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        return _FrozenProduct.apply(tangents[0], ctx.layer, ctx.transposed)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], x: Tensor, layer: nn.Module, transposed: bool) -> tuple[Tensor, int]:
+        # The product acts on the last dimension alone, so one more in front changes nothing.
+        return _FrozenProduct.apply(x.movedim(in_dims[0], 0), layer, transposed), 0
+
 
 def frozen_product(x: Tensor, layer: nn.Module) -> Tensor:
-    """``x W^T + b`` for a bitsandbytes layer; x is ``[..., in]``, the result ``[..., out]``."""
+    """``x W^T + b`` for a frozen linear layer; x is ``[..., in]``, the result ``[..., out]``. Serves `torch.func` too."""
     y: Tensor = _FrozenProduct.apply(x, layer, False)
-    bias: Any = layer.bias
-    return y if bias is None else y + bias.to(y.dtype)
+    bias = frozen_bias(layer, y.dtype)
+    return y if bias is None else y + bias
 
 
 def quantised_layers(model: nn.Module) -> list[nn.Module]:

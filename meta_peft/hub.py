@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import shutil
 import tempfile
@@ -19,6 +20,7 @@ from meta_peft.base_model import BaseIdentity, load_base, load_tokenizer
 from meta_peft.config import ModelArguments
 from meta_peft.errors import MetaPeftError
 from meta_peft.fast_weights import FastWeights, active_adapter
+from meta_peft.inner_optimizers.rule import RATES
 from meta_peft.sidecar import JSON, TENSORS, Sidecar
 from meta_peft.types import Params
 
@@ -53,12 +55,11 @@ def save_adapted(weights: Params, config: Any, base_name: str, folder: str | Pat
 
 def write_adapter(weights: Params, config: Any, base_name: str, folder: Path) -> None:
     """The two files of a PEFT adapter."""
-    was = config.base_model_name_or_path, config.inference_mode
-    config.base_model_name_or_path, config.inference_mode = base_name, True
-    try:
-        config.save_pretrained(str(folder))
-    finally:
-        config.base_model_name_or_path, config.inference_mode = was
+    written = copy.copy(config)
+    written.base_model_name_or_path, written.inference_mode = base_name, True
+    if isinstance(written.target_modules, set):  # the order of a set differs from run to run
+        written.target_modules = sorted(written.target_modules)
+    written.save_pretrained(str(folder))
     tensors = {name: value.detach().cpu().contiguous() for name, value in weights.items()}
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
 
@@ -102,6 +103,12 @@ def attach(model: PeftModel, sidecar: Sidecar, tokenizer: Any) -> None:
         raise MetaPeftError(
             f"The sidecar has rates for {len(sidecar.names)} LoRA matrices, the adapter has {len(names)} (first"
             f" {sidecar.names[:1]} and {names[:1]}): they do not belong together."
+        )
+    expected = sidecar.inner.initial_rates(dict(FastWeights(model).parameters()))[RATES].shape[1]
+    if sidecar.log_rates.shape[1] != expected:
+        raise MetaPeftError(
+            f"The sidecar has {sidecar.log_rates.shape[1]} rates, the adapter's fast weights need {expected}: they do not"
+            " belong together."
         )
     model.meta_peft = MetaLearned(sidecar, tokenizer, active_adapter(model))
 

@@ -5,46 +5,48 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from meta_peft.inner_optimizers import InnerRule
-from meta_peft.params import gradients, leaves
+from meta_peft.params import expand, gradients, leaves
 from meta_peft.types import LossFn, Params, Rows
 
 
-def adapt_differentiably(
-    loss_fn: LossFn, fast: Params, hyper: Params, support: Rows, rule: InnerRule, *, second_order: bool
-) -> Params:
-    """`rule.steps` updates of a stack ``[T, out, in]`` on `support`, as a differentiable function of `fast` and `hyper`.
-
-    With `second_order` the inner gradients are functions too; without, they are constants and only the updates'
-    dependence on `fast` and `hyper` remains. The tasks of a stack do not interact: the gradient of the sum of their
-    losses is the stack of their gradients.
-    """
-    state = rule.optimizer.init(fast)
-    for step in range(rule.steps):
-        grads = gradients(loss_fn(fast, support).sum(), fast, create_graph=second_order)
-        fast, state = rule.step(step, fast, grads, state, hyper)
-    return fast
+def start(adapter: Params, rule: InnerRule, n_tasks: int, *, stacked: bool = False) -> tuple[Params, Params]:
+    """The fast weights as a stack over tasks, equal copies unless `stacked` already, and the slow weights, detached."""
+    fast, slow = rule.split({name: p.detach() for name, p in adapter.items()})
+    return (fast if stacked else expand(fast, n_tasks)), slow
 
 
 def adapt(
     loss_fn: LossFn,
-    fast: Params,
+    adapter: Params,
     hyper: Params,
     support: Rows,
     rule: InnerRule,
     *,
     steps: int | None = None,
-    after_step: Callable[[int, Params], None] = lambda step, fast: None,
+    after_step: Callable[[int, Params], None] = lambda step, adapted: None,
+    stacked: bool = False,
 ) -> Params:
-    """The same updates as plain numbers: what is run at use and in evaluation.
+    """`steps` updates of each task's own copy of `adapter` on its support rows, as plain numbers.
 
-    `after_step(k, fast)` is called with k = 0 before the first step and after each of the `steps` steps.
+    Args:
+        adapter: where all tasks start, ``[out, in]`` each; or, if `stacked`, a stack of starts ``[T, out, in]``.
+        after_step: called with k and the adapter, with k = 0 before the first step and after each step.
+
+    Returns:
+        The adapter of each task, ``[T, out, in]``; slow weights (see `InnerRule.fast`) are as they were.
     """
-    fast, hyper = leaves(fast), {name: value.detach() for name, value in hyper.items()}
-    state = rule.optimizer.init(fast)
-    after_step(0, fast)
+    fast, slow = start(adapter, rule, support.n_tasks, stacked=stacked)
+    hyper = {name: value.detach() for name, value in hyper.items()}
+
+    def adapted() -> Params:
+        all_of_them = {**(slow if stacked else expand(slow, support.n_tasks)), **fast}
+        return {name: all_of_them[name].detach() for name in adapter}
+
+    state = rule.init(fast)
+    after_step(0, adapted())
     for step in range(rule.steps if steps is None else steps):
-        grads = gradients(loss_fn(fast, support).sum(), fast)
+        at = leaves(fast)
+        grads = gradients(loss_fn({**slow, **at}, support).sum(), at)
         fast, state = rule.step(step, fast, grads, state, hyper)
-        fast = leaves(fast)
-        after_step(step + 1, fast)
-    return {name: value.detach() for name, value in fast.items()}
+        after_step(step + 1, adapted())
+    return adapted()

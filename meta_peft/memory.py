@@ -1,22 +1,30 @@
-"""Memory of the process, on the CPU."""
+"""How much memory there is, and how it runs out."""
 
 from __future__ import annotations
 
-import ctypes
-import sys
+from pathlib import Path
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # from <malloc.h>
+import psutil
+import torch
+
+CGROUP = Path("/sys/fs/cgroup")
 
 
-def keep_freed_memory(n_bytes: int = 1 << 30) -> None:
-    """Let glibc keep blocks up to `n_bytes` that were freed, instead of giving each back to the system.
+def available(device: torch.device) -> int:
+    """Bytes that could still be allocated on `device`."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    free = int(psutil.virtual_memory().available)
+    try:  # a container may be allowed less than the machine has
+        allowed, used = ((CGROUP / name).read_text() for name in ("memory.max", "memory.current"))
+        return free if allowed.strip() == "max" else min(free, int(allowed) - int(used))
+    except (OSError, ValueError):
+        return free
 
-    Logits and their gradients are large and made anew at every step; asking the system for the same pages each time
-    costs as much as computing with them. Called by programs, never by the library: it holds for the whole process.
-    """
-    if sys.platform != "linux":
-        return
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:  # other C libraries have no such option
-        mallopt(M_MMAP_THRESHOLD, n_bytes)
-        mallopt(M_TRIM_THRESHOLD, 2 * n_bytes - 1)
+
+def ran_out(error: BaseException) -> bool:
+    """Whether `error` says that memory ran out."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
+from meta_peft import preflight
 from meta_peft.adapter_loss import AdapterLoss
-from meta_peft.algorithms import MAML, MultiTask, Reptile
 from meta_peft.errors import MetaPeftError
 from meta_peft.fast_weights import FastWeights
 from meta_peft.inner_optimizers.rule import RATES, InnerRule
+from meta_peft.memory import ran_out
+from meta_peft.memory_plan import MemoryPlan
 from meta_peft.params import weighted_sum
+from meta_peft.schedule import AnyAlgorithm
 from meta_peft.types import Algorithm, EpisodeBatch, LossFn, Meta, MetaGradient, Params
 
 
@@ -33,10 +38,10 @@ class LearnedRates(nn.Module):
 def meta_gradient(
     model: PeftModel | AdapterLoss,
     episode_batch: EpisodeBatch,
-    algorithm: MAML | Reptile | MultiTask,
+    algorithm: AnyAlgorithm,
     rates: LearnedRates | None = None,
     *,
-    tasks_per_forward: int | None = None,
+    tasks_per_forward: int | MemoryPlan | None = None,
 ) -> MetaGradient:
     """The gradient of the mean objective over the episodes, for the adapter and for learned rates.
 
@@ -45,29 +50,49 @@ def meta_gradient(
         episode_batch: T episodes, on the model's device.
         algorithm: how the gradient is estimated.
         rates: the inner loop's rates; by default those of `algorithm.inner`.
-        tasks_per_forward: how many tasks go through the model at once; None is all. The result does not depend on it.
+        tasks_per_forward: how many tasks go through the model at once; None is all. A `MemoryPlan`, kept from call to
+            call, chooses what fits. The result does not depend on it, and where memory runs out, fewer are tried.
 
     Returns:
         Gradients by the names of `AdapterLoss.weights`; nothing is written to `.grad` (see `assign_gradient`).
     """
+    loss_fn = bind(model, algorithm)
+    if not isinstance(tasks_per_forward, MemoryPlan):
+        tasks_per_forward = MemoryPlan(tasks_per_forward, budget=math.inf)
+    adapter: Params = dict(loss_fn.weights.parameters())
+    hyper = algorithm.inner.initial_rates(adapter) if rates is None else rates.values()
+    return in_chunks(algorithm, loss_fn, Meta(adapter, hyper), episode_batch, tasks_per_forward)
+
+
+def bind(model: PeftModel | AdapterLoss, algorithm: AnyAlgorithm) -> AdapterLoss:
+    """The model's loss, checked for what `algorithm` asks of it."""
     loss_fn = model if isinstance(model, AdapterLoss) else AdapterLoss(model, second_order=algorithm.second_order)
     if algorithm.second_order and not loss_fn.second_order:
         raise MetaPeftError(
             "The algorithm takes second derivatives, but the AdapterLoss was made and checked for first ones only: make it"
             " with AdapterLoss(model, second_order=True)."
         )
-    if tasks_per_forward is not None and tasks_per_forward < 1:
-        raise MetaPeftError(f"tasks_per_forward must be 1 or more, or None for all; got {tasks_per_forward}.")
-    adapter: Params = dict(loss_fn.weights.parameters())
-    hyper = algorithm.inner.initial_rates(adapter) if rates is None else rates.values()
-    return in_chunks(algorithm, loss_fn, Meta(adapter, hyper), episode_batch, tasks_per_forward)
+    if getattr(algorithm, "memory", None) == "finite_differences":
+        preflight.check_differences(loss_fn.model)
+    return loss_fn
 
 
-def in_chunks(
-    algorithm: Algorithm, loss_fn: LossFn, meta: Meta, batch: EpisodeBatch, tasks_per_forward: int | None
-) -> MetaGradient:
+def in_chunks(algorithm: Algorithm, loss_fn: LossFn, meta: Meta, batch: EpisodeBatch, plan: MemoryPlan) -> MetaGradient:
     """The mean of the meta-gradients of the batch's chunks, each weighted by its number of tasks."""
-    parts = [algorithm(loss_fn, meta, chunk) for chunk in batch.chunks(tasks_per_forward)]
+    parts: list[MetaGradient] = []
+    done = 0
+    while done < batch.n_tasks:
+        settled, size = plan.settle(algorithm, loss_fn, meta, batch)
+        chunk = batch.part(done, min(done + size, batch.n_tasks))
+        part = _or_out_of_memory(settled, loss_fn, meta, chunk)
+        if isinstance(part, MetaGradient):
+            parts.append(part)
+            done += chunk.n_tasks
+        elif not plan.shrink(chunk.n_tasks):
+            raise MetaPeftError(
+                "Memory ran out with a single task, whose graphs are rebuilt step by step already. Shorten rows"
+                " (max_length), take fewer of them, put LoRA on upper layers only, or use a first-order algorithm."
+            ) from part
     shares = [part.n_tasks / batch.n_tasks for part in parts]
     grads = Meta(
         weighted_sum((share, part.grads.adapter) for share, part in zip(shares, parts, strict=True)),
@@ -75,6 +100,21 @@ def in_chunks(
     )
     metrics: dict[str, Tensor] = {n: torch.cat([part.metrics[n] for part in parts]) for n in parts[0].metrics}
     return MetaGradient(grads, batch.n_tasks, metrics)
+
+
+def _or_out_of_memory(
+    algorithm: Algorithm, loss_fn: LossFn, meta: Meta, chunk: EpisodeBatch
+) -> MetaGradient | BaseException:
+    """The chunk's meta-gradient, or the error that says memory ran out, without the frames that hold the memory."""
+    try:
+        return algorithm(loss_fn, meta, chunk)
+    except (RuntimeError, MemoryError) as error:
+        if not ran_out(error):
+            raise
+        failure = error.with_traceback(None)
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return failure
 
 
 def assign_gradient(gradient: MetaGradient, model: PeftModel | AdapterLoss, rates: LearnedRates | None = None) -> None:

@@ -22,13 +22,23 @@ def expand(params: Params, n_tasks: int) -> Params:
     return {name: p.expand(n_tasks, *p.shape) for name, p in params.items()}
 
 
+def dot(a: Params, b: Params) -> Tensor:
+    """The inner product of two stacks, one for each task, ``[T]``."""
+    return torch.stack([(a[name] * b[name]).flatten(1).sum(1) for name in a]).sum(0)
+
+
+def per_task(value_T: Tensor, like: Tensor) -> Tensor:
+    """``[T]`` in a shape that multiplies the tasks of a stack."""
+    return value_T.to(like.dtype).view(-1, *[1] * (like.dim() - 1))
+
+
 def leaves(params: Params) -> Params:
     """The same values as fresh leaves of the autograd graph."""
     return {name: p.detach().requires_grad_() for name, p in params.items()}
 
 
 def take_task(params: Params, task: int) -> Params:
-    """One task's weights out of a stack, ``[T, out, in] -> [out, in]``, detached and copied."""
+    """One task's weights ``[out, in]`` out of a stack, detached and copied."""
     return {name: p[task].detach().clone() for name, p in params.items()}
 
 

@@ -185,3 +185,14 @@ def _check_quantised(model: nn.Module) -> None:
             )
         # Else the first forward without gradients would repack the layer in place, and change the frozen weights.
         layer.support_avx512bf16_for_cpu = False
+
+
+def check_differences(model: PeftModel) -> None:
+    """Raise `MetaPeftError` unless activations are precise enough for differences of gradients."""
+    coarse = {p.dtype for p in model.get_base_model().parameters()} & {torch.bfloat16, torch.float16}
+    if coarse:
+        raise MetaPeftError(
+            f"memory='finite_differences' subtracts gradients that are nearly equal, but activations are in"
+            f" {', '.join(sorted(map(str, coarse)))}: nothing but rounding would be left. Load the base in float32, or"
+            " use memory='replay'."
+        )

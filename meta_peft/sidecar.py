@@ -29,8 +29,9 @@ FORMAT = 1
 class Sidecar:
     """How an adapter was meta-learned, and how it is to be adapted.
 
-    `names` are the LoRA matrices in the order of the columns of `log_rates`, ``[S, n]``. `rate_factors` holds, for
-    numbers of adaptation steps, what the rates are best multiplied by, as found on validation tasks.
+    `names` are all LoRA matrices; those of them that are fast weights have the columns of `log_rates` ``[S, n]``, one
+    each or one for each entry. `rate_factors` holds, for numbers of adaptation steps, what the rates are best multiplied
+    by, as found on validation tasks.
     """
 
     algorithm: str
@@ -98,9 +99,10 @@ class Sidecar:
             if isinstance(error, MetaPeftError):
                 raise
             raise MetaPeftError(f"{folder / JSON} is damaged or not a sidecar of meta_peft ({error!r}).") from error
-        if sidecar.log_rates.shape[1:] != (len(sidecar.names),) or not sidecar.log_rates.exp().isfinite().all():
+        n_fast, shape = len(sidecar.inner.fast_names(sidecar.names)), sidecar.log_rates.shape
+        right = len(shape) == 2 and (sidecar.inner.rates_per_entry or shape[1] == n_fast)
+        if not right or not sidecar.log_rates.exp().isfinite().all():
             raise MetaPeftError(
-                f"{folder / TENSORS} should hold finite rates for {len(sidecar.names)} matrices; it has shape"
-                f" {list(sidecar.log_rates.shape)}."
+                f"{folder / TENSORS} should hold finite rates for {n_fast} matrices; it has shape {list(shape)}."
             )
         return sidecar

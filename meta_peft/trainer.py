@@ -21,15 +21,13 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ProgressCallback
 
 from meta_peft import hub
-from meta_peft.adapter_loss import AdapterLoss
-from meta_peft.algorithms import MultiTask
 from meta_peft.base_model import BaseIdentity, load_base, load_tokenizer, with_adapter
 from meta_peft.card import model_card
 from meta_peft.config import MetaLoraConfig, ModelArguments
 from meta_peft.errors import MetaPeftError
 from meta_peft.evaluate import Start, curve
 from meta_peft.inner_optimizers.rule import RATES
-from meta_peft.outer_loop import LearnedRates, meta_gradient
+from meta_peft.outer_loop import LearnedRates, bind, meta_gradient
 from meta_peft.params import flatten, unflatten
 from meta_peft.sidecar import Sidecar
 from meta_peft.tasks import EpisodeCollator, EpisodeDataset, TaskSet
@@ -77,8 +75,8 @@ class MetaTrainer(Trainer):
                 tasks.check_disjoint(eval_tasks)
         peft_model = _peft_model(model, peft_config)
         self.algorithm = args.algorithm_object()
-        self._warmup = MultiTask(args.inner_rule())
-        self.loss_fn = AdapterLoss(peft_model, second_order=self.algorithm.second_order)
+        self.schedule, self.memory_plan = args.schedule(), args.memory_plan()
+        self.loss_fn = bind(peft_model, self.algorithm)
         self.rates = LearnedRates(args.inner_rule(), dict(self.loss_fn.weights.parameters()))
         self._identity = BaseIdentity.of(peft_model.get_base_model())
         self._rate_factors: dict[int, float] = {}
@@ -151,13 +149,12 @@ class MetaTrainer(Trainer):
 
     def training_step(self, model: nn.Module, inputs: EpisodeBatch, num_items_in_batch: Any = None) -> Tensor:
         """Accumulate the meta-gradient of a batch of tasks; returns its mean loss."""
-        warming_up = self.state.global_step < self.args.multitask_warmup_steps
         gradient = meta_gradient(
             self.loss_fn,
             inputs.to(self.args.device),
-            self._warmup if warming_up else self.algorithm,
+            self.schedule.at(self.state.global_step),
             self.rates,
-            tasks_per_forward=self.args.tasks_per_forward,
+            tasks_per_forward=self.memory_plan,
         )
         share = 1 / self.current_gradient_accumulation_steps
         named: dict[str, nn.Parameter] = {**self.loss_fn.weights.parameters(), RATES: self.rates.log_rates}

@@ -64,14 +64,10 @@ class EpisodeBatch:
     def to(self, device: Any) -> EpisodeBatch:
         return EpisodeBatch(self.support.to(device), self.query.to(device), self.tasks)
 
-    def chunks(self, size: int | None) -> list[EpisodeBatch]:
-        """Split into batches of at most `size` tasks; None keeps all tasks together."""
-        if size is None or size >= self.n_tasks:
-            return [self]
-        cuts = range(0, self.n_tasks, size)
-        return [self._part(start, min(start + size, self.n_tasks)) for start in cuts]
-
-    def _part(self, start: int, stop: int) -> EpisodeBatch:
+    def part(self, start: int, stop: int) -> EpisodeBatch:
+        """The episodes `start` to `stop` alone."""
+        if (start, stop) == (0, self.n_tasks):
+            return self
         return EpisodeBatch(self.support.tasks(start, stop), self.query.tasks(start, stop), self.tasks[start:stop])
 
 

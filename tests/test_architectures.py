@@ -131,7 +131,7 @@ def test_meta_gradient_equals_finite_differences(case: str):
     def objective(h: float) -> float:
         moved = {n: p + h * direction[n] for n, p in start.items()}
         hyper = {RATES: moved.pop(RATES)}
-        fast = adapt(run.loss_fn, expand(moved, run.batch.n_tasks), hyper, run.batch.support, RULE)
+        fast = adapt(run.loss_fn, moved, hyper, run.batch.support, RULE)
         return run.loss_fn.scores(fast, run.batch.query).loss_T.mean().item()
 
     # Small enough to stay on one side of every kink of a ReLU and of every choice of a router.

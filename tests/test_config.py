@@ -34,7 +34,7 @@ from meta_peft.compare import CompareArguments
         ({"inner_lr": 0.0}, "inner_lr is 0: learned rates need a positive rate to start from"),
         (
             {"algorithm": "mamo"},
-            "algorithm must be one of maml, fomaml, reptile, multitask; got 'mamo'. Did you mean 'maml'?",
+            "algorithm must be one of maml, fomaml, imaml, reptile, multitask; got 'mamo'. Did you mean 'maml'?",
         ),
         ({"algorithm": "x"}, "got 'x'.$"),
         ({"inner_optimizer": "adamw"}, "inner_optimizer must be one of sgd, adam; got 'adamw'. Did you mean 'adam'?"),

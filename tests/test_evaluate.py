@@ -11,7 +11,6 @@ from meta_peft.evaluate import Start, curve, interval, tune, tuned_curve
 from meta_peft.inner_loop import adapt
 from meta_peft.inner_optimizers import SGD, InnerRule
 from meta_peft.inner_optimizers.rule import scaled
-from meta_peft.params import expand
 from meta_peft.types import EpisodeBatch, Rows
 
 STEPS = (0, 1, 3)
@@ -44,8 +43,7 @@ def test_curve_is_adaptation_step_by_step(loss_fn, start, batches):
     for column, steps in enumerate(STEPS):
         losses = []
         for batch in batches:
-            fast = expand(start.adapter, batch.n_tasks)
-            fast = adapt(loss_fn, fast, scaled(start.hyper, 2.0), batch.support, start.rule, steps=steps)
+            fast = adapt(loss_fn, start.adapter, scaled(start.hyper, 2.0), batch.support, start.rule, steps=steps)
             losses += loss_fn.scores(fast, batch.query).loss_T.tolist()
         np.testing.assert_allclose(found.loss[:, column], losses, rtol=1e-5)
     assert (found.loss[:, 0] != found.loss[:, 2]).all()

@@ -6,6 +6,7 @@ import pytest
 import torch
 from architectures import ARCHITECTURES, base_of, batch_for, lora
 from conftest import assert_equal, random_batch, random_rows, tiny_base, with_lora
+from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -57,7 +58,9 @@ def count_runs(loss_fn: AdapterLoss) -> list[list[int]]:
             def count(*_, i=i, counts=counts):
                 counts[i] += 1
 
-            next(m for m in layer.modules() if isinstance(m, (nn.Linear, Conv1D))).register_forward_hook(count)
+            next(m for m in layer.modules() if isinstance(m, (LoraLayer, nn.Linear, Conv1D))).register_forward_hook(
+                count
+            )
     return runs
 
 

@@ -63,7 +63,7 @@ def test_equals_finite_differences(kind: str, optimizer: str, steps: int):
         """The objective at each start, by `adapt`, which builds no graph. All starts go through as one stack."""
         stack = {n: torch.stack([s[n] for s in starts for _ in range(batch.n_tasks)]) for n in adapter}
         support, query = repeated(batch.support, len(starts)), repeated(batch.query, len(starts))
-        fast = adapt(loss_fn, stack, hyper, support, rule)
+        fast = adapt(loss_fn, stack, hyper, support, rule, stacked=True)
         return loss_fn(fast, query).view(len(starts), -1).mean(1).tolist()
 
     directions = {n: torch.randn(p.shape, generator=generator, dtype=p.dtype) for n, p in adapter.items()}

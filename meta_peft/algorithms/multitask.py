@@ -18,6 +18,10 @@ class MultiTask:
     inner: InnerRule = field(default_factory=InnerRule)  # how the adapter will be adapted; no part of training
     second_order = False
 
+    def products(self, support: int, query: int) -> int:
+        """Matrix products of one row with one adapted layer that a task costs."""
+        return 2 * (support + query)
+
     def __call__(self, loss_fn: LossFn, meta: Meta, batch: EpisodeBatch) -> MetaGradient:
         adapter = leaves(meta.adapter)
         loss_T = (loss_fn(adapter, batch.support) + loss_fn(adapter, batch.query)) / 2

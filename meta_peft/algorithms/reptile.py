@@ -1,7 +1,7 @@
 """Reptile (Nichol et al. 2018, arXiv 1803.02999).
 
 ``meta-gradient = mean_t (theta - theta'_t)``, where theta'_t is theta after the inner steps on all rows of task t,
-support and query together: Reptile has no query loss. Rates are not learned.
+support and query together: Reptile has no query loss. Rates are not learned, and slow weights get no gradient.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from torch import Tensor
 from meta_peft.errors import MetaPeftError
 from meta_peft.inner_loop import adapt
 from meta_peft.inner_optimizers import InnerRule
-from meta_peft.params import expand
 from meta_peft.types import EpisodeBatch, LossFn, Meta, MetaGradient, Params, Rows
 
 
@@ -27,6 +26,12 @@ class Reptile:
             raise MetaPeftError("Reptile learns from how far the inner steps move: inner_steps must be 1 or more.")
         if self.inner.learn_rates:
             raise MetaPeftError("Reptile gives no gradient for the inner rates: set learn_rates=False, or use MAML.")
+        if self.inner.fast is not None:
+            raise MetaPeftError("Reptile gives no gradient for slow weights: leave fast_weights out, or use MAML.")
+
+    def products(self, support: int, query: int) -> int:
+        """Matrix products of one row with one adapted layer that a task costs."""
+        return 2 * self.inner.steps * (support + query)
 
     def __call__(self, loss_fn: LossFn, meta: Meta, batch: EpisodeBatch) -> MetaGradient:
         losses: list[Tensor] = []
@@ -36,7 +41,6 @@ class Reptile:
             losses.append(loss_T.detach())
             return loss_T
 
-        start = expand(meta.adapter, batch.n_tasks)
-        end = adapt(both, start, meta.hyper, batch.support, self.inner)
+        end = adapt(both, meta.adapter, meta.hyper, batch.support, self.inner)
         moved = {name: (p.detach() - end[name]).mean(0) for name, p in meta.adapter.items()}
         return MetaGradient(Meta(moved, {}), batch.n_tasks, {"loss": losses[-1]})

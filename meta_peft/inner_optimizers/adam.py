@@ -1,7 +1,8 @@
 """Adam (Kingma & Ba 2015, arXiv 1412.6980), written so that it can be differentiated through.
 
 ``m <- b1 m + (1 - b1) g``, ``v <- b2 v + (1 - b2) g^2``, the direction is
-``(m / (1 - b1^k)) / (sqrt(v / (1 - b2^k) + eps_root) + eps)``.
+``(m / (1 - b1^k)) / (sqrt(v / (1 - b2^k) + eps_root) + eps) + weight_decay theta``. With `weight_decay` this is AdamW
+(Loshchilov & Hutter 2019, arXiv 1711.05101).
 
 `eps_root` is 0 in `torch.optim.Adam`; there the derivative of the square root is infinite where a gradient is exactly
 zero, as it is for every LoRA A matrix while B is zero. A small positive value (as in optax) keeps it finite.
@@ -22,11 +23,12 @@ class Adam:
     beta2: float = 0.999
     eps: float = 1e-8
     eps_root: float = 1e-8
+    weight_decay: float = 0.0
 
     def init(self, fast: Params) -> Params:
         return {f"{moment}.{name}": torch.zeros_like(p) for moment in ("m", "v") for name, p in fast.items()}
 
-    def direction(self, step: int, grads: Params, state: Params) -> tuple[Params, Params]:
+    def direction(self, step: int, fast: Params, grads: Params, state: Params) -> tuple[Params, Params]:
         directions, moments = {}, {}
         bias1, bias2 = 1 - self.beta1 ** (step + 1), 1 - self.beta2 ** (step + 1)
         for name, g in grads.items():
@@ -34,4 +36,6 @@ class Adam:
             v = self.beta2 * state[f"v.{name}"] + (1 - self.beta2) * g * g
             moments[f"m.{name}"], moments[f"v.{name}"] = m, v
             directions[name] = (m / bias1) / ((v / bias2 + self.eps_root).sqrt() + self.eps)
+            if self.weight_decay:
+                directions[name] = directions[name] + self.weight_decay * fast[name]
         return directions, moments

@@ -1,13 +1,18 @@
 """The inner rule: an optimizer's direction times a rate for each LoRA matrix.
 
-``theta <- theta - exp(log_rates[k, i]) * direction_i`` for step k and matrix i. Rates are kept as logarithms, so that
-learning them cannot turn one negative. One rate per matrix is Meta-SGD's idea (Li et al. 2017, arXiv 1707.09835) at
-the granularity of layers; one per matrix and step is that of MAML++ (Antoniou et al. 2019, arXiv 1810.09502).
+``theta <- theta - exp(log_rates[k, i]) * direction_i`` for step k and matrix i, where the direction is that of the
+task's loss plus ``proximal / 2 |theta - start|^2``, its gradient clipped to a norm of `clip` for each task. Rates are
+kept as logarithms, so that learning them cannot turn one negative. A rate for each entry is Meta-SGD (Li et al. 2017,
+arXiv 1707.09835), one for each matrix the same at the granularity of layers, and one for each matrix and step that of
+MAML++ (Antoniou et al. 2019, arXiv 1810.09502). Where only some matrices are fast weights, as in ANIL (Raghu et al.
+2020, arXiv 1909.09157), the others are learned by the outer loop alone.
 """
 
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
@@ -17,9 +22,11 @@ from torch import Tensor
 from meta_peft.errors import MetaPeftError
 from meta_peft.inner_optimizers.adam import Adam
 from meta_peft.inner_optimizers.sgd import SGD
+from meta_peft.params import dot, per_task
 from meta_peft.types import Params
 
 RATES = "log_rates"
+START = "start of "  # the state's entries that the proximal term pulls towards
 OPTIMIZERS: dict[str, type[SGD] | type[Adam]] = {"sgd": SGD, "adam": Adam}
 
 
@@ -28,7 +35,7 @@ class InnerOptimizer(Protocol):
 
     def init(self, fast: Params) -> Params: ...
 
-    def direction(self, step: int, grads: Params, state: Params) -> tuple[Params, Params]: ...
+    def direction(self, step: int, fast: Params, grads: Params, state: Params) -> tuple[Params, Params]: ...
 
 
 @dataclass(frozen=True)
@@ -41,6 +48,11 @@ class InnerRule:
         steps: how many inner steps the outer loop differentiates through; at use there may be more or fewer.
         learn_rates: whether the outer loop learns one rate per LoRA matrix.
         rates_per_step: whether each of the `steps` steps has rates of its own; later steps use the last ones.
+        rates_per_entry: whether each entry of a matrix has a rate of its own.
+        clip: largest norm of a task's gradient over all its fast weights; None does not clip.
+        proximal: strength of the pull towards the start, as implicit MAML needs it.
+        fast: a regular expression searched for in the names of the LoRA matrices, such as ``layers\\.(28|29)\\.`` or
+            ``lora_B``; those it is found in are fast weights. None means all.
     """
 
     optimizer: SGD | Adam = field(default_factory=SGD)
@@ -48,6 +60,10 @@ class InnerRule:
     steps: int = 3
     learn_rates: bool = False
     rates_per_step: bool = False
+    rates_per_entry: bool = False
+    clip: float | None = None
+    proximal: float = 0.0
+    fast: str | None = None
 
     def __post_init__(self) -> None:
         if self.steps < 0:
@@ -56,21 +72,71 @@ class InnerRule:
             raise MetaPeftError(f"inner_lr must be a finite number of 0 or more, got {self.lr}.")
         if self.learn_rates and self.lr == 0:
             raise MetaPeftError("inner_lr is 0: learned rates need a positive rate to start from.")
+        if self.clip is not None and not self.clip > 0:
+            raise MetaPeftError(f"inner_max_grad_norm must be positive, or None for no clipping; got {self.clip}.")
+        if not (self.proximal >= 0 and math.isfinite(self.proximal)):
+            raise MetaPeftError(f"proximal must be a finite number of 0 or more, got {self.proximal}.")
+        try:
+            re.compile(self.fast or "")
+        except re.error as error:
+            raise MetaPeftError(f"fast_weights={self.fast!r} is not a regular expression: {error}.") from error
+
+    @property
+    def passes_adjoints_on(self) -> bool:
+        """Whether, with gradients taken as constants, a step is the identity plus constants."""
+        return not (self.learn_rates or self.proximal or getattr(self.optimizer, "weight_decay", 0.0))
+
+    def fast_names(self, names: Iterable[str]) -> list[str]:
+        """Those of the LoRA matrices that are fast weights."""
+        names = list(names)
+        found = [name for name in names if self.fast is None or re.search(self.fast, name)]
+        if not found:
+            raise MetaPeftError(
+                f"fast_weights={self.fast!r} is found in the name of no LoRA matrix. They have names like"
+                f" {', '.join(names[:2])}."
+            )
+        return found
+
+    def split(self, adapter: Params) -> tuple[Params, Params]:
+        """The fast weights, and the others."""
+        fast = {name: adapter[name] for name in self.fast_names(adapter)}
+        return fast, {name: p for name, p in adapter.items() if name not in fast}
 
     def initial_rates(self, adapter: Params) -> Params:
-        """The hyper-parameters to start from: log rates ``[S, n]`` for S = 1 or `steps` and n matrices."""
-        first = next(iter(adapter.values()))
-        shape = (max(self.steps, 1) if self.rates_per_step else 1, len(adapter))
+        """The hyper-parameters to start from: log rates ``[S, n]`` for S = 1 or `steps` and n fast matrices or entries."""
+        fast, _ = self.split(adapter)
+        first = next(iter(fast.values()))
+        columns = sum(p.numel() for p in fast.values()) if self.rates_per_entry else len(fast)
+        shape = (max(self.steps, 1) if self.rates_per_step else 1, columns)
         dtype = first.dtype if first.dtype == torch.float64 else torch.float32
         log_lr = math.log(self.lr) if self.lr > 0 else -math.inf
         return {RATES: torch.full(shape, log_lr, dtype=dtype, device=first.device)}
 
+    def init(self, fast: Params) -> Params:
+        """The state before the first step."""
+        starts = {START + name: p for name, p in fast.items()} if self.proximal else {}
+        return {**self.optimizer.init(fast), **starts}
+
     def step(self, step: int, fast: Params, grads: Params, state: Params, hyper: Params) -> tuple[Params, Params]:
-        """One update of a stack of fast weights."""
-        directions, state = self.optimizer.direction(step, grads, state)
+        """One update of a stack of fast weights, the tasks along the first dimension."""
+        starts = {name: p for name, p in state.items() if name.startswith(START)}
+        if self.proximal:
+            grads = {n: g + self.proximal * (fast[n] - starts[START + n]) for n, g in grads.items()}
+        if self.clip is not None:
+            grads = _clipped(grads, self.clip)
+        directions, state = self.optimizer.direction(step, fast, grads, state)
+        rates = self._rates(step, fast, hyper)
+        moved = {n: torch.addcmul(p, directions[n], rates[n], value=-1) for n, p in fast.items()}
+        return moved, {**state, **starts}
+
+    def _rates(self, step: int, fast: Params, hyper: Params) -> Params:
+        """Per matrix a number, or a matrix with `rates_per_entry`."""
         rates: Tensor = hyper[RATES][min(step, hyper[RATES].shape[0] - 1)].exp()
-        moved = {name: p - rate * directions[name] for (name, p), rate in zip(fast.items(), rates, strict=True)}
-        return moved, state
+        if not self.rates_per_entry:
+            return dict(zip(fast, rates, strict=True))
+        shapes = [p.shape[1:] for p in fast.values()]
+        parts = rates.split([shape.numel() for shape in shapes])
+        return {name: part.view(shape) for name, part, shape in zip(fast, parts, shapes, strict=True)}
 
     def to_dict(self) -> dict[str, Any]:
         name = next(n for n, kind in OPTIMIZERS.items() if isinstance(self.optimizer, kind))
@@ -83,6 +149,13 @@ class InnerRule:
         if name not in OPTIMIZERS:
             raise MetaPeftError(f"Unknown inner optimizer {name!r}: expected one of {sorted(OPTIMIZERS)}.")
         return cls(**{**values, "optimizer": OPTIMIZERS[name](**optimizer)})
+
+
+def _clipped(grads: Params, largest: float) -> Params:
+    """Each task's gradient scaled down to a norm of `largest` if it is longer."""
+    # Clamped below the bound, where the scale is 1, so that the derivative of the root is never infinite.
+    scale_T = largest * dot(grads, grads).clamp_min(largest**2).rsqrt()
+    return {name: g * per_task(scale_T, g) for name, g in grads.items()}
 
 
 def scaled(hyper: Params, factor: float) -> Params:

@@ -18,7 +18,7 @@ class SGD:
             return {}
         return {name: torch.zeros_like(p) for name, p in fast.items()}
 
-    def direction(self, step: int, grads: Params, state: Params) -> tuple[Params, Params]:
+    def direction(self, step: int, fast: Params, grads: Params, state: Params) -> tuple[Params, Params]:
         if not self.momentum:
             return grads, state
         velocity = {name: self.momentum * state[name] + g for name, g in grads.items()}

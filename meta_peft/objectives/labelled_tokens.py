@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from meta_peft.ops.cross_entropy import cross_entropy
 from meta_peft.types import Rows
 
 IGNORED = -100
@@ -49,12 +49,12 @@ class LabelledTokens:
     def loss_per_task(self, model: nn.Module, head: nn.Module, rows: Rows) -> Tensor:
         """One loss per task, ``[T]``."""
         logits_NV, labels_N, row_N = self.labelled_logits(model, head, rows)
-        return _mean_per_task(_token_losses(logits_NV, labels_N), row_N, rows)
+        return _mean_per_task(cross_entropy(logits_NV, labels_N), row_N, rows)
 
     def scores_per_task(self, model: nn.Module, head: nn.Module, rows: Rows) -> TaskScores:
         """Loss and exact match per task: a row matches if the most likely token is the label at all its positions."""
         logits_NV, labels_N, row_N = self.labelled_logits(model, head, rows)
-        loss_T = _mean_per_task(_token_losses(logits_NV, labels_N), row_N, rows)
+        loss_T = _mean_per_task(cross_entropy(logits_NV, labels_N), row_N, rows)
         wrong_N = (logits_NV.argmax(-1) != labels_N).to(loss_T.dtype)
         n_rows = rows.labels_BL.shape[0]
         wrong_B = torch.zeros(n_rows, dtype=loss_T.dtype, device=loss_T.device).index_add(0, row_N, wrong_N)
@@ -70,13 +70,8 @@ class LabelledTokens:
         targets_BL = self.targets(rows.labels_BL)
         row_N, position_N = (targets_BL != IGNORED).nonzero(as_tuple=True)
         with _head_reads(head, row_N, position_N):
-            logits_NV = model(**rows.inputs, **self.options).logits[0]
+            logits_NV = model(**rows.inputs, **self.options).logits.squeeze(0)
         return logits_NV, targets_BL[row_N, position_N], row_N
-
-
-def _token_losses(logits_NV: Tensor, labels_N: Tensor) -> Tensor:
-    wide = logits_NV if logits_NV.dtype == torch.float64 else logits_NV.float()
-    return F.cross_entropy(wide, labels_N, reduction="none")
 
 
 def _mean_per_task(loss_N: Tensor, row_N: Tensor, rows: Rows) -> Tensor:

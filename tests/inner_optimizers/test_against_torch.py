@@ -54,7 +54,7 @@ def test_directions_are_differentiable_twice(optimizer):
     def second_direction(*grads):
         state = optimizer.init({"w": grads[0]})
         for step, g in enumerate(grads):
-            direction, state = optimizer.direction(step, {"w": g}, state)
+            direction, state = optimizer.direction(step, {"w": g}, {"w": g}, state)
         return direction["w"] ** 2
 
     grads = [torch.randn(2, 2, dtype=torch.float64).requires_grad_() for _ in range(2)]
@@ -66,7 +66,7 @@ def test_directions_are_differentiable_twice(optimizer):
 def test_eps_root_keeps_the_derivative_finite_at_a_gradient_of_zero(eps_root: float, finite: bool):
     """As every LoRA A matrix has while B is zero."""
     adam, g = Adam(eps_root=eps_root), torch.zeros(1, 1, requires_grad=True)
-    direction, _ = adam.direction(0, {"w": g}, adam.init({"w": g}))
+    direction, _ = adam.direction(0, {"w": g}, {"w": g}, adam.init({"w": g}))
     (derivative,) = torch.autograd.grad(direction["w"].sum(), g)
     assert torch.isfinite(derivative).all() == finite
 
@@ -74,7 +74,7 @@ def test_eps_root_keeps_the_derivative_finite_at_a_gradient_of_zero(eps_root: fl
 @pytest.mark.parametrize("optimizer", [SGD(momentum=0.9), Adam()])
 def test_stack_is_each_task_alone(optimizer):
     stack = torch.randn(3, 2, 2)
-    together, _ = optimizer.direction(0, {"w": stack}, optimizer.init({"w": stack}))
+    together, _ = optimizer.direction(0, {"w": stack}, {"w": stack}, optimizer.init({"w": stack}))
     for t in range(3):
-        alone, _ = optimizer.direction(0, {"w": stack[t]}, optimizer.init({"w": stack[t]}))
+        alone, _ = optimizer.direction(0, {"w": stack[t]}, {"w": stack[t]}, optimizer.init({"w": stack[t]}))
         assert torch.equal(alone["w"], together["w"][t])

@@ -38,11 +38,10 @@ def test_a_token_that_is_also_the_padding_token_is_kept():
     assert rows.labels_BL.tolist() == [[-100, 9, -100], [-100, 2, 9]]
 
 
-def test_chunks_of_a_batch_are_its_tasks():
+def test_parts_of_a_batch_are_its_tasks():
     batch = EpisodeCollator(pad_token_id=0)([*EPISODES, EPISODES[0]])
-    assert batch.chunks(None) == [batch]
-    assert batch.chunks(3) == [batch]
-    chunks = batch.chunks(2)
+    assert batch.part(0, 3) is batch
+    chunks = [batch.part(0, 2), batch.part(2, 3)]
     assert [c.tasks for c in chunks] == [["first", "second"], ["first"]]
     assert [c.n_tasks for c in chunks] == [2, 1]
     assert chunks[1].support.inputs["input_ids"].tolist() == [[10, 11, 0, 0], [12, 13, 14, 0]]

@@ -1,0 +1,22 @@
+"""How the C library hands out memory."""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # from <malloc.h>
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep memory that was freed, instead of giving each large block back to the system.
+
+    Logits and their gradients are large and made anew at every step; asking the system for the same pages each time
+    costs as much as computing with them. Called by programs, never by the library: it holds for the whole process.
+    """
+    if sys.platform != "linux":
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:  # other C libraries have no such option
+        mallopt(M_MMAP_THRESHOLD, 2**31 - 1)
+        mallopt(M_TRIM_THRESHOLD, -1)  # never

@@ -1,0 +1,65 @@
+"""Which layers of a PEFT model run through `ops`, with the forwards that they get.
+
+A layer qualifies by its exact class, since its formula has to be known; everything else runs as it is. PEFT's and
+transformers' own forwards stay the reference that these are tested against.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+from peft import PeftModel
+from torch import Tensor, nn
+
+from meta_peft.dora import dora_forwards
+from meta_peft.fast_weights import lora_layers
+from meta_peft.frozen_linear import frozen_product, quantised_layers
+from meta_peft.ops.lora_linear import is_plain, lora_linear
+from meta_peft.ops.rms_norm import rms_norm
+from meta_peft.ops.swiglu import swiglu
+
+Forwards = list[tuple[nn.Module, Callable[..., Any]]]
+# transformers' classes with exactly the formulas of `ops.rms_norm` and `ops.swiglu`.
+RMS_NORMS = {f"{name}RMSNorm" for name in ("Llama", "Mistral", "Qwen2", "Qwen3")}
+GATED_LAYERS = {f"{name}MLP" for name in ("Llama", "Mistral", "Qwen2", "Qwen3")}
+
+SILU = {"SiLU", "SiLUActivation"}
+
+
+def fast_forwards(model: PeftModel, adapter: str) -> Forwards:
+    """Forwards to take the place of the modules' own while losses are computed."""
+    return [*_products(model, adapter), *dora_forwards(model, adapter), *_norms(model), *_gated(model)]
+
+
+def _products(model: PeftModel, adapter: str) -> Iterator[tuple[nn.Module, Callable[..., Any]]]:
+    """LoRA layers, and quantised layers outside of them."""
+    plain = [layer for _, layer in lora_layers(model, adapter) if is_plain(layer, adapter)]
+    yield from ((layer, partial(_lora_layer, layer, adapter)) for layer in plain)
+    inside = {id(layer.get_base_layer()) for layer in plain}
+    for layer in quantised_layers(model):
+        if id(layer) not in inside:
+            yield layer, partial(frozen_product, layer=layer)
+
+
+def _lora_layer(layer: Any, adapter: str, x: Tensor) -> Tensor:
+    a, b = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+    return lora_linear(x, a, b, layer.get_base_layer(), layer.scaling[adapter])
+
+
+def _norms(model: nn.Module) -> Iterator[tuple[nn.Module, Callable[..., Any]]]:
+    for module in model.modules():
+        if type(module).__name__ in RMS_NORMS:
+            norm: Any = module
+            yield module, partial(rms_norm, weight=norm.weight.detach(), eps=norm.variance_epsilon)
+
+
+def _gated(model: nn.Module) -> Iterator[tuple[nn.Module, Callable[..., Any]]]:
+    for module in model.modules():
+        if type(module).__name__ in GATED_LAYERS and type(getattr(module, "act_fn", None)).__name__ in SILU:
+            yield module, partial(_gated_layer, module)
+
+
+def _gated_layer(layer: Any, x: Tensor) -> Tensor:
+    return layer.down_proj(swiglu(layer.gate_proj(x), layer.up_proj(x)))

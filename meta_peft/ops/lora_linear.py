@@ -1,0 +1,127 @@
+"""A LoRA layer as one operation, with its first and second derivatives written out.
+
+``y = x W^T + b + h B^T`` with ``h = s x A^T``; for a stack each task has its own A ``[r, in]`` and B ``[out, r]``. W is
+frozen. With ``u = s g B`` the backward is ``dx = g W + u A``, ``dA = u^T x``, ``dB^T = h^T g``. For cotangents p, P, Q
+of these three, and ``v = s (p A^T + x P^T)``, ``w = s g Q^T``, the backward of the backward is
+
+    dg = p W^T + v B^T + h Q      dx = u P + w A      dA = u^T p + w^T x      dB^T = v^T g
+
+Composed of single operations the same takes several passes over tensors of the size of y for each product: scaling,
+adding the adapter's part, summing gradients. Here the adapter's part is accumulated onto the frozen product, and
+everything else has the width r of the adapter. B is handled as ``B^T [r, out]``: with the long side last, products of
+such narrow matrices are several times faster on a CPU. The frozen weight is not saved (see `frozen_linear`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from transformers.pytorch_utils import Conv1D
+
+from meta_peft.frozen_linear import frozen_bias, quantised_layers, times_frozen
+
+
+def is_plain(layer: LoraLayer, adapter: str) -> bool:
+    """Whether `lora_linear` computes what PEFT's forward of `layer` does, in evaluation mode with one active adapter."""
+    base = layer.get_base_layer()
+    return (
+        (type(base) in (nn.Linear, Conv1D) or bool(quantised_layers(base)))
+        and adapter not in layer.lora_variant
+        and all(
+            type(part[adapter]) is nn.Linear and part[adapter].bias is None for part in (layer.lora_A, layer.lora_B)
+        )
+    )
+
+
+def lora_linear(x: Tensor, a: Tensor, b: Tensor, base: nn.Module, scaling: float) -> Tensor:
+    """``x W^T + bias + scaling x A^T B^T``: x is ``[B, L, in]``; A ``[r, in]`` and B ``[out, r]``, or stacks of them."""
+    n_tasks = max(a.shape[0] if a.dim() == 3 else 1, b.shape[0] if b.dim() == 3 else 1)
+    a = a if a.dim() == 3 and a.shape[0] == n_tasks else a.expand(n_tasks, *a.shape[-2:])
+    b = b if b.dim() == 3 and b.shape[0] == n_tasks else b.expand(n_tasks, *b.shape[-2:])
+    rows = x.reshape(n_tasks, -1, x.shape[-1])
+    y: Tensor = _LoraProduct.apply(rows, a, b.transpose(1, 2).contiguous(), base, scaling)
+    return y.view(*x.shape[:-1], -1)
+
+
+class _LoraProduct(torch.autograd.Function):
+    """Rows ``[T, R, in]``, A ``[T, r, in]``, B^T ``[T, r, out]`` -> ``[T, R, out]``."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, a: Tensor, bt: Tensor, base: nn.Module, scaling: float) -> Tensor:
+        h = _narrow(x, a, scaling)
+        ctx.save_for_backward(x, a, bt, h)
+        ctx.base, ctx.scaling = base, scaling
+        y, bias = _wide(times_frozen(x, base), h, bt), frozen_bias(base, x.dtype)
+        return y if bias is None else y.add_(bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        dx, da, dbt = _Backward.apply(grads[0], *ctx.saved_tensors, ctx.base, ctx.scaling, ctx.needs_input_grad[0])
+        return dx, da, dbt, None, None
+
+
+class _Backward(torch.autograd.Function):
+    """Its gradients with respect to the rows (None if not `toward_rows`), A and B^T.
+
+    h comes along as plain numbers: what depends on x and A through it is in the formulas.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        g: Tensor,
+        x: Tensor,
+        a: Tensor,
+        bt: Tensor,
+        h: Tensor,
+        base: nn.Module,
+        scaling: float,
+        toward_rows: bool,
+    ) -> Any:
+        u = _narrow(g, bt, scaling)
+        ctx.save_for_backward(g, x, a, bt, h, u)
+        ctx.base, ctx.scaling = base, scaling
+        ctx.set_materialize_grads(False)
+        dx = _wide(times_frozen(g, base, transposed=True), u, a) if toward_rows else None
+        return dx, _outer(u, x), _outer(h, g)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, p: Tensor | None, of_a: Tensor | None, of_bt: Tensor | None) -> Any:
+        g, x, a, bt, h, u = ctx.saved_tensors
+        of_a = torch.zeros_like(a) if of_a is None else of_a
+        of_bt = torch.zeros_like(bt) if of_bt is None else of_bt
+        v, w = _narrow(x, of_a, ctx.scaling), _narrow(g, of_bt, ctx.scaling)
+        da = _outer(w, x)
+        if p is None:
+            dg = torch.zeros_like(g)
+        else:
+            v += _narrow(p, a, ctx.scaling)
+            da += _outer(u, p)
+            dg = times_frozen(p, ctx.base)
+        dg = _wide(dg, torch.cat([v, h], -1), torch.cat([bt, of_bt], 1))
+        dx = None
+        if ctx.needs_input_grad[1]:
+            dx = torch.bmm(torch.cat([u, w], -1), torch.cat([of_a, a], 1)).to(x.dtype)
+        return dg, dx, da, _outer(v, g), None, None, None, None
+
+
+def _narrow(x: Tensor, a: Tensor, scaling: float) -> Tensor:
+    """``s x A^T``, ``[T, R, r]``, in the precision of A."""
+    return torch.bmm(x.to(a.dtype), a.transpose(1, 2)).mul_(scaling)
+
+
+def _wide(y: Tensor, h: Tensor, bt: Tensor) -> Tensor:
+    """``y + h B^T``, in place where the precisions are the same."""
+    if y.dtype == bt.dtype:
+        return y.baddbmm_(h, bt)
+    return torch.baddbmm(y.to(bt.dtype), h, bt).to(y.dtype)
+
+
+def _outer(h: Tensor, x: Tensor) -> Tensor:
+    """``h^T x``, ``[T, r, features]``."""
+    return torch.bmm(h.transpose(1, 2), x.to(h.dtype))
