@@ -191,7 +191,7 @@ def test_many_are_one_by_one(model: PeftModel, size: int):
     for name, rows in MANY.items():
         single, metrics = adapt(model, rows)
         model.set_adapter("default")
-        assert_equal(many[name].weights, adapter_of(single, "adapted"), 1e-5)
+        assert_equal(many[name].weights, adapter_of(single, "adapted"), 5e-5)
         assert many[name].metrics == pytest.approx(metrics, abs=1e-5)
 
 
