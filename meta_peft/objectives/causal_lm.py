@@ -15,4 +15,4 @@ def next_tokens(labels_BL: Tensor) -> Tensor:
     return labels_BL[:, 1:]
 
 
-CAUSAL_LM = LabelledTokens(next_tokens, {"use_cache": False})
+CAUSAL_LM = LabelledTokens(next_tokens, {"use_cache": False}, causal=True)

@@ -9,13 +9,14 @@ Which position predicts which label is the one thing in which kinds of models di
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from meta_peft.objectives.last_layer import last_layer_at
 from meta_peft.ops.cross_entropy import cross_entropy
 from meta_peft.types import Rows
 
@@ -41,10 +42,12 @@ class LabelledTokens:
     Args:
         targets: from labels ``[B, L]`` to the token that each position has to predict, -100 where there is none.
         options: what the model is called with besides the rows' inputs.
+        causal: whether a position sees none that come after it.
     """
 
     targets: Callable[[Tensor], Tensor] = same_positions
     options: dict[str, Any] = field(default_factory=dict)
+    causal: bool = False
 
     def loss_per_task(self, model: nn.Module, head: nn.Module, rows: Rows) -> Tensor:
         """One loss per task, ``[T]``."""
@@ -69,9 +72,21 @@ class LabelledTokens:
         """
         targets_BL = self.targets(rows.labels_BL)
         row_N, position_N = (targets_BL != IGNORED).nonzero(as_tuple=True)
-        with _head_reads(head, row_N, position_N):
-            logits_NV = model(**rows.inputs, **self.options).logits.squeeze(0)
-        return logits_NV, targets_BL[row_N, position_N], row_N
+        inputs = rows.inputs
+        with ExitStack() as stack:
+            if self.causal:
+                inputs = _up_to(int(position_N.max()) + 1, inputs, rows.labels_BL.shape)
+                position_N = stack.enter_context(last_layer_at(model, row_N, position_N, targets_BL.shape[0]))
+            stack.enter_context(_head_reads(head, row_N, position_N))
+            logits_NV = model(**inputs, **self.options).logits.squeeze(0)
+        return logits_NV, targets_BL[targets_BL != IGNORED], row_N
+
+
+def _up_to(length: int, inputs: dict[str, Tensor], shape: torch.Size) -> dict[str, Tensor]:
+    """The inputs without the positions after the last one that predicts anything, if each is ``[B, L]``."""
+    if any(tensor.shape != shape for tensor in inputs.values()):
+        return inputs
+    return {name: tensor[:, :length] for name, tensor in inputs.items()}
 
 
 def _mean_per_task(loss_N: Tensor, row_N: Tensor, rows: Rows) -> Tensor:
