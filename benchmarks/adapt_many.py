@@ -37,6 +37,7 @@ from workload import (
     keywords,
     load_model,
     lora_parameters,
+    parts,
     random_batch,
     save_base,
     saved_names,
@@ -226,7 +227,7 @@ def as_text(batch: EpisodeBatch, tokenizer: PreTrainedTokenizerFast) -> Examples
         return " ".join(tokenizer.convert_ids_to_tokens(ids.tolist()))
 
     examples: Examples = {}
-    for name, task in zip(batch.tasks, batch.chunks(1), strict=True):
+    for name, task in zip(batch.tasks, parts(batch, 1), strict=True):
         examples[name] = []
         for ids, labels in zip(task.support.inputs["input_ids"], task.support.labels_BL, strict=True):
             words, n_completion = ids[1:-1], max(1, int((labels != -100).sum()) - 1)

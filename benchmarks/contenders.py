@@ -23,7 +23,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from workload import MAX_COMPLETION, Workload, keywords, lora_parameters, saved_names
+from workload import MAX_COMPLETION, Workload, keywords, lora_parameters, parts, saved_names
 
 from meta_peft import MAML, SGD, AdapterLoss, InnerRule, meta_gradient
 from meta_peft.types import EpisodeBatch, Params, Rows
@@ -97,7 +97,7 @@ def _by_hand(
 
     def step() -> Params:
         total = {name: torch.zeros_like(p) for name, p in start.items()}
-        for task in batch.chunks(1):
+        for task in parts(batch, 1):
             for name, grad in zip(start, of_task(task), strict=True):
                 total[name] += grad
         return saved_names(total)
@@ -186,7 +186,7 @@ def _accumulated(backward: Callable[[EpisodeBatch], None], model: PeftModel, bat
 
     def step() -> Params:
         model.zero_grad()
-        for task in batch.chunks(1):
+        for task in parts(batch, 1):
             backward(task)  # a function of its own: nothing of a task outlives it
         return saved_names({n: torch.zeros_like(p) if p.grad is None else p.grad.clone() for n, p in start.items()})
 

@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
-from workload import LINEARS, SHAPES, Workload
+from workload import LINEARS, SHAPES, Workload, parts
 
 from meta_peft.types import EpisodeBatch, Rows
 
@@ -61,7 +61,7 @@ class Product:
 def count(model: PeftModel, batch: EpisodeBatch, workload: Workload, tasks_per_forward: int | None) -> Counter[Product]:
     """How often each product occurs in one meta-gradient."""
     total: Counter[Product] = Counter()
-    for chunk in batch.chunks(tasks_per_forward):
+    for chunk in parts(batch, tasks_per_forward):
         for rows, phase in ((chunk.support, _Support(workload)), (chunk.query, _Query(workload))):
             for product, times in _of_rows(model, rows, phase, workload):
                 total[product] += times

@@ -179,3 +179,9 @@ def _quantised_base(workload: Workload, folder: Path | None) -> PreTrainedModel:
             # rounds it and has no derivative. meta_peft switches it off; here it is off for everybody.
             layer.support_avx512bf16_for_cpu = False
     return model
+
+
+def parts(batch: EpisodeBatch, size: int | None) -> list[EpisodeBatch]:
+    """The batch in parts of at most `size` tasks; None keeps all together."""
+    size = size or batch.n_tasks
+    return [batch.part(t, min(t + size, batch.n_tasks)) for t in range(0, batch.n_tasks, size)]
