@@ -41,6 +41,7 @@ INHERITED = """### What is inherited
 | `seed` | Which episodes are drawn, and where LoRA starts. |
 | `lr_scheduler_type`, `warmup_steps` | The schedule of both outer learning rates. |
 | `weight_decay`, `max_grad_norm` | Of the LoRA initialisation; learned rates are clipped apart and never decayed. |
+| `gradient_checkpointing` | Compute activations again in backward instead of keeping them; exact, in second order too. |
 | `gradient_accumulation_steps` | Batches of tasks per outer step. |
 | `save_strategy`, `save_steps`, `resume_from_checkpoint` | Checkpoints, and going on from one. |
 | `eval_strategy`, `eval_steps` | Evaluation on the validation tasks during training. |

@@ -9,14 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import TypeVar
 
 import torch
 from peft import PeftModel
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from meta_peft import preflight
+from meta_peft.checkpointing import checkpointed
 from meta_peft.fast_forwards import fast_forwards
 from meta_peft.fast_weights import FastWeights, lora_layers
 from meta_peft.forwards import replaced_forwards
@@ -39,12 +41,16 @@ class AdapterLoss:
         model: a `PeftModel` with LoRA layers and a language-modelling head; its base is never written to.
         second_order: whether losses will be differentiated twice. Then attention runs as ordinary matrix products.
         objective: a name of `meta_peft.objectives.OBJECTIVES`; by default what the model is made for.
+        checkpoint: whether backward computes each layer's activations again instead of keeping them. Exact, also in
+            second order.
 
     Raises:
         MetaPeftError: the model is one whose gradients would be wrong without an error (see `preflight`).
     """
 
-    def __init__(self, model: PeftModel, *, second_order: bool = True, objective: str | None = None):
+    def __init__(
+        self, model: PeftModel, *, second_order: bool = True, objective: str | None = None, checkpoint: bool = False
+    ):
         preflight.check_model(model, second_order=second_order)
         self.model = model
         self.second_order = second_order
@@ -53,6 +59,7 @@ class AdapterLoss:
         self._objective = objective_for(base, objective)
         self._head = base.get_output_embeddings()
         self._forwards = fast_forwards(model, self.weights.adapter)
+        self._checkpoint = checkpoint
         self._prefix = FrozenPrefix(model, base.config.model_type, list(self.weights.parameters()))
         self._adapted = list(lora_layers(model, self.weights.adapter))
         self._at_once = True
@@ -70,10 +77,13 @@ class AdapterLoss:
 
     def layers(self) -> tuple[int, int]:
         """How many layers the model has, and how many of them are run once per stack instead of at every step."""
-        n_layers = int(self._base.config.num_hidden_layers)
+        return len(self._layers()), self._prefix.n_layers
+
+    def _layers(self) -> list[nn.Module]:
+        halves = [self._base.get_decoder()]
         if self._base.config.is_encoder_decoder:
-            n_layers = len(layer_list(self._base.get_encoder())) + len(layer_list(self._base.get_decoder()))
-        return n_layers, self._prefix.n_layers
+            halves.insert(0, self._base.get_encoder())
+        return [layer for half in halves for layer in layer_list(half)]
 
     def _measured(self, measure: Callable[[Rows], Measured], adapter: Params, rows: Rows) -> list[Measured]:
         """What `measure` returns for all tasks at once, or for one after the other."""
@@ -96,12 +106,21 @@ class AdapterLoss:
     @contextmanager
     def _running(self, adapter: Params, rows: Rows, *, at_once: bool) -> Iterator[None]:
         with ExitStack() as stack:
-            stack.enter_context(_evaluation_mode(self.model))
-            stack.enter_context(self.weights.installed(adapter))
-            stack.enter_context(replaced_forwards(self._forwards))
+            stack.enter_context(self._forwards_in_place(adapter))
+            if self._checkpoint:
+                again = partial(self._forwards_in_place, adapter)
+                stack.enter_context(replaced_forwards(checkpointed(self._layers(), again)))
             stack.enter_context(self._prefix.reused(rows))
             if at_once:
                 stack.enter_context(rows_in_place(self._adapted, rows.labels_BL.shape[0]))
+            yield
+
+    @contextmanager
+    def _forwards_in_place(self, adapter: Params) -> Iterator[None]:
+        with ExitStack() as stack:
+            stack.enter_context(_evaluation_mode(self.model))
+            stack.enter_context(self.weights.installed(adapter))
+            stack.enter_context(replaced_forwards(self._forwards))
             if self.second_order and torch.is_grad_enabled():
                 stack.enter_context(sdpa_kernel(SDPBackend.MATH))
             yield
@@ -109,9 +128,9 @@ class AdapterLoss:
 
 @contextmanager
 def _evaluation_mode(model: PeftModel) -> Iterator[None]:
-    """No dropout and no activation checkpointing: the loss is a function of the adapter, the same at every call.
+    """No dropout, and not transformers' activation checkpointing: the loss is a fixed function of the adapter.
 
-    Checkpointing would recompute activations during backward, when the fast weights are no longer in their layers.
+    That checkpointing would compute again during backward, when the fast weights are no longer in their layers.
     """
     training = [module for module in model.modules() if module.training]
     for module in training:

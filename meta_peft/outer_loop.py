@@ -64,9 +64,11 @@ def meta_gradient(
     return in_chunks(algorithm, loss_fn, Meta(adapter, hyper), episode_batch, tasks_per_forward)
 
 
-def bind(model: PeftModel | AdapterLoss, algorithm: AnyAlgorithm) -> AdapterLoss:
+def bind(model: PeftModel | AdapterLoss, algorithm: AnyAlgorithm, *, checkpoint: bool = False) -> AdapterLoss:
     """The model's loss, checked for what `algorithm` asks of it."""
-    loss_fn = model if isinstance(model, AdapterLoss) else AdapterLoss(model, second_order=algorithm.second_order)
+    loss_fn = model
+    if not isinstance(loss_fn, AdapterLoss):
+        loss_fn = AdapterLoss(loss_fn, second_order=algorithm.second_order, checkpoint=checkpoint)
     if algorithm.second_order and not loss_fn.second_order:
         raise MetaPeftError(
             "The algorithm takes second derivatives, but the AdapterLoss was made and checked for first ones only: make it"

@@ -146,7 +146,10 @@ def _check_base(base: Any, *, second_order: bool) -> None:
             " be lost. Load it with dtype='bfloat16' or 'float32'."
         )
     if getattr(base, "is_activation_checkpointing", False):
-        say_once("Activation checkpointing is off in the inner loop: it would recompute with the wrong weights.")
+        say_once(
+            "Activation checkpointing is off in the inner loop: the model's own would recompute with the wrong weights."
+            " gradient_checkpointing of MetaLoraConfig, or AdapterLoss(checkpoint=True), does it with the right ones."
+        )
     if getattr(base, "is_quantized", False) and not (
         getattr(base, "is_loaded_in_4bit", False) or getattr(base, "is_loaded_in_8bit", False)
     ):

@@ -76,7 +76,7 @@ class MetaTrainer(Trainer):
         peft_model = _peft_model(model, peft_config)
         self.algorithm = args.algorithm_object()
         self.schedule, self.memory_plan = args.schedule(), args.memory_plan()
-        self.loss_fn = bind(peft_model, self.algorithm)
+        self.loss_fn = bind(peft_model, self.algorithm, checkpoint=args.gradient_checkpointing)
         self.rates = LearnedRates(args.inner_rule(), dict(self.loss_fn.weights.parameters()))
         self._identity = BaseIdentity.of(peft_model.get_base_model())
         self._rate_factors: dict[int, float] = {}

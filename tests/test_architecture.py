@@ -13,7 +13,7 @@ PACKAGE = Path(meta_peft.__file__).parent
 # Each module or subfolder of the package, from the ground up.
 FLOORS = [
     ["errors", "types"],
-    ["params", "forwards", "task_rows", "config_file", "allocator", "memory", "smollm2_wheel"],
+    ["params", "forwards", "task_rows", "config_file", "allocator", "checkpointing", "memory", "smollm2_wheel"],
     ["fast_weights", "frozen_linear", "frozen_prefix", "inner_optimizers", "shelf"],
     ["ops", "preflight", "dora", "inner_loop", "hessian"],
     ["objectives", "fast_forwards", "inner_path"],

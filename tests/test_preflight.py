@@ -320,9 +320,7 @@ def test_activation_checkpointing_is_switched_off(said):
     model.get_base_model().activation_checkpointing_enable({"use_reentrant": False})
     passes(model)
     passes(model)
-    assert said.messages.count(
-        "Activation checkpointing is off in the inner loop: it would recompute with the wrong weights."
-    ) == 1  # fmt: skip
+    assert sum("Activation checkpointing is off in the inner loop" in message for message in said.messages) == 1
 
 
 def test_dropout_is_switched_off(said):
