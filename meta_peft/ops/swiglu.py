@@ -13,7 +13,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from meta_peft.ops.last_derivative import last_derivative
 
 BLOCK = 1 << 17  # elements: what is read again should still be in a core's cache
 
@@ -42,7 +43,7 @@ class _Backward(torch.autograd.Function):
         return torch.ops.aten.silu_backward(g * b, a), F.silu(a).mul_(g)
 
     @staticmethod
-    @once_differentiable
+    @last_derivative
     def backward(ctx: Any, *grads: Any) -> Any:
         g, a, b = (t.reshape(-1, t.shape[-1]) for t in ctx.saved_tensors)
         u, v = (t.reshape(-1, t.shape[-1]) for t in grads)
