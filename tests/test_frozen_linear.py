@@ -131,13 +131,18 @@ def test_no_layer_has_a_third_derivative_of_its_own_to_lose(twins):
     torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-11)
 
 
+def squared_gradient(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    gradient = torch.func.grad(function)
+    return lambda x: (gradient(x) ** 2).sum()
+
+
 def test_torch_func_grad(twins):
     ours, dense = twins
     x = randn(2, 3, 64, grad=False)
     for nested in (1, 2):
         functions = [lambda x, f=f: (f(x) ** 3).sum() for f in (ours, dense)]
         for _ in range(nested):
-            functions = [lambda x, g=torch.func.grad(f): (g(x) ** 2).sum() for f in functions]
+            functions = [squared_gradient(f) for f in functions]
         torch.testing.assert_close(*(f(x) for f in functions), rtol=1e-11, atol=0)
 
 
