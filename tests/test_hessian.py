@@ -26,7 +26,10 @@ class Problem:
         generator = torch.Generator().manual_seed(4)
 
         def noise(params: Params, size: float) -> Params:
-            return {n: size * torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p) for n, p in params.items()}
+            return {
+                n: size * torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p)
+                for n, p in params.items()
+            }
 
         fast = expand({n: p for n, p in own.items() if n not in self.slow}, 3)
         self.fast = {n: fast[n] + moved for n, moved in noise(fast, 0.05).items()}
@@ -34,7 +37,11 @@ class Problem:
 
     def by_hand(self) -> tuple[Params, Params, Params]:
         """The gradient and the two products, one task after the other."""
-        reference, parts, total = reference_model(self.model), [], {n: torch.zeros_like(p) for n, p in self.slow.items()}
+        reference, parts, total = (
+            reference_model(self.model),
+            [],
+            {n: torch.zeros_like(p) for n, p in self.slow.items()},
+        )
         for t in range(3):
             fast, slow = leaves({n: p[t] for n, p in self.fast.items()}), leaves(self.slow)
             loss = plain_loss(reference, {**slow, **fast}, self.rows.tasks(t, t + 1))
@@ -46,7 +53,7 @@ class Problem:
         return grads, products, total
 
 
-def distance_T(a: Params, b: Params) -> Tensor:
+def distances(a: Params, b: Params) -> Tensor:
     gap = {n: a[n] - b[n] for n in a}
     return (dot(gap, gap) / dot(b, b)).sqrt()
 
@@ -120,7 +127,7 @@ def test_differences_are_close_to_the_product(slow: str, dtype: torch.dtype, tol
     problem = Problem(slow, dtype)
     at = (problem.loss_fn, problem.fast, problem.slow, problem.rows)
     exact, found = GradientGraph(*at).product(problem.u), difference_product(*at, problem.u)
-    assert (distance_T(found[0], exact[0]) < tolerance).all()
+    assert (distances(found[0], exact[0]) < tolerance).all()
     for name, product in exact[1].items():
         assert (found[1][name] - product).norm() < 10 * tolerance * product.norm(), name
 
@@ -134,7 +141,7 @@ def test_the_gap_to_a_wider_difference_is_three_times_the_error(dtype: torch.dty
         at = (problem.loss_fn, problem.fast, problem.slow, problem.rows)
         exact, _ = GradientGraph(*at).product(problem.u)
         narrow, wide = (difference_product(*at, problem.u, wider=w)[0] for w in (1.0, 2.0))
-        ratio_T = distance_T(narrow, wide) / distance_T(narrow, exact)
+        ratio_T = distances(narrow, wide) / distances(narrow, exact)
         assert (ratio_T > 2).all(), ratio_T
         assert (ratio_T < 4).all(), ratio_T
 

@@ -58,7 +58,8 @@ def problem(rule: InnerRule) -> tuple[Meta, Rows]:
 def adjoints(path: InnerPath) -> tuple[Params, Params]:
     g = torch.Generator().manual_seed(3)
     return tuple(
-        {n: torch.randn(p.shape, generator=g, dtype=p.dtype) for n, p in part.items()} for part in (path.fast, path.slow)
+        {n: torch.randn(p.shape, generator=g, dtype=p.dtype) for n, p in part.items()}
+        for part in (path.fast, path.slow)
     )
 
 
