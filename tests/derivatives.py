@@ -52,7 +52,7 @@ def noting_saved_tensors() -> Iterator[list[Tensor]]:
 
     def note(tensor: Tensor) -> Tensor:
         saved.append(tensor.detach())
-        return tensor
+        return saved[-1]
 
     with saved_tensors_hooks(note, lambda tensor: tensor):
         yield saved
