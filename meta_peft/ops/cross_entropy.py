@@ -47,8 +47,8 @@ class _Backward(torch.autograd.Function):
 
     @staticmethod
     @last_derivative
-    def backward(ctx: Any, *grads: Any) -> Any:
-        g, labels, p, _ = ctx.saved_tensors
+    def backward(ctx: Any, saved: tuple[Tensor, ...], *grads: Any) -> Any:
+        g, labels, p, _ = saved
         c = grads[0].to(p.dtype)
         dz = p * c
         mean = dz.sum(-1, keepdim=True)

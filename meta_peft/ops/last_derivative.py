@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def last_derivative(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """A `backward` whose results raise when they are differentiated.
+    """A backward whose results raise when they are differentiated, from a function that is given the saved tensors too.
 
     `torch.autograd.function.once_differentiable` raises only where the incoming gradients have a graph. Where results
     depend on the inputs through saved tensors, it returns constants, and the derivative of a sum of this operation with
@@ -20,11 +20,12 @@ def last_derivative(backward: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(backward)
     def wrapper(ctx: Any, *grads: Any) -> Any:
+        saved = ctx.saved_tensors  # once only: each look at them may be a layer computed again
         with torch.no_grad():
-            results = backward(ctx, *grads)
+            results = backward(ctx, saved, *grads)
         if not torch.is_grad_enabled():
             return results
-        sources = [t for t in (*grads, *ctx.saved_tensors) if t is not None]
+        sources = [t for t in (*grads, *saved) if t is not None]
         return tuple(r if r is None else _End.apply(r, *sources) for r in results)
 
     return wrapper

@@ -92,8 +92,10 @@ class _Backward(torch.autograd.Function):
 
     @staticmethod
     @last_derivative
-    def backward(ctx: Any, p: Tensor | None, of_a: Tensor | None, of_bt: Tensor | None) -> Any:
-        g, x, a, bt, ht, ut = ctx.saved_tensors
+    def backward(
+        ctx: Any, saved: tuple[Tensor, ...], p: Tensor | None, of_a: Tensor | None, of_bt: Tensor | None
+    ) -> Any:
+        g, x, a, bt, ht, ut = saved
         of_a = torch.zeros_like(a) if of_a is None else of_a
         of_bt = torch.zeros_like(bt) if of_bt is None else of_bt
         vt, wt = _narrow(x, of_a, ctx.scaling), _narrow(g, of_bt, ctx.scaling)

@@ -45,8 +45,8 @@ class _Backward(torch.autograd.Function):
 
     @staticmethod
     @last_derivative
-    def backward(ctx: Any, *grads: Any) -> Any:
-        g, x, weight, r = ctx.saved_tensors
+    def backward(ctx: Any, saved: tuple[Tensor, ...], *grads: Any) -> Any:
+        g, x, weight, r = saved
         p = _wide(grads[0])
         n, h = _wide(x) * r, _wide(g) * weight
         a, m, c = _mean(p, n), _mean(h, n), _mean(p, h)
