@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -200,8 +201,17 @@ def test_products_are_those_that_are_computed(name: str):
     """Products of rows with the weight of one layer, counted while a meta-gradient is computed. The last token of the
     longest row predicts nothing, and is left out."""
     weight = loss_fn().model.get_base_model().model.layers[1].self_attn.o_proj.base_layer.weight
-    counted = CountedRows(weight)
-    with counted:
+    with CountedRows(weight) as counted:
         meta_gradient(loss_fn(), batch(), ALGORITHMS[name], rates_of(name))
     tokens = batch().support.labels_BL.shape[1] - 1
     assert counted.rows == ALGORITHMS[name].products(support=2, query=1) * 3 * tokens
+
+
+@pytest.mark.parametrize("name", ["maml", "imaml, upper layer"])
+def test_a_layer_below_all_fast_weights_costs_less(name: str):
+    weight = loss_fn().model.get_base_model().model.layers[0].self_attn.o_proj.base_layer.weight
+    algorithm = replace(ALGORITHMS[name], inner=replace(ALGORITHMS[name].inner, fast=r"layers\.1\."))
+    with CountedRows(weight) as counted:
+        meta_gradient(loss_fn(), batch(), algorithm)
+    tokens = batch().support.labels_BL.shape[1] - 1
+    assert 0 < counted.rows < algorithm.products(support=2, query=1) * 3 * tokens

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import assert_equal, random_batch, tiny
+from counted import Alive
 from derivatives import slope
 from torch import Tensor
 from toys import network, network_problem, quadratic, quadratic_problem
@@ -159,6 +160,19 @@ def test_it_does_not_depend_on_the_path():
     for other in found[1:]:
         assert_equal(other.grads.adapter, found[0].grads.adapter, 1e-8)
         assert_equal({"loss": other.metrics["loss"]}, {"loss": found[0].metrics["loss"]}, 1e-8)
+
+
+def test_memory_does_not_grow_with_the_steps():
+    def most(steps: int, memory: str) -> int:
+        algorithm = ImplicitMAML(replace(RULES["all"], steps=steps), "cg", 2, memory)
+        with Alive() as alive:
+            meta_gradient(loss_fn(), batch(), algorithm)
+        assert alive.now == 0
+        return alive.most
+
+    for memory in ("auto", "finite_differences"):
+        assert most(9, memory) == pytest.approx(most(1, memory), rel=0.02)
+    assert most(1, "finite_differences") < 0.8 * most(1, "auto")
 
 
 def test_a_strong_pull_leaves_the_gradient_of_the_query_loss():

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import assert_equal, plain_loss, random_batch, reference_model, tiny
+from conftest import assert_equal, plain_loss, random_batch, reference_model, tiny, tiny_base, with_lora
 from counted import Alive
 from derivatives import STENCIL
 from torch import Tensor
@@ -283,3 +283,15 @@ def test_memory_grows_with_the_graphs_that_are_kept():
     assert kept[0] < kept[1] < kept[2] < kept[3]
     assert kept[3] - kept[2] == pytest.approx(4 * (kept[1] - kept[0]), rel=0.1)  # each graph takes as much
     assert most_alive("finite_differences", 8) < replayed
+
+
+@pytest.mark.parametrize("memory", ["unrolled", "replay"])
+def test_layers_below_the_adapter_keep_nothing(memory: str):
+    """As much is saved with three layers below the adapted one as with none."""
+    found = []
+    for layers in (1, 4):
+        model = with_lora(tiny_base("llama", layers=layers, width=8), layers_to_transform=[layers - 1])
+        with Alive() as alive:
+            meta_gradient(AdapterLoss(model), smaller()[1], MAML(InnerRule(lr=0.02, steps=3), memory=memory))
+        found.append(alive.most)
+    assert found[1] == pytest.approx(found[0], rel=0.02)
