@@ -12,7 +12,8 @@ def model_card(sidecar: Sidecar, repo_id: str | None, results: dict[str, Any]) -
     where = repo_id or "path/or/hub-id-of-this-adapter"
     inner = sidecar.inner
     optimizer = type(inner.optimizer).__name__
-    rates = "learned, one for each LoRA matrix" if inner.learn_rates else f"{inner.lr:g}"
+    each = "entry of a LoRA matrix" if inner.rates_per_entry else "LoRA matrix"
+    rates = f"learned, one for each {each}" if inner.learn_rates else f"{inner.lr:g}"
     table = f"\n## Held-out tasks\n\n{results['table']}\n" if "table" in results else ""
     return f"""---
 base_model: {sidecar.base.name}

@@ -13,6 +13,7 @@ from meta_peft.algorithms import MAML, ImplicitMAML, MultiTask, Reptile
 from meta_peft.algorithms.implicit import SOLVERS
 from meta_peft.errors import MetaPeftError, did_you_mean
 from meta_peft.inner_optimizers import SGD, Adam, InnerRule
+from meta_peft.inner_path import check_memory
 from meta_peft.memory_plan import MemoryPlan
 from meta_peft.schedule import AnyAlgorithm, Schedule
 from meta_peft.tasks.prompt import PromptFormat
@@ -199,6 +200,9 @@ class MetaLoraConfig(TrainingArguments):
         _at_least("max_length", self.max_length, 4)
         for option in _NOT_NEGATIVE:
             _at_least(option, getattr(self, option), 0)
+        check_memory(self._memory())
+        if self.second_order_steps is not None:
+            _at_least("second_order_steps", self.second_order_steps, 0)
         if self.memory_budget_gb is not None and not self.memory_budget_gb > 0:
             raise MetaPeftError(f"memory_budget_gb must be positive; got {self.memory_budget_gb!r}.")
         if self.fp16:
@@ -245,7 +249,7 @@ class MetaLoraConfig(TrainingArguments):
 
     def algorithm_object(self) -> AnyAlgorithm:
         """The algorithm that these options describe."""
-        rule, memory = self.inner_rule(), int(self.memory) if self.memory.isdigit() else self.memory
+        rule, memory = self.inner_rule(), self._memory()
         kinds: dict[str, Any] = {
             "maml": lambda: MAML(rule, second_order_steps=self.second_order_steps, memory=memory),
             "fomaml": lambda: MAML(rule, first_order=True),
@@ -255,6 +259,11 @@ class MetaLoraConfig(TrainingArguments):
         }
         made: AnyAlgorithm = kinds[self.algorithm]()
         return made
+
+    def _memory(self) -> str | int:
+        """A number, which the command line gives as a word, as a number."""
+        number = str(self.memory).removeprefix("-").isdecimal()
+        return int(self.memory) if number else self.memory
 
     def schedule(self) -> Schedule:
         """Which algorithm runs at which outer step."""

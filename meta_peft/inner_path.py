@@ -21,12 +21,25 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from meta_peft.errors import MetaPeftError, did_you_mean
 from meta_peft.hessian import GradientGraph, difference_product
 from meta_peft.inner_loop import start
 from meta_peft.inner_optimizers import InnerRule
 from meta_peft.params import dot, gradients, leaves
 from meta_peft.shelf import Shelf
 from meta_peft.types import LossFn, Meta, Params, Rows
+
+MEMORY_MODES = ("auto", "unrolled", "replay", "finite_differences")
+
+
+def check_memory(memory: str | int) -> None:
+    """Raise `MetaPeftError` unless `memory` is a mode, or a number of inner steps whose graphs are kept."""
+    known = memory in MEMORY_MODES if isinstance(memory, str) else memory >= 0
+    if not known:
+        raise MetaPeftError(
+            f"memory must be one of {', '.join(MEMORY_MODES)}, or a number of inner steps; got {memory!r}."
+            f"{did_you_mean(str(memory), MEMORY_MODES)}"
+        )
 
 
 @dataclass(frozen=True)

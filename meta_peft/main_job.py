@@ -21,9 +21,11 @@ from meta_peft.trainer import MetaTrainer
 
 RECORDED = (
     *("algorithm", "shots", "query_size", "eval_query_size", "inner_steps", "inner_optimizer", "inner_lr"),
-    *("learn_inner_lr", "inner_lr_per_step", "inner_adam_eps_root", "inner_lr_learning_rate", "max_steps"),
-    *("multitask_warmup_steps", "per_device_train_batch_size", "learning_rate", "lr_scheduler_type", "max_grad_norm"),
-    *("seed", "world_size", "prompt_template", "completion_template"),
+    *("learn_inner_lr", "inner_lr_per_step", "inner_lr_per_entry", "inner_adam_eps_root", "inner_momentum"),
+    *("inner_weight_decay", "inner_max_grad_norm", "fast_weights", "inner_lr_learning_rate", "second_order_steps"),
+    *("first_order_until", "multi_step_until", "proximal", "implicit_solver", "implicit_iterations", "memory"),
+    *("max_steps", "multitask_warmup_steps", "per_device_train_batch_size", "learning_rate", "lr_scheduler_type"),
+    *("max_grad_norm", "seed", "world_size", "prompt_template", "completion_template"),
 )
 
 

@@ -17,8 +17,10 @@ def available(device: torch.device) -> int:
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     free = int(psutil.virtual_memory().available)
     try:  # a container may be allowed less than the machine has
-        allowed, used = ((CGROUP / name).read_text() for name in ("memory.max", "memory.current"))
-        return free if allowed.strip() == "max" else min(free, int(allowed) - int(used))
+        allowed, used, stat = ((CGROUP / f"memory.{name}").read_text() for name in ("max", "current", "stat"))
+        counts = dict(line.split() for line in stat.splitlines())
+        cached = int(counts.get("inactive_file", 0))  # counted as used, and given up where memory is needed
+        return free if allowed.strip() == "max" else min(free, int(allowed) - int(used) + cached)
     except (OSError, ValueError):
         return free
 

@@ -59,15 +59,16 @@ class MemoryPlan:
         if self.budget == math.inf or (not undecided and self.tasks_per_forward is not None):
             return algorithm, largest
         needs, budget = self._of_one_task(algorithm, loss_fn, meta, batch), self._budget(meta)
-        steps = algorithm.inner.steps
-        graphs, size = _graphs(algorithm), min(largest, needs.tasks_in(budget, _graphs(algorithm)))
-        device = next(iter(meta.adapter.values())).device.type
-        enough = min(largest, math.ceil(EFFICIENT_TOKENS.get(device, 4096) / needs.tokens))
-        if undecided and size < enough:
-            size = min(enough, needs.tasks_in(budget, 1))
-            graphs = min(steps, max(0, needs.graphs_in(budget, size)))
-        size = self.tasks_per_forward or math.ceil(batch.n_tasks / math.ceil(batch.n_tasks / max(size, 1)))
-        size = min(size, largest)
+        graphs, size = _graphs(algorithm), largest
+        if self.tasks_per_forward is None:
+            size = min(largest, needs.tasks_in(budget, graphs))
+            device = next(iter(meta.adapter.values())).device.type
+            enough = min(largest, math.ceil(EFFICIENT_TOKENS.get(device, 4096) / needs.tokens))
+            if undecided and size < enough:
+                size = min(enough, needs.tasks_in(budget, 1))
+            size = math.ceil(batch.n_tasks / math.ceil(batch.n_tasks / max(size, 1)))
+        if undecided and size > needs.tasks_in(budget, graphs):
+            graphs = min(graphs, max(0, needs.graphs_in(budget, size)))
         self._say(size, graphs if undecided else None, needs, budget)
         return (replace(algorithm, memory=graphs) if undecided else algorithm), size
 
@@ -76,10 +77,12 @@ class MemoryPlan:
         if self._most_tasks == 0:
             return False
         self._most_tasks = n_tasks // 2
+        if self.budget is not None:
+            self.budget /= 2  # else twice as many graphs would be kept of half as many tasks
         logger.warning(
             "Memory ran out with %d tasks at once; going on with %s.",
             n_tasks,
-            f"{self._most_tasks}" if self._most_tasks else "one, whose graphs are rebuilt step by step",
+            f"{self._most_tasks}" if self._most_tasks else "one, of which nothing is kept that can be computed again",
         )
         return True
 
@@ -148,7 +151,7 @@ def _graph_bytes(loss_fn: LossFn, meta: Meta, support: Rows, algorithm: Any) -> 
         if not isinstance(tensor, nn.Parameter):
             storage = tensor.untyped_storage()
             saved[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        return tensor.detach()  # with a graph of its own, the result of an operation would keep that operation alive
 
     rows = support.tasks(0, 1)
     fast, slow = start(meta.adapter, algorithm.inner, 1)

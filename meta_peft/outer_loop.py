@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
+from typing import TypeVar
 
 import torch
 from peft import PeftModel
@@ -10,6 +13,7 @@ from torch import Tensor, nn
 
 from meta_peft import preflight
 from meta_peft.adapter_loss import AdapterLoss
+from meta_peft.algorithms import MAML
 from meta_peft.errors import MetaPeftError
 from meta_peft.fast_weights import FastWeights
 from meta_peft.inner_optimizers.rule import RATES, InnerRule
@@ -18,6 +22,8 @@ from meta_peft.memory_plan import MemoryPlan
 from meta_peft.params import weighted_sum
 from meta_peft.schedule import AnyAlgorithm
 from meta_peft.types import Algorithm, EpisodeBatch, LossFn, Meta, MetaGradient, Params
+
+Result = TypeVar("Result")
 
 
 class LearnedRates(nn.Module):
@@ -84,17 +90,17 @@ def in_chunks(algorithm: Algorithm, loss_fn: LossFn, meta: Meta, batch: EpisodeB
     parts: list[MetaGradient] = []
     done = 0
     while done < batch.n_tasks:
-        settled, size = plan.settle(algorithm, loss_fn, meta, batch)
+        plan_found = _or_out_of_memory(lambda: plan.settle(algorithm, loss_fn, meta, batch))
+        if isinstance(plan_found, BaseException):  # it measures a single task
+            raise _nothing_fits(algorithm) from plan_found
+        settled, size = plan_found
         chunk = batch.part(done, min(done + size, batch.n_tasks))
-        part = _or_out_of_memory(settled, loss_fn, meta, chunk)
-        if isinstance(part, MetaGradient):
+        part = _or_out_of_memory(partial(settled, loss_fn, meta, chunk))
+        if not isinstance(part, BaseException):
             parts.append(part)
             done += chunk.n_tasks
         elif not plan.shrink(chunk.n_tasks):
-            raise MetaPeftError(
-                "Memory ran out with a single task, whose graphs are rebuilt step by step already. Shorten rows"
-                " (max_length), take fewer of them, put LoRA on upper layers only, or use a first-order algorithm."
-            ) from part
+            raise _nothing_fits(algorithm) from part
     shares = [part.n_tasks / batch.n_tasks for part in parts]
     grads = Meta(
         weighted_sum((share, part.grads.adapter) for share, part in zip(shares, parts, strict=True)),
@@ -104,12 +110,10 @@ def in_chunks(algorithm: Algorithm, loss_fn: LossFn, meta: Meta, batch: EpisodeB
     return MetaGradient(grads, batch.n_tasks, metrics)
 
 
-def _or_out_of_memory(
-    algorithm: Algorithm, loss_fn: LossFn, meta: Meta, chunk: EpisodeBatch
-) -> MetaGradient | BaseException:
-    """The chunk's meta-gradient, or the error that says memory ran out, without the frames that hold the memory."""
+def _or_out_of_memory(compute: Callable[[], Result]) -> Result | BaseException:
+    """What `compute` returns, or the error that says memory ran out, without the frames that hold the memory."""
     try:
-        return algorithm(loss_fn, meta, chunk)
+        return compute()
     except (RuntimeError, MemoryError) as error:
         if not ran_out(error):
             raise
@@ -117,6 +121,17 @@ def _or_out_of_memory(
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     return failure
+
+
+def _nothing_fits(algorithm: Algorithm) -> MetaPeftError:
+    keeps_graphs = (
+        isinstance(algorithm, MAML) and algorithm.second_order and algorithm.memory not in ("auto", "replay", 0)
+    )
+    first = "Keep no graphs (memory='replay'), shorten" if keeps_graphs else "Shorten"
+    return MetaPeftError(
+        f"Memory ran out with a single task. {first} rows (max_length), take fewer of them, put LoRA on upper layers only,"
+        " or use a first-order algorithm."
+    )
 
 
 def assign_gradient(gradient: MetaGradient, model: PeftModel | AdapterLoss, rates: LearnedRates | None = None) -> None:

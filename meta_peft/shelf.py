@@ -33,20 +33,23 @@ class Shelf:
         if tensor.device.type != "cpu":
             device, copy = tensor.device, tensor.cpu()
             return lambda: copy.to(device)
-        if self._file is None:
-            self._file = tempfile.TemporaryFile()  # noqa: SIM115  # it is gone with the shelf
-            weakref.finalize(self, self._file.close)
-        return _written(self._file, tensor.contiguous().numpy())
+        values = tensor.contiguous().numpy()
+        try:
+            if self._file is None:
+                # It is gone with the shelf. Without a buffer, which would keep what the disk refused and fail again.
+                self._file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115
+                weakref.finalize(self, self._file.close)
+            return _written(self._file, values)
+        except OSError:  # no space left there: it has to stay in memory
+            kept = tensor.clone()
+            return lambda: kept
 
 
 def _written(file: IO[bytes], values: np.ndarray) -> Callable[[], Tensor]:
     start, dtype, shape = file.seek(0, 2), values.dtype, values.shape
-    try:
-        file.write(values.data)
-        file.flush()
-    except OSError:  # no space left there: it has to stay in memory
-        kept = torch.from_numpy(values.copy())
-        return lambda: kept
+    left = values.reshape(-1).view(np.uint8).data
+    while len(left):
+        left = left[file.write(left) :]
 
     def read() -> Tensor:
         file.seek(start)

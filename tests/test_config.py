@@ -8,8 +8,20 @@ import pytest
 from surface import config
 from transformers import TrainingArguments
 
-from meta_peft import MAML, SGD, Adam, MetaLoraConfig, MetaPeftError, ModelArguments, MultiTask, Reptile, TaskArguments
+from meta_peft import (
+    MAML,
+    SGD,
+    Adam,
+    ImplicitMAML,
+    MetaLoraConfig,
+    MetaPeftError,
+    ModelArguments,
+    MultiTask,
+    Reptile,
+    TaskArguments,
+)
 from meta_peft.compare import CompareArguments
+from meta_peft.schedule import Schedule
 
 # ---- what is refused, and how it is said
 
@@ -46,6 +58,39 @@ from meta_peft.compare import CompareArguments
             {"remove_unused_columns": True},
             "remove_unused_columns would drop the support and query rows: leave it false",
         ),
+        ({"inner_weight_decay": -0.1}, "inner_weight_decay must be a number of 0 or more; got -0.1"),
+        ({"inner_max_grad_norm": 0.0}, "inner_max_grad_norm must be positive, or None for no clipping; got 0.0"),
+        ({"inner_max_grad_norm": math.nan}, "inner_max_grad_norm must be positive"),
+        ({"fast_weights": "(lora_B"}, r"fast_weights='\(lora_B' is not a regular expression: .*unterminated"),
+        ({"fast_weights": "lora_B", "algorithm": "reptile"}, "no gradient for slow weights: leave fast_weights out"),
+        ({"second_order_steps": -1}, "second_order_steps must be a number of 0 or more; got -1"),
+        (
+            {"second_order_steps": -1, "algorithm": "reptile"},
+            "second_order_steps must be a number of 0 or more; got -1",
+        ),
+        ({"first_order_until": -1}, "first_order_until must be a number of 0 or more; got -1"),
+        ({"multi_step_until": -1}, "multi_step_until must be a number of 0 or more; got -1"),
+        ({"proximal": -1.0}, "proximal must be a number of 0 or more; got -1.0"),
+        ({"proximal": math.inf}, "proximal must be a number of 0 or more; got inf"),
+        ({"algorithm": "imaml"}, r"needs the pull towards the start: set proximal \(lambda\) above 0"),
+        ({"algorithm": "imaml", "proximal": 1.0, "inner_steps": 0}, "inner_steps must be a number of 1 or more; got 0"),
+        (
+            {"algorithm": "imaml", "proximal": 1.0, "inner_weight_decay": 0.1},
+            "which is not where weight decay leads: set inner_weight_decay to 0",
+        ),
+        ({"implicit_solver": "gc"}, "implicit_solver must be one of cg, neumann; got 'gc'."),
+        ({"implicit_iterations": 0}, "implicit_iterations must be a number of 1 or more; got 0"),
+        (
+            {"memory": "reply"},
+            "memory must be one of auto, unrolled, replay, finite_differences, or a number of inner steps; got 'reply'."
+            " Did you mean 'replay'?",
+        ),
+        ({"memory": "reply", "algorithm": "fomaml"}, "memory must be one of auto, .*got 'reply'"),
+        ({"memory": "-1"}, "or a number of inner steps; got -1"),
+        ({"memory": "1.5"}, "or a number of inner steps; got '1.5'"),
+        ({"memory_budget_gb": 0.0}, "memory_budget_gb must be positive; got 0.0"),
+        ({"memory_budget_gb": -2.0}, "memory_budget_gb must be positive; got -2.0"),
+        ({"memory_budget_gb": math.nan}, "memory_budget_gb must be positive; got nan"),
         ({"max_steps": -1}, "max_steps must be 1 or more, got -1: episodes have no epochs"),
         ({"max_steps": 0}, "max_steps must be 1 or more, got 0"),
         ({"fsdp": "full_shard"}, "fsdp and deepspeed are refused: sharded weights have no second derivative here yet"),
@@ -114,22 +159,69 @@ def test_inner_rule(tmp_path: Path):
     assert config(tmp_path, inner_lr=0.0, learn_inner_lr=False).inner_rule().lr == 0
 
 
+def test_everything_of_the_inner_rule(tmp_path: Path):
+    options = {"inner_weight_decay": 0.1, "inner_max_grad_norm": 0.5, "fast_weights": "lora_B", "proximal": 2.0}
+    rule = config(tmp_path, inner_lr_per_entry=True, **options).inner_rule()
+    assert rule.optimizer == Adam(weight_decay=0.1)
+    assert (rule.clip, rule.fast, rule.proximal, rule.rates_per_entry) == (0.5, "lora_B", 2.0, True)
+    plain = config(tmp_path).inner_rule()
+    assert (plain.clip, plain.fast, plain.proximal, plain.rates_per_entry) == (None, None, 0.0, False)
+    fixed = config(tmp_path, inner_lr_per_entry=True, learn_inner_lr=False).inner_rule()
+    assert not fixed.rates_per_entry
+
+
 @pytest.mark.parametrize(
     ("name", "kind", "second_order", "learned"),
     [
         ("maml", MAML, True, True),
         ("fomaml", MAML, False, True),
+        ("imaml", ImplicitMAML, True, False),
         ("reptile", Reptile, False, False),
         ("multitask", MultiTask, False, False),
     ],
 )
 def test_algorithms(tmp_path: Path, name: str, kind: type, second_order: bool, learned: bool):
-    args = config(tmp_path, algorithm=name)
+    args = config(tmp_path, algorithm=name, proximal=1.0 if name == "imaml" else 0.0)
     algorithm = args.algorithm_object()
     assert type(algorithm) is kind
     assert algorithm.second_order is second_order
     assert algorithm.inner == args.inner_rule()
     assert algorithm.inner.learn_rates is learned
+    assert args.schedule() == Schedule(algorithm)
+
+
+def test_options_of_maml(tmp_path: Path):
+    made = config(tmp_path, second_order_steps=2, memory="replay").algorithm_object()
+    assert (made.second_order_steps, made.memory, made.first_order) == (2, "replay", False)
+    assert not config(tmp_path, second_order_steps=0).algorithm_object().second_order
+    assert config(tmp_path).algorithm_object() == MAML(config(tmp_path).inner_rule())
+
+
+@pytest.mark.parametrize(
+    ("given", "made"), [("2", 2), ("0", 0), (3, 3), ("auto", "auto"), ("finite_differences", "finite_differences")]
+)
+def test_a_number_of_graphs_may_be_a_word(tmp_path: Path, given: str | int, made: str | int):
+    """On the command line it is, in Python and YAML it need not be."""
+    assert config(tmp_path, memory=given).algorithm_object().memory == made
+
+
+def test_options_of_implicit_maml(tmp_path: Path):
+    options = {"proximal": 2.0, "implicit_solver": "neumann", "implicit_iterations": 9, "memory": "finite_differences"}
+    made = config(tmp_path, algorithm="imaml", **options).algorithm_object()
+    assert made == ImplicitMAML(made.inner, "neumann", 9, "finite_differences")
+    assert made.inner.proximal == 2.0
+
+
+def test_the_schedule(tmp_path: Path):
+    args = config(tmp_path, multitask_warmup_steps=2, multi_step_until=6, first_order_until=4)
+    assert args.schedule() == Schedule(args.algorithm_object(), 2, 6, 4)
+
+
+def test_the_memory_plan(tmp_path: Path):
+    plan = config(tmp_path, memory_budget_gb=1.5, tasks_per_forward=3).memory_plan()
+    assert (plan.budget, plan.tasks_per_forward) == (1_500_000_000, 3)
+    found_out = config(tmp_path).memory_plan()
+    assert (found_out.budget, found_out.tasks_per_forward) == (None, None)
 
 
 def test_no_inner_steps_are_allowed_where_they_make_sense(tmp_path: Path):

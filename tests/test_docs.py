@@ -24,6 +24,7 @@ import yaml
 from accelerate.state import AcceleratorState
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
+from test_architecture import FLOORS
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -196,6 +197,19 @@ def test_links_resolve(page: Path):
         if anchor:
             headings = re.findall(r"^#+ (.+)$", linked.read_text(encoding="utf-8"), re.MULTILINE)
             assert anchor in {heading_anchor(h) for h in headings}, f"{page.name} links to {target}"
+
+
+def test_every_page_is_in_the_list_of_the_readme():
+    listed = re.findall(r"^\| \[[^\]]+\]\(docs/(\w+\.md)\) \|", PAGES[0].read_text(encoding="utf-8"), re.MULTILINE)
+    assert sorted(listed) == sorted(page.name for page in PAGES if page.parent.name == "docs")
+
+
+def test_the_rooms_of_the_architecture_page_are_those_that_imports_are_checked_by():
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    floors = re.findall(r"^\| (\d+) \| (.+?) \|", page, re.MULTILINE)
+    assert [int(number) for number, _ in floors] == list(range(1, len(FLOORS)))
+    assert [set(re.findall(r"`(\w+)/?`", rooms)) for _, rooms in floors] == [set(floor) for floor in FLOORS[:-1]]
+    assert FLOORS[-1] == ["__init__"]
 
 
 def heading_anchor(heading: str) -> str:

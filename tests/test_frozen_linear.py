@@ -1,15 +1,18 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
+from functools import partial
 
 import bitsandbytes as bnb
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import QUANTISED, plain_loss, random_rows, reference_model
-from torch import nn
+from derivatives import noting_saved_tensors, randn, third_derivative, up_to_second
+from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
-from torch.autograd.graph import saved_tensors_hooks
+from transformers.pytorch_utils import Conv1D
 
 from meta_peft.adapter_loss import AdapterLoss
 from meta_peft.frozen_linear import dequantise, frozen_product, frozen_products, quantised_layers
@@ -75,6 +78,102 @@ def test_derivatives_of_every_order(layer: nn.Module):
     assert gradgradcheck(lambda x: (frozen_product(x, layer) ** 3)[:, :4], x)
 
 
+KINDS = ["dense", "Conv1D", *QUANTISED]
+
+
+def frozen(kind: str, quantised_base) -> nn.Module:
+    """A layer ``[32, 64]`` with a bias: float64, or quantised."""
+    if kind in QUANTISED:
+        layer = quantised_base(kind).model.layers[0].self_attn.k_proj
+    else:
+        layer = (nn.Linear(64, 32) if kind == "dense" else Conv1D(32, 64)).double()
+        layer.weight.data = randn(*layer.weight.shape, seed=5, grad=False) / 8
+    layer.bias = nn.Parameter(randn(32, seed=6, grad=False))
+    return layer.requires_grad_(False)
+
+
+def dense_copy(layer: nn.Module) -> nn.Linear:
+    twin = nn.Linear(64, 32, dtype=torch.float64).requires_grad_(False)
+    stored = {nn.Linear: lambda: layer.weight, Conv1D: lambda: layer.weight.T}.get(
+        type(layer), lambda: dequantise(layer)
+    )
+    twin.weight.data = stored().double()
+    twin.bias.data = layer.bias.detach()
+    return twin
+
+
+@pytest.fixture(params=KINDS)
+def twins(request, quantised_base) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
+    """`frozen_product` with a layer of each kind, and the ordinary forward of a dense layer with the same weight."""
+    layer = frozen(request.param, quantised_base)
+    return partial(frozen_product, layer=layer), dense_copy(layer)
+
+
+@pytest.mark.parametrize("kind", ["dense", "Conv1D"])
+def test_dense_layers_have_derivatives_of_every_order(kind: str):
+    layer = (nn.Linear(4, 3) if kind == "dense" else Conv1D(3, 4)).double().requires_grad_(False)
+    x = randn(2, 2, 4)
+    assert gradcheck(lambda x: frozen_product(x, layer), x)
+    assert gradgradcheck(lambda x: frozen_product(x, layer) ** 3, x)
+    assert gradcheck(lambda x: frozen_product(x, layer), x, check_forward_ad=True, check_batched_grad=True)
+
+
+def test_equals_the_dense_layer_up_to_the_second_derivative(twins):
+    ours, dense = twins
+    for shape in ((64,), (3, 64), (2, 3, 64)):
+        found, expected = (up_to_second(lambda x, f=f: f(x) ** 3, [randn(*shape)]) for f in (ours, dense))
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_no_layer_has_a_third_derivative_of_its_own_to_lose(twins):
+    """The product is linear, so its derivatives of every order come from itself."""
+    found, expected = (third_derivative(lambda x, f=f: f(x) ** 4, randn(2, 64)) for f in twins)
+    torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-11)
+
+
+def squared_gradient(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    gradient = torch.func.grad(function)
+    return lambda x: (gradient(x) ** 2).sum()
+
+
+def test_torch_func_grad(twins):
+    ours, dense = twins
+    x = randn(2, 3, 64, grad=False)
+    for nested in (1, 2):
+        functions = [lambda x, f=f: (f(x) ** 3).sum() for f in (ours, dense)]
+        for _ in range(nested):
+            functions = [squared_gradient(f) for f in functions]
+        torch.testing.assert_close(*(f(x) for f in functions), rtol=1e-11, atol=0)
+
+
+def test_torch_func_vmap(twins):
+    """Over the first dimension, over one in the middle, over two, and under a gradient."""
+    ours, dense = twins
+    x = randn(4, 2, 3, 64, grad=False)
+    for in_dims in (0, 1, 2):
+        found, expected = (torch.func.vmap(f, in_dims)(x) for f in (ours, dense))
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    found, expected = (torch.func.vmap(torch.func.vmap(f, 1), 2)(x) for f in (ours, dense))
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    found, expected = (torch.func.vmap(torch.func.grad(lambda x, f=f: (f(x) ** 3).sum()))(x) for f in (ours, dense))
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_torch_func_jvp(twins):
+    """Forward mode, alone, over a gradient (a product with a Hessian), and for many directions at once."""
+    ours, dense = twins
+    x, direction = randn(2, 64, grad=False), randn(2, 64, seed=1, grad=False)
+    cubes = [lambda x, f=f: f(x) ** 3 for f in (ours, dense)]
+    found, expected = (torch.func.jvp(f, (x,), (direction,)) for f in cubes)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    grads = [torch.func.grad(lambda x, f=f: f(x).sum()) for f in cubes]
+    found, expected = (torch.func.jvp(g, (x,), (direction,)) for g in grads)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    many = randn(5, 2, 64, seed=2, grad=False)
+    found, expected = (torch.func.vmap(lambda d, f=f: torch.func.jvp(f, (x,), (d,))[1])(many) for f in cubes)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
 def test_layers_are_replaced_for_a_while(layer: nn.Module):
     layer.eval()
     x = torch.randn(2, 3, 64)
@@ -86,15 +185,9 @@ def test_layers_are_replaced_for_a_while(layer: nn.Module):
 
 
 def saved_shapes(compute) -> Counter:
-    saved: Counter = Counter()
-
-    def pack(tensor):
-        saved[tuple(sorted(tensor.shape))] += 1
-        return tensor
-
-    with saved_tensors_hooks(pack, lambda tensor: tensor):
+    with noting_saved_tensors() as saved:
         compute()
-    return saved
+    return Counter(tuple(sorted(tensor.shape)) for tensor in saved)
 
 
 @pytest.mark.parametrize("name", QUANTISED)

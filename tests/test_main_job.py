@@ -77,6 +77,7 @@ def test_compared_with_plain_lora(tmp_path: Path, capsys: pytest.CaptureFixture[
         "maml",
         42,
     )
+    assert (about["training"]["memory"], about["training"]["fast_weights"]) == ("auto", None)
     assert about["versions"]["torch"] == version("torch")
     assert about["training_seconds"] > 0
 
@@ -118,9 +119,9 @@ def test_resuming_a_job(tmp_path: Path):
 
 
 def test_the_other_algorithms(tmp_path: Path):
-    for algorithm in ("reptile", "multitask"):
+    for algorithm in ("imaml", "reptile", "multitask"):
         (tmp_path / algorithm).mkdir()
-        _, report = job(tmp_path / algorithm, algorithm=algorithm)
+        _, report = job(tmp_path / algorithm, algorithm=algorithm, proximal=0.1)
         assert len(report.rows()) == 4
 
 
@@ -154,11 +155,38 @@ def test_too_few_rows_are_seen_before_the_model_is_loaded(tmp_path: Path):
         ("fomaml", 48 + 2 * (3 * 2 * 4 + 2 * 8)),
         ("reptile", 48 + 2 * (3 * 2 * 12)),  # its inner steps are on all rows
         ("multitask", 96),
+        ("imaml", 48 + 2 * (3 * 2 * 4 + (2 + 2 * 6) * 4 + 2 * 8)),  # 5 iterations and one product to check
     ],
 )
 def test_compute_ratio_by_hand(tmp_path: Path, algorithm: str, products: int):
-    args = config(tmp_path, algorithm=algorithm, shots=4, query_size=8, inner_steps=3)
+    args = config(tmp_path, algorithm=algorithm, shots=4, query_size=8, inner_steps=3, proximal=1.0)
     assert compute_ratio(6, 2, args) == pytest.approx(products / 96)
+
+
+@pytest.mark.parametrize(
+    ("options", "products"),
+    [
+        ({"second_order_steps": 1}, 48 + 2 * ((2 + 2 + 4) * 4 + 2 * 8)),
+        ({"memory": "replay"}, 48 + 2 * (3 * 6 * 4 + 2 * 8)),  # the gradient of every step once more
+        ({"memory": "1"}, 48 + 2 * ((6 + 6 + 4) * 4 + 2 * 8)),
+        ({"memory": "finite_differences"}, 48 + 2 * ((3 * 6 + 4) * 4 + 2 * 8)),  # two gradients for each product
+    ],
+)
+def test_compute_ratio_of_what_is_kept_and_rebuilt(tmp_path: Path, options: dict, products: int):
+    args = config(tmp_path, shots=4, query_size=8, inner_steps=3, **options)
+    assert compute_ratio(6, 2, args) == pytest.approx(products / 96)
+
+
+def test_compute_ratio_is_the_mean_over_the_schedule(tmp_path: Path):
+    """8 outer steps: 2 of warm-up, which are not counted, 2 of first order, and the mean of query losses up to the 6th."""
+    options = {"multitask_warmup_steps": 2, "first_order_until": 4, "multi_step_until": 6, "max_steps": 8}
+    args = config(tmp_path, shots=4, query_size=8, inner_steps=3, **options)
+    support, queries = (
+        [2, 2, 4, 4, 4, 4],
+        [3, 3, 3, 3, 1, 1],
+    )  # of one inner step, and how often the query rows are seen
+    steps = [48 + 2 * (3 * s * 4 + 2 * 8 * q) for s, q in zip(support, queries, strict=True)]
+    assert compute_ratio(6, 2, args) == pytest.approx(sum(steps) / 6 / 96)
 
 
 def test_compute_ratio_where_all_layers_are_adapted(tmp_path: Path):

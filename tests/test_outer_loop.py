@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from conftest import (
@@ -18,7 +20,7 @@ from conftest import (
 from torch import nn
 
 from meta_peft.adapter_loss import AdapterLoss
-from meta_peft.algorithms import MAML, MultiTask, Reptile
+from meta_peft.algorithms import MAML, ImplicitMAML, MultiTask, Reptile
 from meta_peft.errors import MetaPeftError
 from meta_peft.inner_loop import adapt
 from meta_peft.inner_optimizers import SGD, Adam, InnerRule
@@ -217,6 +219,34 @@ def test_a_first_order_loss_is_refused_by_second_order_maml():
     with pytest.raises(MetaPeftError, match="second_order=True"):
         meta_gradient(loss_fn, random_batch(), MAML())
     meta_gradient(loss_fn, random_batch(), MAML(first_order=True))
+
+
+@pytest.mark.parametrize(
+    "algorithm",
+    [
+        MAML(InnerRule(lr=0.05, steps=2), memory="finite_differences"),
+        ImplicitMAML(InnerRule(lr=0.05, steps=2, proximal=5.0), memory="finite_differences"),
+    ],
+)
+def test_finite_differences_do_with_fused_attention(algorithm):
+    """Nothing is differentiated twice, so a loss that was checked for first derivatives only will do."""
+    model, batch = tiny(), random_batch()
+    fused, plain = (AdapterLoss(model, second_order=second_order) for second_order in (False, True))
+    found, exact = (
+        meta_gradient(fused, batch, algorithm),
+        meta_gradient(plain, batch, replace(algorithm, memory="auto")),
+    )
+    assert_equal(found.grads.adapter, exact.grads.adapter, 1e-6)
+
+
+def test_finite_differences_are_refused_on_a_coarse_base():
+    model, batch = tiny("llama", torch.float32), random_batch()
+    model.get_base_model().lm_head.to(torch.bfloat16)
+    algorithm = MAML(InnerRule(lr=0.05), memory="finite_differences")
+    with pytest.raises(
+        MetaPeftError, match=r"activations are in torch\.bfloat16: nothing but rounding.*memory='replay'"
+    ):
+        meta_gradient(model, batch, algorithm)
 
 
 def test_a_gradient_can_be_assigned_under_attention_without_a_second_derivative():

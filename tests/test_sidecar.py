@@ -49,6 +49,38 @@ def test_round_trip(tmp_path: Path, optimizer: Adam | SGD):
     assert {path.name for path in tmp_path.iterdir()} == {JSON, TENSORS}
 
 
+def test_round_trip_of_rates_of_entries_and_of_fast_weights(tmp_path: Path):
+    """How many entries there are is known by the adapter alone, see test_hub."""
+    inner = replace(SIDECAR.inner, rates_per_entry=True, fast="lora_B", clip=0.5, proximal=1.5)
+    written = replace(SIDECAR, inner=inner, log_rates=torch.randn(2, 17))
+    written.write(tmp_path)
+    read = Sidecar.read(tmp_path)
+    assert torch.equal(read.log_rates, written.log_rates)
+    assert replace(read, log_rates=written.log_rates) == written
+
+
+def test_rates_are_those_of_fast_weights_alone(tmp_path: Path):
+    one_fast = replace(SIDECAR, inner=replace(SIDECAR.inner, fast="lora_B"), log_rates=torch.zeros(2, 1))
+    one_fast.write(tmp_path)
+    assert Sidecar.read(tmp_path).inner.fast == "lora_B"
+    replace(one_fast, log_rates=torch.zeros(2, 3)).write(tmp_path)
+    with pytest.raises(MetaPeftError, match=r"should hold finite rates for 1 matrices; it has shape \[2, 3\]"):
+        Sidecar.read(tmp_path)
+    replace(one_fast, inner=replace(SIDECAR.inner, fast="lora_C")).write(tmp_path)
+    with pytest.raises(MetaPeftError, match="fast_weights='lora_C' is found in the name of no LoRA matrix"):
+        Sidecar.read(tmp_path)
+
+
+def test_a_sidecar_from_before_there_were_fast_weights(folder: Path):
+    def forget(values: dict) -> None:
+        for name in ("rates_per_entry", "clip", "proximal", "fast"):
+            del values["inner"][name]
+        del values["inner"]["optimizer"]["weight_decay"]
+
+    edit(folder, forget)
+    assert Sidecar.read(folder).inner == SIDECAR.inner
+
+
 @pytest.mark.parametrize("missing", [JSON, TENSORS])
 def test_missing(folder: Path, missing: str):
     (folder / missing).unlink()

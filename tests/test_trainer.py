@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,7 +10,7 @@ import torch
 from conftest import fingerprint
 from datasets import Dataset
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from surface import (
     EVAL,
     TRAIN,
@@ -28,7 +30,10 @@ from transformers import TrainerCallback
 from meta_peft import LearnedRates, MetaPeftError, MetaTrainer, TaskSet, assign_gradient, load, meta_gradient
 from meta_peft.adaptation import adapt
 from meta_peft.adapter_loss import AdapterLoss
+from meta_peft.cli import main
+from meta_peft.fast_weights import FastWeights
 from meta_peft.sidecar import Sidecar
+from meta_peft.types import EpisodeBatch, Meta
 
 # Adam divides a gradient by its own size, which makes a step of rounding errors where a gradient is almost zero (that of
 # LoRA A while B is zero): two ways of computing one gradient are compared by plain gradient descent.
@@ -63,10 +68,26 @@ def test_the_loss_goes_down_and_the_log_says_so(tmp_path: Path):
     assert last < 0.8 * first
 
 
-@pytest.mark.parametrize("algorithm", ["maml", "fomaml", "reptile", "multitask"])
-def test_every_algorithm_learns_what_its_own_loop_learns(tmp_path: Path, algorithm: str):
+RUNS = {
+    "maml": {},
+    "fomaml": {"algorithm": "fomaml"},
+    "reptile": {"algorithm": "reptile"},
+    "multitask": {"algorithm": "multitask"},
+    "imaml": {"algorithm": "imaml", "proximal": 5.0, "inner_optimizer": "sgd"},
+    "truncated": {"inner_steps": 3, "second_order_steps": 1},
+    "maml++": {"inner_steps": 2, "inner_lr_per_step": True, "multi_step_until": 2, "first_order_until": 1},
+    "anil": {"fast_weights": "lora_B"},
+    "meta-sgd": {"inner_lr_per_entry": True, "inner_optimizer": "sgd"},
+    "regularised": {"proximal": 1.0, "inner_max_grad_norm": 0.3, "inner_weight_decay": 0.1},
+    "replay": {"memory": "replay"},
+    "warm-up": {"multitask_warmup_steps": 1},
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_every_algorithm_learns_what_its_own_loop_learns(tmp_path: Path, name: str):
     """MetaTrainer is glue: three steps of it are three AdamW steps on `meta_gradient`, the rates clipped apart."""
-    options = {"algorithm": algorithm, "max_steps": 3, "max_grad_norm": 0.5, "inner_lr_learning_rate": 0.1}
+    options = {"max_steps": 3, "max_grad_norm": 0.5, "inner_lr_learning_rate": 0.1, **RUNS[name]}
     run = trainer(tmp_path, **options)
     run.train()
 
@@ -79,7 +100,7 @@ def test_every_algorithm_learns_what_its_own_loop_learns(tmp_path: Path, algorit
     losses = []
     for step in range(3):
         batch = run.data_collator([run.train_dataset[2 * step], run.train_dataset[2 * step + 1]])
-        gradient = meta_gradient(loss_fn, batch, args.algorithm_object(), rates)
+        gradient = meta_gradient(loss_fn, batch, args.schedule().at(step), rates)
         losses.append(float(gradient.metrics["loss"].mean()))
         assign_gradient(gradient, model, rates)
         torch.nn.utils.clip_grad_norm_(own, 0.5)
@@ -101,7 +122,16 @@ def test_rates_are_learned_and_saved(tmp_path: Path):
     assert torch.equal(Sidecar.read(tmp_path).log_rates, run.rates.log_rates.detach())
 
 
-@pytest.mark.parametrize("options", [{"learn_inner_lr": False}, {"algorithm": "reptile"}, {"algorithm": "multitask"}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"learn_inner_lr": False},
+        {"learn_inner_lr": False, "inner_lr_per_entry": True},
+        {"algorithm": "imaml", "proximal": 5.0},
+        {"algorithm": "reptile"},
+        {"algorithm": "multitask"},
+    ],
+)
 def test_rates_that_are_not_learned_stay(tmp_path: Path, options: dict):
     run = trainer(tmp_path, **options)
     run.train()
@@ -114,6 +144,47 @@ def test_rates_per_step(tmp_path: Path):
     run.train()
     assert run.rates.log_rates.shape == (2, 16)
     assert not torch.equal(run.rates.log_rates[0], run.rates.log_rates[1])
+
+
+def test_rates_per_entry(tmp_path: Path):
+    run = trainer(tmp_path, inner_lr_per_entry=True, fast_weights="lora_B", max_steps=3)
+    run.train()
+    entries = sum(p.numel() for n, p in run.loss_fn.weights.parameters().items() if "lora_B" in n)
+    assert run.rates.log_rates.shape == (1, entries)
+    assert len(run.rates.log_rates.detach().unique()) > entries / 2
+
+
+def test_the_schedule_of_maml_plus_plus_is_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The algorithm that each outer step runs; accumulated batches belong to one step."""
+    seen = []
+
+    def noted(loss_fn, batch, algorithm, rates, **options):
+        seen.append((type(algorithm).__name__, getattr(algorithm, "multi_step", None), algorithm.second_order))
+        return meta_gradient(loss_fn, batch, algorithm, rates, **options)
+
+    monkeypatch.setattr("meta_peft.trainer.meta_gradient", noted)
+    options = {"multitask_warmup_steps": 1, "first_order_until": 3, "multi_step_until": 4, "inner_steps": 2}
+    trainer(tmp_path, max_steps=5, gradient_accumulation_steps=2, **options).train()
+    expected = [("MultiTask", None, False), ("MAML", 0.75, False), ("MAML", 0.5, False), ("MAML", 0.25, True)]
+    assert seen == [step for step in [*expected, ("MAML", 0.0, True)] for _ in range(2)]
+
+
+def test_a_budget_of_memory_changes_nothing_but_memory(tmp_path: Path):
+    options = {"per_device_train_batch_size": 3, **SMOOTH}
+    small = trainer(tmp_path, memory_budget_gb=1e-6, **options)
+    large = trainer(tmp_path, memory_budget_gb=1.0, **options)
+    start = weights(large)
+    small.train()
+    large.train()
+    assert small.memory_plan.settle(
+        small.algorithm, small.loss_fn, Meta(dict(small.loss_fn.weights.parameters()), {}), batch_of(small)
+    ) == (replace(small.algorithm, memory=0), 1)
+    assert all((value - start[name]).abs().max() > 1e-3 for name, value in weights(large).items() if "lora_B" in name)
+    assert_close(weights(small), weights(large), 1e-6)
+
+
+def batch_of(run: MetaTrainer) -> EpisodeBatch:
+    return run.data_collator([run.train_dataset[i] for i in range(run.args.per_device_train_batch_size)])
 
 
 def test_warm_up_is_multitask_training(tmp_path: Path):
@@ -172,10 +243,18 @@ def test_chunks_are_the_whole_batch(tmp_path: Path):
 # ---- checkpoints
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
-def test_resuming_gives_the_same_bits(tmp_path: Path, accumulation: int):
-    options = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3, "lr_scheduler_type": "linear"}
-    options |= {"gradient_accumulation_steps": accumulation, "inner_lr_per_step": True, "inner_steps": 2}
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"gradient_accumulation_steps": 1, "inner_lr_per_step": True},
+        {"gradient_accumulation_steps": 2, "inner_lr_per_step": True},
+        {"inner_lr_per_entry": True, "fast_weights": "lora_B", "multi_step_until": 5, "first_order_until": 2},
+        {"algorithm": "imaml", "proximal": 5.0},
+    ],
+)
+def test_resuming_gives_the_same_bits(tmp_path: Path, options: dict):
+    options = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3, "lr_scheduler_type": "linear", **options}
+    options |= {"inner_steps": 2}
     whole = trainer(tmp_path, **options)
     whole.train()
 
@@ -362,6 +441,79 @@ def test_the_saved_folder(tmp_path: Path):
     straight, same = adapt(run.model, letter_tasks("p")["say p"][:2])
     assert metrics == same
     assert model.active_adapters == straight.active_adapters == ["adapted"]
+
+
+ANIL = {"fast_weights": "lora_B", "inner_lr_per_entry": True, "inner_optimizer": "sgd", "inner_lr": 0.1}
+
+
+@pytest.fixture(scope="module")
+def anil_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An adapter whose B matrices adapt, each entry by a rate of its own."""
+    folder = tmp_path_factory.mktemp("anil")
+    run = trainer(folder, inner_max_grad_norm=5.0, **ANIL)
+    run.train()
+    run.save_model()
+    return folder
+
+
+def test_fast_weights_alone_move_at_use_and_each_entry_by_its_own_rate(anil_folder: Path):
+    model = load(None, anil_folder)
+    sidecar = model.meta_peft.sidecar
+    assert (sidecar.inner.fast, sidecar.inner.clip, sidecar.inner.rates_per_entry) == ("lora_B", 5.0, True)
+    before = {n: p.detach().clone() for n, p in FastWeights(model).parameters().items()}
+    fast = {n: p for n, p in before.items() if "lora_B" in n}
+    assert sidecar.log_rates.shape == (1, sum(p.numel() for p in fast.values()))
+
+    log_rates = sidecar.log_rates.clone()
+    log_rates[:, ::3] = -torch.inf  # a rate of zero
+    model.meta_peft = replace(model.meta_peft, sidecar=replace(sidecar, log_rates=log_rates))
+    _, metrics = adapt(model, letter_tasks("p")["say p"][:3], steps=2)
+    assert metrics["support_loss_after"] < metrics["support_loss_before"]
+    after = FastWeights(model, "adapted").parameters()
+    assert all(torch.equal(after[n], p) for n, p in before.items() if n not in fast)
+    moved = torch.cat([(after[n] != p).flatten() for n, p in fast.items()])
+    assert not moved[::3].any()
+    others = torch.ones_like(moved)
+    others[::3] = False
+    assert moved[others].float().mean() > 0.9  # some gradients are exactly zero
+
+
+def test_what_is_loaded_adapts_as_what_was_trained(tmp_path: Path, anil_folder: Path):
+    run = trainer(tmp_path, inner_max_grad_norm=5.0, **ANIL)
+    run.train()
+    support = letter_tasks("p")["say p"][:3]
+    trained, metrics = adapt(run.model, support)
+    loaded, same = adapt(load(None, anil_folder), support)
+    assert same == metrics
+    found = [dict(FastWeights(model, "adapted").parameters()) for model in (loaded, trained)]
+    assert bits(found[0]) == bits(found[1])
+
+
+def test_a_wrong_number_of_rates_is_refused(tmp_path: Path, anil_folder: Path):
+    shutil.copytree(anil_folder, tmp_path / "damaged")
+    rates = load_file(anil_folder / "meta_peft.safetensors")["log_rates"]
+    save_file({"log_rates": rates[:, :-1].contiguous()}, tmp_path / "damaged" / "meta_peft.safetensors")
+    number = rates.shape[1]
+    with pytest.raises(
+        MetaPeftError, match=f"The sidecar has {number - 1} rates, the adapter's fast weights need {number}"
+    ):
+        load(None, tmp_path / "damaged")
+
+
+def test_the_card_and_the_shell_say_what_adapts(anil_folder: Path, capsys: pytest.CaptureFixture[str]):
+    assert "rates\nlearned, one for each entry of a LoRA matrix." in (anil_folder / "README.md").read_text()
+    assert main(["inspect", "--adapter", str(anil_folder)]) == 0
+    written = capsys.readouterr().out
+    assert "fast weights    8 of them, those with 'lora_B' in their names" in written
+    assert "lora_A.weight" not in written
+    assert "lora_B.weight" not in written  # rates of entries are too many to list
+
+
+def test_evaluation_adapts_fast_weights(tmp_path: Path):
+    run = trainer(tmp_path, eval_tasks=letter_tasks(EVAL), fast_weights="lora_B", **LEARNS)
+    run.train()
+    metrics = run.evaluate()
+    assert metrics["eval_loss"] < metrics["eval_loss_before"]
 
 
 def test_a_checkpoint_is_an_adapter_too(tmp_path: Path):

@@ -22,6 +22,7 @@ from meta_peft.errors import MetaPeftError
 from meta_peft.hessian import GradientGraph, difference_product
 from meta_peft.inner_loop import adapt, start
 from meta_peft.inner_optimizers import InnerRule
+from meta_peft.inner_path import check_memory
 from meta_peft.params import dot, gradients, leaves, per_task
 from meta_peft.types import EpisodeBatch, LossFn, Meta, MetaGradient, Params
 
@@ -35,7 +36,7 @@ class ImplicitMAML:
         inner: the inner rule; its `proximal` is lambda.
         solver: "cg" or "neumann".
         iterations: of the solver, each one product with the Hessian.
-        memory: "replay" keeps the graph of one gradient, "finite_differences" none.
+        memory: "finite_differences" keeps no graph; every other mode keeps that of one gradient.
     """
 
     inner: InnerRule = field(default_factory=lambda: InnerRule(proximal=1.0))
@@ -48,6 +49,12 @@ class ImplicitMAML:
             raise MetaPeftError("Implicit MAML needs the pull towards the start: set proximal (lambda) above 0.")
         if self.inner.learn_rates:
             raise MetaPeftError("Implicit MAML gives no gradient for the inner rates: set learn_rates=False.")
+        if getattr(self.inner.optimizer, "weight_decay", 0.0):
+            raise MetaPeftError(
+                "Implicit MAML differentiates the minimum of the loss with the pull towards the start, which is not where"
+                " weight decay leads: set inner_weight_decay to 0."
+            )
+        check_memory(self.memory)
         if self.solver not in SOLVERS:
             raise MetaPeftError(f"solver must be one of {', '.join(SOLVERS)}; got {self.solver!r}.")
         if self.iterations < 1:

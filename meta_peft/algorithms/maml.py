@@ -17,13 +17,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from meta_peft.errors import MetaPeftError, did_you_mean
+from meta_peft.errors import MetaPeftError
 from meta_peft.inner_optimizers import InnerRule
-from meta_peft.inner_path import InnerPath, Remember
+from meta_peft.inner_path import InnerPath, Remember, check_memory
 from meta_peft.params import gradients, leaves
 from meta_peft.types import EpisodeBatch, LossFn, Meta, MetaGradient, Params
-
-MEMORY_MODES = ("auto", "unrolled", "replay", "finite_differences")
 
 
 @dataclass(frozen=True)
@@ -46,12 +44,7 @@ class MAML:
     multi_step: float = 0.0
 
     def __post_init__(self) -> None:
-        known = self.memory in MEMORY_MODES if isinstance(self.memory, str) else self.memory >= 0
-        if not known:
-            raise MetaPeftError(
-                f"memory must be one of {', '.join(MEMORY_MODES)}, or a number of inner steps; got {self.memory!r}."
-                f"{did_you_mean(str(self.memory), MEMORY_MODES)}"
-            )
+        check_memory(self.memory)
         if self.second_order_steps is not None and self.second_order_steps < 0:
             raise MetaPeftError(f"second_order_steps must be 0 or more, or None; got {self.second_order_steps}.")
         if not 0 <= self.multi_step <= 1:
@@ -97,8 +90,9 @@ class MAML:
         """Matrix products of one row with one adapted layer that a task costs, with its numbers of rows."""
         steps, differentiated = self.inner.steps, self.differentiated_steps
         rebuilt = differentiated - min(differentiated, self._remember().graphs)  # forward and backward once more
+        wider = 4 if self.memory == "finite_differences" and differentiated else 0  # for the error of one product
         queries = steps if self.multi_step and steps else 1
-        return support * (2 * steps + 2 * differentiated + 2 * rebuilt) + 2 * query * queries
+        return support * (2 * steps + 2 * differentiated + 2 * rebuilt + wider) + 2 * query * queries
 
     def _remember(self) -> Remember:
         kept = self.memory if isinstance(self.memory, int) else 0

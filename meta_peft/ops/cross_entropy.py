@@ -1,8 +1,8 @@
 """``loss = logsumexp(z) - z[label]`` for each row of logits.
 
 With ``p = softmax(z)`` and e the one-hot label, the backward is ``dz = g (p - e)``; for its cotangent c the backward of
-the backward is ``dg = <c, p - e>``, ``dz = g p (c - <c, p>)``. One tensor of the logits' size is kept for both, p, where
-autograd would keep several: over a vocabulary these are the largest tensors there are.
+the backward is ``dg = <c, p - e>``, ``dz = g p (c - <c, p>)``. Two tensors of the logits' size are kept for both, the
+logits and p: over a vocabulary these are the largest tensors there are.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from meta_peft.ops.last_derivative import last_derivative
 
 
 def cross_entropy(logits_NV: Tensor, labels_N: Tensor) -> Tensor:
@@ -38,16 +39,16 @@ class _CrossEntropy(torch.autograd.Function):
 class _Backward(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, g: Tensor, logits: Tensor, labels: Tensor, p: Tensor) -> Tensor:
-        ctx.save_for_backward(g, labels, p)
+        ctx.save_for_backward(g, labels, p, logits)  # logits for the error of a third derivative alone
         ctx.dtype = logits.dtype
         dz = p * g.unsqueeze(-1)
         dz.scatter_add_(-1, labels.unsqueeze(-1), -g.unsqueeze(-1))
         return dz.to(logits.dtype)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Any) -> Any:
-        g, labels, p = ctx.saved_tensors
+    @last_derivative
+    def backward(ctx: Any, saved: tuple[Tensor, ...], *grads: Any) -> Any:
+        g, labels, p, _ = saved
         c = grads[0].to(p.dtype)
         dz = p * c
         mean = dz.sum(-1, keepdim=True)

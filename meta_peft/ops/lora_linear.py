@@ -20,10 +20,10 @@ from typing import Any
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
 from meta_peft.frozen_linear import frozen_bias, quantised_layers, times_frozen
+from meta_peft.ops.last_derivative import last_derivative
 
 
 def is_plain(layer: LoraLayer, adapter: str) -> bool:
@@ -91,9 +91,11 @@ class _Backward(torch.autograd.Function):
         return dx, _outer(ut, x), _outer(ht, g)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, p: Tensor | None, of_a: Tensor | None, of_bt: Tensor | None) -> Any:
-        g, x, a, bt, ht, ut = ctx.saved_tensors
+    @last_derivative
+    def backward(
+        ctx: Any, saved: tuple[Tensor, ...], p: Tensor | None, of_a: Tensor | None, of_bt: Tensor | None
+    ) -> Any:
+        g, x, a, bt, ht, ut = saved
         of_a = torch.zeros_like(a) if of_a is None else of_a
         of_bt = torch.zeros_like(bt) if of_bt is None else of_bt
         vt, wt = _narrow(x, of_a, ctx.scaling), _narrow(g, of_bt, ctx.scaling)

@@ -12,11 +12,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from meta_peft.ops.last_derivative import last_derivative
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x is ``[..., size]``, weight ``[size]``; computed in float32 at least, the result has the dtype of x."""
+    """x is ``[..., size]``, weight ``[size]``; computed in float32 at least, rounded to the dtype of x, then weighted."""
     y: Tensor = _RMSNorm.apply(x, weight, eps)
     return y
 
@@ -27,7 +28,8 @@ class _RMSNorm(torch.autograd.Function):
         wide = _wide(x)
         r = wide.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, r)
-        return (wide * r).to(x.dtype).mul_(weight)
+        n = (wide * r).to(x.dtype)
+        return n.mul_(weight) if weight.dtype == n.dtype else n * weight
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
@@ -42,9 +44,9 @@ class _Backward(torch.autograd.Function):
         return _jacobian(n, r, h).to(x.dtype)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Any) -> Any:
-        g, x, weight, r = ctx.saved_tensors
+    @last_derivative
+    def backward(ctx: Any, saved: tuple[Tensor, ...], *grads: Any) -> Any:
+        g, x, weight, r = saved
         p = _wide(grads[0])
         n, h = _wide(x) * r, _wide(g) * weight
         a, m, c = _mean(p, n), _mean(h, n), _mean(p, h)

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from meta_peft.ops.last_derivative import last_derivative
 
 BLOCK = 1 << 17  # elements: what is read again should still be in a core's cache
 
@@ -42,15 +43,15 @@ class _Backward(torch.autograd.Function):
         return torch.ops.aten.silu_backward(g * b, a), F.silu(a).mul_(g)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Any) -> Any:
-        g, a, b = (t.reshape(-1, t.shape[-1]) for t in ctx.saved_tensors)
+    @last_derivative
+    def backward(ctx: Any, saved: tuple[Tensor, ...], *grads: Any) -> Any:
+        g, a, b = (t.reshape(-1, t.shape[-1]) for t in saved)
         u, v = (t.reshape(-1, t.shape[-1]) for t in grads)
         dg, da, db = torch.empty_like(g), torch.empty_like(a), torch.empty_like(b)
         rows = max(1, BLOCK // a.shape[-1]) if a.device.type == "cpu" else max(1, a.shape[0])
         for block in zip(*(t.split(rows) for t in (g, a, b, u, v, dg, da, db)), strict=True):
             _second(*block)
-        shape = ctx.saved_tensors[1].shape
+        shape = saved[1].shape
         return dg.view(shape), da.view(shape), db.view(shape)
 
 

@@ -4,31 +4,20 @@ import pytest
 import torch
 from conftest import assert_equal, plain_loss, random_batch, reference_model, tiny
 from torch import Tensor
+from toys import quadratic, quadratic_problem
 
 from meta_peft.adapter_loss import AdapterLoss
 from meta_peft.algorithms import MAML
+from meta_peft.errors import MetaPeftError
 from meta_peft.inner_optimizers import SGD, InnerRule
 from meta_peft.inner_optimizers.rule import RATES
 from meta_peft.params import gradients, leaves
-from meta_peft.types import EpisodeBatch, Meta, Params, Rows
-
-
-def quadratic(adapter: Params, rows: Rows) -> Tensor:
-    """``sum over entries of curvature * (w - centre)^2 / 2``, for each task its own: a `LossFn` without a model."""
-    terms = (rows.inputs["curvature"] * (adapter["w"] - rows.inputs["centre"]) ** 2 / 2, 0 * adapter["unused"])
-    return sum(term.sum((-2, -1)) for term in terms)
-
-
-def quadratic_rows(seed: int, n_tasks: int = 4) -> Rows:
-    g = torch.Generator().manual_seed(seed)
-    values = [torch.rand(n_tasks, 2, 3, generator=g, dtype=torch.float64) + 0.5 for _ in range(2)]
-    return Rows(dict(zip(("curvature", "centre"), values, strict=True)), torch.zeros(n_tasks, 1), n_tasks)
+from meta_peft.types import EpisodeBatch, Meta, Params
 
 
 @pytest.fixture
 def problem():
-    adapter = {"unused": torch.zeros(1, 1, dtype=torch.float64), "w": torch.randn(2, 3, dtype=torch.float64)}
-    return adapter, EpisodeBatch(quadratic_rows(1), quadratic_rows(2), list("abcd"))
+    return quadratic_problem()
 
 
 @pytest.mark.parametrize("first_order", [False, True])
@@ -81,6 +70,29 @@ def test_second_order_is_asked_of_the_loss_only_where_it_is_needed():
     assert MAML(InnerRule(steps=1)).second_order
     assert not MAML(InnerRule(steps=0)).second_order
     assert not MAML(first_order=True).second_order
+    assert MAML(second_order_steps=1).second_order
+    assert not MAML(second_order_steps=0).second_order
+    assert not MAML(memory="finite_differences").second_order
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"memory": "reply"},
+            "memory must be one of auto, unrolled, replay, finite_differences, or a number of inner steps;"
+            " got 'reply'. Did you mean 'replay'?",
+        ),
+        ({"memory": -1}, "or a number of inner steps; got -1"),
+        ({"second_order_steps": -1}, "second_order_steps must be 0 or more, or None; got -1"),
+        ({"multi_step": -0.1}, "multi_step must be from 0 to 1, got -0.1"),
+        ({"multi_step": 1.5}, "multi_step must be from 0 to 1, got 1.5"),
+    ],
+)
+def test_impossible_options(options: dict, message: str):
+    with pytest.raises(MetaPeftError) as error:
+        MAML(**options)
+    assert message in str(error.value)
 
 
 # On a real model, where the loss is no quadratic and the reference is PEFT's own forward.

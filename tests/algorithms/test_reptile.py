@@ -54,3 +54,8 @@ def test_no_steps_is_an_error():
 def test_rates_cannot_be_learned():
     with pytest.raises(MetaPeftError, match="no gradient for the inner rates"):
         Reptile(InnerRule(learn_rates=True))
+
+
+def test_slow_weights_cannot_be_left_out():
+    with pytest.raises(MetaPeftError, match="no gradient for slow weights: leave fast_weights out"):
+        Reptile(InnerRule(fast="lora_B"))

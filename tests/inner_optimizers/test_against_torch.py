@@ -17,6 +17,7 @@ PAIRS = {
         Adam(beta1=0.5, beta2=0.7, eps=1e-3, eps_root=0),
         lambda p, lr: torch.optim.Adam(p, lr, betas=(0.5, 0.7), eps=1e-3),
     ),
+    "weight decay": (Adam(eps_root=0, weight_decay=3.0), lambda p, lr: torch.optim.AdamW(p, lr, weight_decay=3.0)),
 }
 
 
