@@ -8,7 +8,7 @@ differentiated twice. Outside a call the model is an ordinary PEFT model, as it 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from typing import TypeVar
 
@@ -22,6 +22,7 @@ from meta_peft.checkpointing import checkpointed
 from meta_peft.fast_forwards import fast_forwards
 from meta_peft.fast_weights import FastWeights, lora_layers
 from meta_peft.forwards import replaced_forwards
+from meta_peft.frozen_linear import dense_copies, quantised_layers
 from meta_peft.frozen_prefix import FrozenPrefix, layer_list
 from meta_peft.objectives import objective_for
 from meta_peft.objectives.labelled_tokens import TaskScores
@@ -74,6 +75,11 @@ class AdapterLoss:
         """Loss and exact match per task, without gradients."""
         parts = self._measured(lambda r: self._objective.scores_per_task(self._base, self._head, r), adapter, rows)
         return TaskScores(torch.cat([p.loss_T for p in parts]), torch.cat([p.exact_match_T for p in parts]))
+
+    def dense_copies(self, n_bytes: float) -> AbstractContextManager[None]:
+        """Inside this context dequantised copies of weights that every inner step needs are kept, up to `n_bytes`."""
+        once = {id(module) for lower in self._prefix.modules() for module in lower.modules()}
+        return dense_copies((layer for layer in quantised_layers(self._base) if id(layer) not in once), n_bytes)
 
     def layers(self) -> tuple[int, int]:
         """How many layers the model has, and how many of them are run once per stack instead of at every step."""

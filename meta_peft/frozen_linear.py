@@ -11,7 +11,8 @@ that what is differentiated is what is computed.
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
 
@@ -22,6 +23,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from meta_peft.forwards import replaced_forwards
+
+COPY = "_dense_copy_of_weight"  # where a layer holds it
 
 
 def dequantise(layer: nn.Module) -> Tensor:
@@ -37,6 +40,32 @@ def dequantise(layer: nn.Module) -> Tensor:
     raise TypeError(f"{type(layer).__name__} is not a bitsandbytes layer")
 
 
+@contextmanager
+def dense_copies(layers: Iterable[nn.Module], n_bytes: float) -> Iterator[None]:
+    """Inside this context a dequantised copy of a layer's weight is kept from its first use on, up to `n_bytes` in all.
+
+    Every layer takes part in every pass, and dequantising costs most per weight where there are few: the smallest
+    layers come first.
+    """
+    chosen: list[nn.Module] = []
+    for layer in sorted(layers, key=_dense_bytes):
+        n_bytes -= _dense_bytes(layer)
+        if n_bytes < 0:
+            break
+        chosen.append(layer)
+    for layer in chosen:
+        layer.__dict__[COPY] = None
+    try:
+        yield
+    finally:
+        for layer in chosen:
+            del layer.__dict__[COPY]
+
+
+def _dense_bytes(layer: Any) -> int:
+    return 4 * int(layer.in_features) * int(layer.out_features)
+
+
 def frozen_weight(layer: nn.Module, dtype: torch.dtype) -> Tensor:
     """The weight of a frozen linear layer, quantised or not, as ``[out, in]`` in `dtype`, detached."""
     weight: Any = layer.weight
@@ -44,7 +73,12 @@ def frozen_weight(layer: nn.Module, dtype: torch.dtype) -> Tensor:
         return weight.detach().to(dtype)
     if type(layer) is Conv1D:
         return weight.detach().T.to(dtype)
-    return dequantise(layer).to(dtype)
+    if COPY not in layer.__dict__:
+        return dequantise(layer).to(dtype)
+    copy: Tensor | None = layer.__dict__[COPY]
+    if copy is None or copy.dtype != dtype:
+        layer.__dict__[COPY] = copy = dequantise(layer).to(dtype)
+    return copy
 
 
 def frozen_bias(layer: nn.Module, dtype: torch.dtype) -> Tensor | None:

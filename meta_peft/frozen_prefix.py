@@ -59,6 +59,10 @@ class FrozenPrefix:
         """How many layers are run once per stack."""
         return sum(run.n_layers for run in self._runs)
 
+    def modules(self) -> list[nn.Module]:
+        """What is run once per stack."""
+        return [module for run in self._runs for module in run.modules]
+
     @contextmanager
     def reused(self, rows: Rows) -> Iterator[None]:
         """A forward of `rows` inside this context skips what an earlier one has computed."""

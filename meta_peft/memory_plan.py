@@ -46,6 +46,7 @@ class MemoryPlan:
         if budget is not None and not budget > 0:
             raise MetaPeftError(f"A memory budget must be positive, got {budget}.")
         self.tasks_per_forward, self.budget = tasks_per_forward, budget
+        self.spare = 0.0  # bytes that the last choice left over
         self._most_tasks: int | None = None  # found by running out of memory
         self._needs: dict[tuple[Any, ...], _Needs] = {}
         self._said: Any = None
@@ -53,6 +54,7 @@ class MemoryPlan:
     def settle(self, algorithm: Any, loss_fn: LossFn, meta: Meta, batch: EpisodeBatch) -> tuple[Any, int]:
         """The algorithm with its memory mode decided, and for how many tasks one forward is to be."""
         undecided = isinstance(algorithm, MAML) and algorithm.second_order and algorithm.memory == "auto"
+        self.spare = 0.0
         if self._most_tasks == 0:  # not even one task fits with graphs kept
             return (replace(algorithm, memory="replay") if undecided else algorithm), 1
         largest = min(self.tasks_per_forward or batch.n_tasks, self._most_tasks or batch.n_tasks, batch.n_tasks)
@@ -69,6 +71,7 @@ class MemoryPlan:
             size = math.ceil(batch.n_tasks / math.ceil(batch.n_tasks / max(size, 1)))
         if undecided and size > needs.tasks_in(budget, graphs):
             graphs = min(graphs, max(0, needs.graphs_in(budget, size)))
+        self.spare = max(0.0, budget - size * needs.of_task(graphs))
         self._say(size, graphs if undecided else None, needs, budget)
         return (replace(algorithm, memory=graphs) if undecided else algorithm), size
 
@@ -128,7 +131,10 @@ class _Needs:
     copies: int
 
     def tasks_in(self, budget: float, graphs: int) -> int:
-        return int(budget / (MARGIN * (max(graphs, 1) * self.graph + self.query_graph + self.copies)))
+        return int(budget / self.of_task(graphs))
+
+    def of_task(self, graphs: int) -> float:
+        return MARGIN * (max(graphs, 1) * self.graph + self.query_graph + self.copies)
 
     def graphs_in(self, budget: float, n_tasks: int) -> int:
         return int((budget / MARGIN / max(n_tasks, 1) - self.query_graph - self.copies) / max(self.graph, 1))

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
@@ -15,7 +16,15 @@ from torch.autograd import gradcheck, gradgradcheck
 from transformers.pytorch_utils import Conv1D
 
 from meta_peft.adapter_loss import AdapterLoss
-from meta_peft.frozen_linear import dequantise, frozen_product, frozen_products, quantised_layers
+from meta_peft.frozen_linear import (
+    COPY,
+    dense_copies,
+    dequantise,
+    frozen_product,
+    frozen_products,
+    frozen_weight,
+    quantised_layers,
+)
 
 
 @pytest.fixture(params=QUANTISED)
@@ -209,3 +218,33 @@ def test_no_dequantised_weight_is_kept_for_backward(model_of, name: str):
     assert sum(ours[shape] for shape in weights) == 0
     if name == "nf4":  # what this is for: stock bitsandbytes keeps the copies that its backward works with
         assert sum(stock[shape] for shape in weights) > 0
+
+
+@pytest.mark.parametrize("kind", QUANTISED)
+def test_dense_copies_change_no_product_and_are_gone_afterwards(quantised_base, kind: str):
+    layers = quantised_layers(quantised_base(kind))
+    x = torch.randn(3, layers[0].in_features)
+    plain = frozen_product(x, layers[0])
+    attributes = set(layers[0].__dict__)
+    with dense_copies(layers, math.inf):
+        assert torch.equal(frozen_product(x, layers[0]), plain)
+        first = frozen_weight(layers[0], torch.float32)
+        assert frozen_weight(layers[0], torch.float32) is first
+        assert frozen_weight(layers[0], torch.float64).dtype == torch.float64
+    assert set(layers[0].__dict__) == attributes
+    assert frozen_weight(layers[0], torch.float32) is not first
+
+
+def test_dense_copies_of_the_smallest_layers_come_first_and_stay_within_the_budget(quantised_base):
+    layers = quantised_layers(quantised_base("nf4"))
+    sizes = sorted(4 * layer.in_features * layer.out_features for layer in layers)
+    assert sizes[0] < sizes[-1]
+
+    def kept(n_bytes: float) -> list[int]:
+        with dense_copies(layers, n_bytes):
+            return sorted(4 * la.in_features * la.out_features for la in layers if COPY in la.__dict__)
+
+    assert kept(0) == []
+    assert kept(sizes[0]) == sizes[:1]
+    assert kept(sum(sizes) - 1) == sizes[:-1]
+    assert kept(sum(sizes)) == sizes
