@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from typing import TypeVar
 
@@ -95,7 +96,8 @@ def in_chunks(algorithm: Algorithm, loss_fn: LossFn, meta: Meta, batch: EpisodeB
             raise _nothing_fits(algorithm) from plan_found
         settled, size = plan_found
         chunk = batch.part(done, min(done + size, batch.n_tasks))
-        part = _or_out_of_memory(partial(settled, loss_fn, meta, chunk))
+        with loss_fn.dense_copies(plan.spare) if isinstance(loss_fn, AdapterLoss) else nullcontext():
+            part = _or_out_of_memory(partial(settled, loss_fn, meta, chunk))
         if not isinstance(part, BaseException):
             parts.append(part)
             done += chunk.n_tasks

@@ -451,3 +451,14 @@ def test_a_real_allocation_that_fails_is_recovered_from(toy):
 
     found = in_chunks(AUTO, large, meta, batch, MemoryPlan(budget=math.inf))
     assert_equal(all_of(found), all_of(AUTO(network, meta, batch)), 1e-12)
+
+
+@pytest.mark.parametrize("name", ["nf4", "int8"])
+def test_what_the_budget_leaves_over_holds_dequantised_copies_with_the_same_result(model_of, name: str):
+    loss_fn, batch = AdapterLoss(model_of(name)), random_batch()
+    algorithm = MAML(InnerRule(lr=0.05, steps=2))
+    plain = meta_gradient(loss_fn, batch, algorithm)
+    plan = MemoryPlan(budget=1e12)
+    copied = meta_gradient(loss_fn, batch, algorithm, tasks_per_forward=plan)
+    assert plan.spare > 0
+    assert all(torch.equal(copied.grads.adapter[n], plain.grads.adapter[n]) for n in plain.grads.adapter)
