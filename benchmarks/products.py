@@ -14,8 +14,9 @@ What is counted, for a second-order step; K is the number of inner steps, W a fr
 
 First order has no second derivatives: 2, 3 and 3 products where second order has 4, 9 and 9.
 
-Attention is counted as the full square of positions. Counted too, though a program could leave it out: the last token
-of each row, which predicts nothing, and unlabelled positions of the last layer after its keys and values.
+Positions after the last one that predicts anything are not counted, nor is the last layer's feed-forward part but at
+the labelled positions, as many in each row as in the row with most. Attention is counted as the full square of
+positions. Counted, though a program could leave it out: the last layer's queries at other positions.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from workload import LINEARS, SHAPES, Workload, parts
 
 from meta_peft.types import EpisodeBatch, Rows
 
+FEED_FORWARD = ("gate_proj", "up_proj", "down_proj")
 READS_THE_LAYERS_INPUT = ("q_proj", "k_proj", "v_proj")
 
 
@@ -99,13 +101,16 @@ def _of_rows(
     model: PeftModel, rows: Rows, phase: _Support | _Query, workload: Workload
 ) -> Iterator[tuple[Product, int]]:
     sizes, rank, name = SHAPES[workload.shapes], workload.rank, phase.name
-    n_rows, length = rows.labels_BL.shape
-    n_tokens, heads, head_dim = n_rows * length, sizes["num_attention_heads"], sizes["head_dim"]
+    predicts = rows.labels_BL[:, 1:] != -100
+    n_rows, length = len(predicts), int(predicts.nonzero()[:, 1].max()) + 1
+    n_read = n_rows * int(predicts.sum(1).max())  # positions of the last layer's feed-forward part
+    heads, head_dim = sizes["num_attention_heads"], sizes["head_dim"]
     first = workload.adapted_layers[0]
-    labelled = int((rows.labels_BL[:, 1:] != -100).sum())
-    for index, layer in enumerate(_decoder_layers(model)):
+    labelled, layers = int(predicts.sum()), _decoder_layers(model)
+    for index, layer in enumerate(layers):
         adapted = index >= first
         for kind, (n_out, n_in) in layer.items():
+            n_tokens = n_read if index == len(layers) - 1 and kind in FEED_FORWARD else n_rows * length
             constant = index == first and kind in READS_THE_LAYERS_INPUT
             forward = Product("frozen linear", name, "nt", n_tokens, n_in, n_out)
             if not adapted or constant:
