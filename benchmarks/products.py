@@ -60,12 +60,19 @@ class Product:
         return 2e-9 * self.batch * self.m * self.k * self.n
 
 
-def count(model: PeftModel, batch: EpisodeBatch, workload: Workload, tasks_per_forward: int | None) -> Counter[Product]:
-    """How often each product occurs in one meta-gradient."""
+def count(
+    model: PeftModel,
+    batch: EpisodeBatch,
+    workload: Workload,
+    tasks_per_forward: int | None,
+    *,
+    every_position: bool = False,
+) -> Counter[Product]:
+    """How often each product occurs in one meta-gradient; with `every_position`, needed or not, but for the head."""
     total: Counter[Product] = Counter()
     for chunk in parts(batch, tasks_per_forward):
         for rows, phase in ((chunk.support, _Support(workload)), (chunk.query, _Query(workload))):
-            for product, times in _of_rows(model, rows, phase, workload):
+            for product, times in _of_rows(model, rows, phase, workload, every_position):
                 total[product] += times
     return Counter({product: times for product, times in total.items() if times})
 
@@ -98,12 +105,15 @@ class _Query:
 
 
 def _of_rows(
-    model: PeftModel, rows: Rows, phase: _Support | _Query, workload: Workload
+    model: PeftModel, rows: Rows, phase: _Support | _Query, workload: Workload, every_position: bool
 ) -> Iterator[tuple[Product, int]]:
     sizes, rank, name = SHAPES[workload.shapes], workload.rank, phase.name
     predicts = rows.labels_BL[:, 1:] != -100
     n_rows, length = len(predicts), int(predicts.nonzero()[:, 1].max()) + 1
     n_read = n_rows * int(predicts.sum(1).max())  # positions of the last layer's feed-forward part
+    if every_position:
+        length = rows.labels_BL.shape[1]
+        n_read = n_rows * length
     heads, head_dim = sizes["num_attention_heads"], sizes["head_dim"]
     first = workload.adapted_layers[0]
     labelled, layers = int(predicts.sum()), _decoder_layers(model)
