@@ -89,12 +89,14 @@ def bind(model: PeftModel | AdapterLoss, algorithm: AnyAlgorithm, *, checkpoint:
 def in_chunks(algorithm: Algorithm, loss_fn: LossFn, meta: Meta, batch: EpisodeBatch, plan: MemoryPlan) -> MetaGradient:
     """The mean of the meta-gradients of the batch's chunks, each weighted by its number of tasks."""
     parts: list[MetaGradient] = []
-    done = 0
+    done, order = 0, None
     while done < batch.n_tasks:
-        plan_found = _or_out_of_memory(lambda: plan.settle(algorithm, loss_fn, meta, batch))
+        plan_found = _or_out_of_memory(partial(plan.settle, algorithm, loss_fn, meta, batch))
         if isinstance(plan_found, BaseException):  # it measures a single task
             raise _nothing_fits(algorithm) from plan_found
         settled, size = plan_found
+        if size < batch.n_tasks and order is None:
+            batch, order = batch.by_length()
         chunk = batch.part(done, min(done + size, batch.n_tasks))
         with loss_fn.dense_copies(plan.spare) if isinstance(loss_fn, AdapterLoss) else nullcontext():
             part = _or_out_of_memory(partial(settled, loss_fn, meta, chunk))
@@ -109,6 +111,8 @@ def in_chunks(algorithm: Algorithm, loss_fn: LossFn, meta: Meta, batch: EpisodeB
         weighted_sum((share, part.grads.hyper) for share, part in zip(shares, parts, strict=True)),
     )
     metrics: dict[str, Tensor] = {n: torch.cat([part.metrics[n] for part in parts]) for n in parts[0].metrics}
+    if order is not None:
+        metrics = {name: values[order.argsort().to(values.device)] for name, values in metrics.items()}
     return MetaGradient(grads, batch.n_tasks, metrics)
 
 

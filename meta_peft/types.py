@@ -1,4 +1,4 @@
-"""The values that flow between the parts of meta_peft. Nothing is computed here.
+"""The values that flow between the parts of meta_peft, and how they are split and ordered. Nothing else is computed.
 
 Shape letters used everywhere: T tasks, R rows of one task, B = T * R rows of a stack (task-major: all rows of
 task 0, then all of task 1, ...), L tokens of a row, N labelled positions of a stack, V vocabulary.
@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor
 
 Params: TypeAlias = dict[str, Tensor]
@@ -42,6 +43,12 @@ class Rows:
         inputs = {name: tensor.to(device) for name, tensor in self.inputs.items()}
         return Rows(inputs, self.labels_BL.to(device), self.n_tasks)
 
+    def in_order(self, order: Tensor) -> Rows:
+        """The rows of the same tasks in another order, ``[T]``."""
+        per_task = self.labels_BL.shape[0] // self.n_tasks
+        index_B = (order[:, None] * per_task + torch.arange(per_task)).flatten().to(self.labels_BL.device)
+        return Rows({n: t[index_B] for n, t in self.inputs.items()}, self.labels_BL[index_B], self.n_tasks)
+
     def tasks(self, start: int, stop: int) -> Rows:
         """The rows of tasks `start` to `stop` alone."""
         per_task = self.labels_BL.shape[0] // self.n_tasks
@@ -64,11 +71,24 @@ class EpisodeBatch:
     def to(self, device: Any) -> EpisodeBatch:
         return EpisodeBatch(self.support.to(device), self.query.to(device), self.tasks)
 
+    def by_length(self) -> tuple[EpisodeBatch, Tensor]:
+        """The same episodes from short rows to long ones, so that parts need little padding; and their order, ``[T]``."""
+        ends = [_last_label(rows) for rows in (self.support, self.query)]
+        order = torch.stack(ends).amax(0).argsort(stable=True).cpu()
+        batch = EpisodeBatch(self.support.in_order(order), self.query.in_order(order), [self.tasks[t] for t in order])
+        return batch, order
+
     def part(self, start: int, stop: int) -> EpisodeBatch:
         """The episodes `start` to `stop` alone."""
         if (start, stop) == (0, self.n_tasks):
             return self
         return EpisodeBatch(self.support.tasks(start, stop), self.query.tasks(start, stop), self.tasks[start:stop])
+
+
+def _last_label(rows: Rows) -> Tensor:
+    """The last labelled position of each task's rows, ``[T]``."""
+    position_L = torch.arange(rows.labels_BL.shape[1], device=rows.labels_BL.device)
+    return ((rows.labels_BL >= 0) * position_L).amax(1).view(rows.n_tasks, -1).amax(1)
 
 
 @dataclass(frozen=True)

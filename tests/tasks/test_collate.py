@@ -60,3 +60,17 @@ def test_stacks_keep_the_order():
 def test_a_row_without_a_label_is_refused():
     with pytest.raises(MetaPeftError, match="no labelled token"):
         EpisodeCollator(0).rows([[{"input_ids": [1, 2], "labels": [-100, -100]}]])
+
+
+def test_a_batch_in_the_order_of_its_lengths():
+    batch = EpisodeCollator(pad_token_id=0)([EPISODES[1], EPISODES[0], EPISODES[1]])
+    ordered, order = batch.by_length()
+    assert sorted(order.tolist()) == [0, 1, 2]
+    assert ordered.tasks == [batch.tasks[t] for t in order]
+    ends = [max(row.nonzero().max().item() for row in ordered.part(t, t + 1).support.labels_BL + 100) for t in range(3)]
+    assert ends == sorted(ends)
+    for place, task in enumerate(order.tolist()):
+        for name in ("support", "query"):
+            mine, own = getattr(ordered.part(place, place + 1), name), getattr(batch.part(task, task + 1), name)
+            assert mine.labels_BL.equal(own.labels_BL)
+            assert mine.inputs["input_ids"].equal(own.inputs["input_ids"])
