@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import assert_equal, plain_loss, random_batch, reference_model, tiny, tiny_base, with_lora
+from conftest import assert_equal, plain_loss, random_batch, reference_model, repeated, tiny, tiny_base, with_lora
 from counted import Alive
 from derivatives import STENCIL
 from torch import Tensor
@@ -20,7 +20,7 @@ from meta_peft.inner_optimizers import SGD, Adam, InnerRule
 from meta_peft.inner_optimizers.rule import RATES
 from meta_peft.outer_loop import LearnedRates, meta_gradient
 from meta_peft.params import gradients, leaves
-from meta_peft.types import EpisodeBatch, MetaGradient, Params, Rows
+from meta_peft.types import EpisodeBatch, MetaGradient, Params
 
 LEARNED = {"learn_rates": True}
 RULES = {
@@ -79,11 +79,6 @@ def bits_of(gradient: MetaGradient) -> dict[str, bytes]:
 
 def vector(params: Params) -> Tensor:
     return torch.cat([p.flatten() for p in params.values()])
-
-
-def repeated(rows: Rows, times: int) -> Rows:
-    inputs = {n: t.repeat(times, 1) for n, t in rows.inputs.items()}
-    return Rows(inputs, rows.labels_BL.repeat(times, 1), rows.n_tasks * times)
 
 
 def objectives(rule: InnerRule, multi_step: float, starts: list[Params], hyper: Params) -> list[float]:
