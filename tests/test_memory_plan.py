@@ -12,7 +12,7 @@ from itertools import pairwise
 import psutil
 import pytest
 import torch
-from conftest import assert_equal, random_batch, random_rows, tiny
+from conftest import assert_equal, random_batch, random_rows, tiny_base, with_lora
 from counted import Alive
 from torch import Tensor
 from toys import network, network_rows
@@ -43,7 +43,7 @@ OTHERS: list[AnyAlgorithm] = [
 
 @cache
 def loss_fn() -> AdapterLoss:
-    return AdapterLoss(tiny("llama", width=8))
+    return AdapterLoss(with_lora(tiny_base("llama", width=8), target_modules=["q_proj", "o_proj", "down_proj"]))
 
 
 @cache

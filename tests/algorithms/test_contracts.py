@@ -7,7 +7,7 @@ from functools import cache
 
 import pytest
 import torch
-from conftest import assert_equal, fingerprint, random_batch, tiny
+from conftest import assert_equal, fingerprint, random_batch, tiny_base, with_lora
 from counted import CountedRows
 
 from meta_peft.adapter_loss import AdapterLoss
@@ -44,7 +44,9 @@ DIFFERENCES = {
 
 @cache
 def loss_fn() -> AdapterLoss:
-    return AdapterLoss(tiny("llama", layers=2, width=8))
+    return AdapterLoss(
+        with_lora(tiny_base("llama", layers=2, width=8), target_modules=["q_proj", "o_proj", "down_proj"])
+    )
 
 
 @cache

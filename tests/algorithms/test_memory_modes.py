@@ -24,18 +24,18 @@ from meta_peft.types import EpisodeBatch, MetaGradient, Params
 
 LEARNED = {"learn_rates": True}
 RULES = {
-    "sgd, rates per step": InnerRule(SGD(), lr=0.02, rates_per_step=True, **LEARNED),
-    "momentum": InnerRule(SGD(0.9), lr=0.02, **LEARNED),
-    "rates per entry": InnerRule(SGD(), lr=0.02, rates_per_entry=True, **LEARNED),
-    "adamw": InnerRule(Adam(eps_root=1e-2, weight_decay=0.1), lr=0.02, **LEARNED),
-    "clip": InnerRule(SGD(0.9), lr=0.02, clip=0.5),  # shorter than the gradient of every task
-    "clip that is never reached": InnerRule(SGD(), lr=0.02, clip=1e3, **LEARNED),
-    "proximal": InnerRule(SGD(), lr=0.02, proximal=2.0, **LEARNED),
+    "sgd, rates per step": InnerRule(SGD(), lr=0.1, rates_per_step=True, **LEARNED),
+    "momentum": InnerRule(SGD(0.9), lr=0.1, **LEARNED),
+    "rates per entry": InnerRule(SGD(), lr=0.1, rates_per_entry=True, **LEARNED),
+    "adamw": InnerRule(Adam(eps_root=1e-2, weight_decay=0.1), lr=0.1, **LEARNED),
+    "clip": InnerRule(SGD(0.9), lr=0.1, clip=0.5),  # shorter than the gradient of every task
+    "clip that is never reached": InnerRule(SGD(), lr=0.1, clip=1e3, **LEARNED),
+    "proximal": InnerRule(SGD(), lr=0.1, proximal=2.0, **LEARNED),
     "proximal, clip, adam, per entry and step": InnerRule(
-        Adam(eps_root=1e-2), lr=0.02, proximal=2.0, clip=0.7, rates_per_entry=True, rates_per_step=True, **LEARNED
+        Adam(eps_root=1e-2), lr=0.1, proximal=2.0, clip=0.7, rates_per_entry=True, rates_per_step=True, **LEARNED
     ),
-    "B alone": InnerRule(SGD(), lr=0.05, fast="lora_B", **LEARNED),
-    "upper layer alone": InnerRule(Adam(eps_root=1e-2), lr=0.02, fast=r"layers\.1\."),
+    "B alone": InnerRule(SGD(), lr=0.2, fast="lora_B", **LEARNED),
+    "upper layer alone": InnerRule(Adam(eps_root=1e-2), lr=0.1, fast=r"layers\.1\."),
 }
 RULES = {name: replace(rule, steps=3) for name, rule in RULES.items()}
 MULTI_STEP = (0.0, 0.6, 1.0)
@@ -43,7 +43,9 @@ MULTI_STEP = (0.0, 0.6, 1.0)
 
 @cache
 def loss_fn() -> AdapterLoss:
-    return AdapterLoss(tiny("llama", layers=2, width=8))
+    return AdapterLoss(
+        with_lora(tiny_base("llama", layers=2, width=8), target_modules=["q_proj", "o_proj", "down_proj"])
+    )
 
 
 @cache
