@@ -142,8 +142,8 @@ def test_no_graph_kept_is_replay_and_all_of_them_or_more_unrolled(memory: str | 
 @pytest.mark.parametrize("multi_step", MULTI_STEP)
 @pytest.mark.parametrize("rule", RULES)
 def test_finite_differences_are_close_and_say_how_close(rule: str, multi_step: float):
-    """`hessian_error` is three times the error of one product (see test_hessian), a part of the gradient; a gradient takes
-    one product for each of its steps. So it is a bound times the number of steps, and not larger than needed by far."""
+    """`hessian_error` is one to three times the error of one product (see test_hessian), and a gradient takes one product
+    for each of its steps. So it is a bound times the number of steps."""
     found, exact = gradient_of(rule, multi_step, "finite_differences"), gradient_of(rule, multi_step)
     assert_equal({"loss": found.metrics["loss"]}, {"loss": exact.metrics["loss"]}, 1e-14)
     error = ((vector(all_of(found)) - vector(all_of(exact))).norm() / vector(all_of(exact)).norm()).item()
