@@ -101,7 +101,8 @@ def _detached(output: Any) -> Any:
 
 def layer_list(module: nn.Module) -> list[nn.Module]:
     """The layers of an encoder or a decoder."""
-    return next((list(m) for m in module.children() if isinstance(m, nn.ModuleList)), [])
+    parts = (*module.children(), *module.modules())  # in BERT and its kin one module further down
+    return next((list(part) for part in parts if isinstance(part, nn.ModuleList)), [])
 
 
 def _constant_runs(model: Any, adapted: list[str]) -> list[Run]:

@@ -99,8 +99,8 @@ class InnerPath:
         self, k: int, fast: Params, state: Params, grads: Params
     ) -> Callable[[], tuple[Params, Params, Params]]:
         if k == 0:  # the start is there anyway
-            get = self._shelf.put(grads)
-            return lambda: (fast, self._rule.init(fast), get())
+            get, rule = self._shelf.put(grads), self._rule  # not self, or graphs would wait for the garbage collector
+            return lambda: (fast, rule.init(fast), get())
         places = [self._shelf.put(part) for part in (fast, state, grads)]
         return lambda: (places[0](), places[1](), places[2]())
 

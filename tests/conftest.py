@@ -159,6 +159,12 @@ def random_rows(n_tasks: int = 3, per_task: int = 2, length: int = 6, seed: int 
     return Rows({"input_ids": ids, "attention_mask": mask}, labels, n_tasks)
 
 
+def repeated(rows: Rows, times: int) -> Rows:
+    """The rows of all tasks, so many times."""
+    inputs = {n: t.repeat(times, *[1] * (t.dim() - 1)) for n, t in rows.inputs.items()}
+    return Rows(inputs, rows.labels_BL.repeat(times, 1), rows.n_tasks * times)
+
+
 def random_batch(
     n_tasks: int = 3, support: int = 2, query: int = 2, *, pad: str = "right", seed: int = 0
 ) -> EpisodeBatch:

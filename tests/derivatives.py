@@ -40,11 +40,6 @@ def third_derivative(function: Callable[..., Tensor], x: Tensor) -> Tensor:
     return value
 
 
-def slope(value: Callable[[float], float], h: float) -> float:
-    """The derivative of `value` at 0."""
-    return sum(weight * value(k * h) for k, weight in STENCIL.items()) / h
-
-
 @contextmanager
 def noting_saved_tensors() -> Iterator[list[Tensor]]:
     """Everything that autograd saves inside this context, whether it is still there or not."""

@@ -5,6 +5,7 @@ import weakref
 
 import pytest
 import torch
+from architectures import ARCHITECTURES, base_of, batch_for, lora
 from conftest import assert_equal, random_batch, random_rows, tiny, tiny_base, with_lora
 from torch.autograd.graph import saved_tensors_hooks
 
@@ -37,6 +38,17 @@ def test_with_lora_on_upper_layers_too():
     kept = meta_gradient(AdapterLoss(model), batch, algorithm)
     again = meta_gradient(AdapterLoss(model, checkpoint=True), batch, algorithm)
     assert_equal(again.grads.adapter, kept.grads.adapter, 0)
+
+
+@pytest.mark.parametrize("kind", ["bert", "t5", "whisper", "mixtral", "opt"])
+def test_every_layer_of_other_architectures_is_computed_again(kind: str):
+    model = lora(base_of(kind), ARCHITECTURES[kind].targets)
+    batch, algorithm = batch_for(model.get_base_model()), MAML(RULE, memory="replay")
+    kept, again = (
+        meta_gradient(AdapterLoss(model, checkpoint=checkpoint), batch, algorithm) for checkpoint in (False, True)
+    )
+    assert_equal(again.grads.adapter, kept.grads.adapter, 0)
+    assert AdapterLoss(model).layers()[0] == (4 if kind in ("t5", "whisper") else 2)
 
 
 @pytest.mark.parametrize("second_order", [False, True])

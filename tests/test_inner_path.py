@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 from dataclasses import replace
 
 import pytest
 import torch
 from conftest import assert_equal
+from counted import Alive
 from torch import Tensor
 from toys import network, network_problem
 
@@ -199,3 +202,38 @@ def test_without_steps_adjoints_arrive_as_they_are():
     of_fast, of_slow = adjoints(path)
     found = path.walk_back(of_fast, of_slow)
     assert found == (of_fast, of_slow, {})
+
+
+class Failing(Counted):
+    """A loss that fails when it is computed for the `at`-th time."""
+
+    def __init__(self, at: int):
+        super().__init__()
+        self._at = at
+
+    def __call__(self, adapter: Params, rows: Rows) -> Tensor:
+        if self.calls == self._at:
+            raise torch.OutOfMemoryError("no more")
+        return super().__call__(adapter, rows)
+
+
+@pytest.mark.parametrize("graphs", range(STEPS + 1))
+def test_a_loop_that_failed_holds_on_to_nothing(graphs: int):
+    """At whichever step, there or back; without the garbage collector, which may come too late."""
+    rule = replace(RULES["momentum, a rate for each entry"], steps=STEPS)
+    meta, support = problem(rule)
+
+    def attempt(loss_fn: Failing) -> None:
+        path = InnerPath(loss_fn, meta, support, rule, Remember(STEPS, graphs))
+        path.walk_back(*adjoints(path))
+
+    gc.collect()
+    gc.disable()
+    try:
+        for at in range(2 * STEPS - graphs):
+            with Alive() as alive, contextlib.suppress(torch.OutOfMemoryError):
+                attempt(Failing(at))
+            assert alive.now == 0
+            assert alive.most > 0 or at <= STEPS - graphs
+    finally:
+        gc.enable()

@@ -14,6 +14,7 @@ from conftest import (
     plain_loss,
     random_batch,
     reference_model,
+    repeated,
     tiny,
     tolerance,
 )
@@ -27,7 +28,7 @@ from meta_peft.inner_optimizers import SGD, Adam, InnerRule
 from meta_peft.inner_optimizers.rule import RATES
 from meta_peft.outer_loop import LearnedRates, assign_gradient, meta_gradient
 from meta_peft.params import take_task
-from meta_peft.types import EpisodeBatch, Params, Rows
+from meta_peft.types import EpisodeBatch, Params
 
 MODELS = ["llama", "gpt2", "float32", "nf4", "int8"]
 OPTIMIZERS = {"sgd": SGD(), "momentum": SGD(momentum=0.9), "adam": Adam(eps_root=1e-2)}
@@ -39,12 +40,6 @@ def own_rates(rule: InnerRule, loss_fn: AdapterLoss) -> LearnedRates:
     noise = torch.randn(rates.log_rates.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     rates.log_rates.data += 0.3 * noise.to(rates.log_rates.dtype)
     return rates
-
-
-def repeated(rows: Rows, times: int) -> Rows:
-    return Rows(
-        {n: t.repeat(times, 1) for n, t in rows.inputs.items()}, rows.labels_BL.repeat(times, 1), rows.n_tasks * times
-    )
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3])

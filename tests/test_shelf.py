@@ -71,8 +71,8 @@ def test_what_is_changed_later_comes_back_as_it_was():
 
 @pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="the system does not list open files")
 def test_the_file_has_no_name_and_is_gone_with_the_shelf():
-    before = set(os.listdir(tempfile.gettempdir()))
-    files = open_files()
+    gc.collect()
+    before, files = set(os.listdir(tempfile.gettempdir())), open_files()
     shelf = Shelf()
     get = shelf.put({"a": torch.ones(1000)})
     assert len(open_files() - files) == 1
@@ -84,14 +84,21 @@ def test_the_file_has_no_name_and_is_gone_with_the_shelf():
         get()
 
 
-# The size of files is limited to 5000 bytes, which a write then finds out as it would on a full disk.
-FULL_DISK = """
+NO_FOLDER_THEN_A_FULL_DISK = """
 import resource
+import tempfile
 
 import torch
 
 from meta_peft.shelf import Shelf
 
+folder, tempfile.tempdir = tempfile.gettempdir(), "/nowhere/at/all"
+shelf = Shelf()
+assert shelf.put({"a": torch.ones(2)})()["a"].tolist() == [1, 1]
+assert shelf._file is None
+
+# The size of files is limited to 5000 bytes, which a write then finds out as it would on a full disk.
+tempfile.tempdir = folder
 resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))
 for size in (300, 700, 70_000):  # four tensors fit, or one, or not even the whole of one
     shelf = Shelf()
@@ -106,23 +113,5 @@ for size in (300, 700, 70_000):  # four tensors fit, or one, or not even the who
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs limits of resources")
-def test_where_a_disk_is_full_the_rest_stays_in_memory():
-    assert run_python(FULL_DISK).split() == ["5000"] * 3
-
-
-NO_FOLDER = """
-import tempfile
-
-import torch
-
-from meta_peft.shelf import Shelf
-
-tempfile.tempdir = "/nowhere/at/all"
-shelf = Shelf()
-assert shelf.put({"a": torch.ones(2)})()["a"].tolist() == [1, 1]
-assert shelf._file is None
-"""
-
-
-def test_where_there_is_no_folder_for_files_all_stays_in_memory():
-    run_python(NO_FOLDER)
+def test_what_finds_no_place_on_a_disk_stays_in_memory():
+    assert run_python(NO_FOLDER_THEN_A_FULL_DISK).split() == ["5000"] * 3

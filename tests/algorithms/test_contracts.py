@@ -7,7 +7,7 @@ from functools import cache
 
 import pytest
 import torch
-from conftest import assert_equal, fingerprint, random_batch, tiny
+from conftest import assert_equal, fingerprint, random_batch, tiny_base, with_lora
 from counted import CountedRows
 
 from meta_peft.adapter_loss import AdapterLoss
@@ -44,7 +44,9 @@ DIFFERENCES = {
 
 @cache
 def loss_fn() -> AdapterLoss:
-    return AdapterLoss(tiny("llama", layers=2, width=8))
+    return AdapterLoss(
+        with_lora(tiny_base("llama", layers=2, width=8), target_modules=["q_proj", "o_proj", "down_proj"])
+    )
 
 
 @cache
@@ -115,10 +117,10 @@ def test_does_not_depend_on_the_order_of_the_tasks(name: str):
     assert_equal({"loss": found.metrics["loss"]}, {"loss": expected.metrics["loss"][order]}, 1e-12)
 
 
-@pytest.mark.parametrize("size", [1, 2])
 @pytest.mark.parametrize("name", ALGORITHMS)
-def test_does_not_depend_on_tasks_per_forward(name: str, size: int):
-    found = meta_gradient(loss_fn(), batch(), ALGORITHMS[name], rates_of(name), tasks_per_forward=size)
+def test_does_not_depend_on_tasks_per_forward(name: str):
+    """All three, or two and then the one that is left."""
+    found = meta_gradient(loss_fn(), batch(), ALGORITHMS[name], rates_of(name), tasks_per_forward=2)
     assert_equal(all_of(found), all_of(gradient_of(name)), tolerance(name))
     assert found.metrics.keys() == gradient_of(name).metrics.keys()
     assert_equal({"loss": found.metrics["loss"]}, {"loss": gradient_of(name).metrics["loss"]}, 1e-12)
