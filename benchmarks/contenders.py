@@ -11,6 +11,7 @@ made buffers first. Without that TorchOpt does not run, and learn2learn copies t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields
@@ -25,7 +26,7 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from workload import MAX_COMPLETION, Workload, keywords, lora_parameters, parts, saved_names
 
-from meta_peft import MAML, SGD, AdapterLoss, InnerRule, meta_gradient
+from meta_peft import MAML, SGD, AdapterLoss, InnerRule, MemoryPlan, meta_gradient
 from meta_peft.types import EpisodeBatch, Params, Rows
 
 Step = Callable[[], Params]
@@ -39,15 +40,17 @@ def ours(
     memory: str | int | None = None,
     tasks_per_forward: int | None = None,
 ) -> Step:
-    """`meta_peft.meta_gradient`; `memory` None is the library's default."""
+    """`meta_peft.meta_gradient`; with neither option, what fits is found as `MetaTrainer` does it."""
     inner = InnerRule(SGD(), lr=workload.lr, steps=workload.steps)
     algorithm = MAML(inner, first_order=not workload.second_order, **memory_option(memory))
     loss_fn = AdapterLoss(model, second_order=workload.second_order)
+    found = memory is None and tasks_per_forward is None
+    plan = MemoryPlan() if found else MemoryPlan(tasks_per_forward, budget=math.inf)
 
     def step() -> Params:
         # As new rows: what meta_peft remembers of a batch, the layers below the adapter, is part of the work.
         fresh = batch.to("cpu")
-        return meta_gradient(loss_fn, fresh, algorithm, tasks_per_forward=tasks_per_forward).grads.adapter
+        return meta_gradient(loss_fn, fresh, algorithm, tasks_per_forward=plan).grads.adapter
 
     return step
 

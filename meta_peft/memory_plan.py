@@ -63,9 +63,11 @@ class MemoryPlan:
         needs, budget = self._of_one_task(algorithm, loss_fn, meta, batch), self._budget(meta)
         graphs, size = _graphs(algorithm), largest
         if self.tasks_per_forward is None:
-            size = min(largest, needs.tasks_in(budget, graphs))
             device = next(iter(meta.adapter.values())).device.type
             enough = min(largest, math.ceil(EFFICIENT_TOKENS.get(device, 4096) / needs.tokens))
+            if device == "cpu":  # more at once would only be more memory to be handed out by the system
+                largest = enough
+            size = min(largest, needs.tasks_in(budget, graphs))
             if undecided and size < enough:
                 size = min(enough, needs.tasks_in(budget, 1))
             size = math.ceil(batch.n_tasks / math.ceil(batch.n_tasks / max(size, 1)))
