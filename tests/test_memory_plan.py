@@ -100,9 +100,9 @@ def test_graphs_are_given_up_before_tasks():
     assert settled(MemoryPlan(budget=budget_for(1, 1))) == (replace(AUTO, memory=1), 1)
 
 
-def test_tasks_are_given_up_before_graphs_where_there_are_tokens_enough(monkeypatch: pytest.MonkeyPatch):
+def test_on_a_cpu_there_are_no_more_tokens_at_once_than_are_enough(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(memory_plan.EFFICIENT_TOKENS, "cpu", 2 * 12)  # those of two tasks
-    assert settled(MemoryPlan(budget=budget_for(3, STEPS))) == (replace(AUTO, memory=STEPS), 3)
+    assert settled(MemoryPlan(budget=budget_for(TASKS, STEPS))) == (replace(AUTO, memory=STEPS), 2)
     assert settled(MemoryPlan(budget=budget_for(2, STEPS))) == (replace(AUTO, memory=STEPS), 2)
     assert settled(MemoryPlan(budget=budget_for(2, 2))) == (replace(AUTO, memory=2), 2)
 
