@@ -250,6 +250,12 @@ class MetaTrainer(Trainer):
         folder = Path(resume_from_checkpoint)
         sidecar = Sidecar.read(folder)
         sidecar.base.check(self._identity)
+        if sidecar.log_rates.shape != self.rates.log_rates.shape:
+            raise MetaPeftError(
+                f"The checkpoint has inner rates of shape {list(sidecar.log_rates.shape)}, these options make"
+                f" {list(self.rates.log_rates.shape)}: resume with the same inner_steps, inner_lr_per_step,"
+                " inner_lr_per_entry and fast_weights."
+            )
         self.loss_fn.weights.load_(load_file(folder / "adapter_model.safetensors"))
         with torch.no_grad():
             self.rates.log_rates.copy_(sidecar.log_rates)
