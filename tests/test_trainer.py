@@ -272,7 +272,7 @@ def test_a_checkpoint_with_other_rates_is_refused(tmp_path: Path):
     """One rate for all steps would go into a row for each step without a word."""
     trainer(tmp_path, max_steps=1, save_strategy="steps", save_steps=1).train()
     other = trainer(tmp_path, max_steps=2, inner_steps=2, inner_lr_per_step=True)
-    with pytest.raises(MetaPeftError, match="checkpoint has inner rates of shape .* resume with the same inner_steps"):
+    with pytest.raises(MetaPeftError, match=r"checkpoint has inner rates of shape .* resume with the same inner_steps"):
         other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
 
 
