@@ -15,12 +15,11 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from peft import PeftModel
 from torch import Tensor, nn
 
 from meta_peft.fast_weights import lora_layers
-from meta_peft.frozen_linear import dequantise, frozen_product, quantised_layers
+from meta_peft.frozen_linear import frozen_product, frozen_weight
 
 
 def dora_forwards(model: PeftModel, adapter: str) -> Iterator[tuple[nn.Module, Callable[..., Tensor]]]:
@@ -28,7 +27,7 @@ def dora_forwards(model: PeftModel, adapter: str) -> Iterator[tuple[nn.Module, C
     for _, layer in lora_layers(model, adapter):
         if adapter in layer.lora_magnitude_vector:
             magnitudes: Any = layer.lora_magnitude_vector[adapter]
-            yield magnitudes, partial(_forward, magnitudes, _norm2(layer.get_base_layer(), magnitudes.fan_in_fan_out))
+            yield magnitudes, partial(_forward, magnitudes, _norm2(layer.get_base_layer()))
 
 
 def _forward(
@@ -45,7 +44,7 @@ def _forward(
 ) -> Tensor:
     """What DoRA adds to `base_result`; A, B and m are one task's, or stacks of T tasks'."""
     a, b, m = lora_A.weight, lora_B.weight, magnitudes.weight
-    crossed = (b * _times_frozen(a, base_layer).transpose(-1, -2)).sum(-1)
+    crossed = (b * frozen_product(a, base_layer, with_bias=False).transpose(-1, -2)).sum(-1)
     own = ((b @ (a @ a.transpose(-1, -2))) * b).sum(-1)
     ratio = m / (norm2_O.to(a) + 2 * scaling * crossed + scaling**2 * own).sqrt()
     if ratio.dim() == 2:
@@ -55,17 +54,7 @@ def _forward(
     return adapted
 
 
-def _times_frozen(a: Tensor, layer: Any) -> Tensor:
-    """``A W^T`` for the weight of a frozen layer, quantised or not."""
-    if quantised_layers(layer):
-        product = frozen_product(a, layer)
-        return product if layer.bias is None else product - layer.bias.to(product.dtype)
-    return F.linear(a, layer.weight.to(a.dtype) if isinstance(layer, nn.Linear) else layer.weight.T.to(a.dtype))
-
-
 @torch.no_grad()
-def _norm2(layer: nn.Module, transposed: bool) -> Tensor:
+def _norm2(layer: Any) -> Tensor:
     """``|W_o|^2``, a constant, ``[out]``."""
-    weight: Any = dequantise(layer) if quantised_layers(layer) else layer.weight
-    wide: Tensor = weight.to(torch.promote_types(weight.dtype, torch.float32)).square()
-    return wide.sum(0 if transposed else 1)
+    return frozen_weight(layer, torch.promote_types(layer.weight.dtype, torch.float32)).square().sum(1)

@@ -12,8 +12,7 @@ that what is differentiated is what is computed.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
-from functools import partial
+from contextlib import contextmanager
 from typing import Any
 
 import bitsandbytes as bnb
@@ -22,8 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from meta_peft.forwards import replaced_forwards
-
+QUANTISED = (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt)
 COPY = "_dense_copy_of_weight"  # where a layer holds it
 
 
@@ -68,11 +66,10 @@ def _dense_bytes(layer: Any) -> int:
 
 def frozen_weight(layer: nn.Module, dtype: torch.dtype) -> Tensor:
     """The weight of a frozen linear layer, quantised or not, as ``[out, in]`` in `dtype`, detached."""
-    weight: Any = layer.weight
-    if type(layer) is nn.Linear:
-        return weight.detach().to(dtype)
-    if type(layer) is Conv1D:
-        return weight.detach().T.to(dtype)
+    if not isinstance(layer, QUANTISED):
+        weight: Any = layer.weight
+        dense: Tensor = (weight.T if isinstance(layer, Conv1D) else weight).detach().to(dtype)
+        return dense
     if COPY not in layer.__dict__:
         return dequantise(layer).to(dtype)
     copy: Tensor | None = layer.__dict__[COPY]
@@ -119,17 +116,12 @@ class _FrozenProduct(torch.autograd.Function):
         return _FrozenProduct.apply(x.movedim(in_dims[0], 0), layer, transposed), 0
 
 
-def frozen_product(x: Tensor, layer: nn.Module) -> Tensor:
+def frozen_product(x: Tensor, layer: nn.Module, *, with_bias: bool = True) -> Tensor:
     """``x W^T + b`` for a frozen linear layer; x is ``[..., in]``, the result ``[..., out]``. Serves `torch.func` too."""
     y: Tensor = _FrozenProduct.apply(x, layer, False)
-    bias = frozen_bias(layer, y.dtype)
+    bias = frozen_bias(layer, y.dtype) if with_bias else None
     return y if bias is None else y + bias
 
 
 def quantised_layers(model: nn.Module) -> list[nn.Module]:
-    return [m for m in model.modules() if isinstance(m, (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt))]
-
-
-def frozen_products(layers: list[nn.Module]) -> AbstractContextManager[None]:
-    """Forwards of bitsandbytes `layers` inside this context are `frozen_product`."""
-    return replaced_forwards((layer, partial(frozen_product, layer=layer)) for layer in layers)
+    return [m for m in model.modules() if isinstance(m, QUANTISED)]

@@ -144,11 +144,7 @@ class _Needs:
 
 def _graphs(algorithm: Any) -> int:
     """How many graphs of inner steps `algorithm` holds at once, if nothing else is decided."""
-    if not isinstance(algorithm, MAML) or not algorithm.second_order or algorithm.memory == "replay":
-        return 1
-    if isinstance(algorithm.memory, int):
-        return min(algorithm.memory, algorithm.differentiated_steps)
-    return algorithm.differentiated_steps
+    return algorithm.kept_graphs if isinstance(algorithm, MAML) and algorithm.second_order else 1
 
 
 def _graph_bytes(loss_fn: LossFn, meta: Meta, support: Rows, algorithm: Any) -> tuple[int, int]:

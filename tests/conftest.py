@@ -18,6 +18,7 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
+from meta_peft.adapter_loss import AdapterLoss
 from meta_peft.fast_weights import FastWeights
 from meta_peft.frozen_linear import dequantise, quantised_layers
 from meta_peft.types import EpisodeBatch, Params, Rows
@@ -78,6 +79,13 @@ def randomise(model: PeftModel, seed: int = 1) -> None:
 
 def tiny(kind: str = "llama", dtype: torch.dtype = torch.float64, **options) -> PeftModel:
     return with_lora(tiny_base(kind, dtype, **options))
+
+
+def narrow_loss() -> AdapterLoss:
+    """The smallest Llama with more than one layer, for what goes through every algorithm or mode."""
+    return AdapterLoss(
+        with_lora(tiny_base("llama", layers=2, width=8), target_modules=["q_proj", "o_proj", "down_proj"])
+    )
 
 
 @pytest.fixture(autouse=True)

@@ -86,19 +86,24 @@ class MAML:
         errors = {} if path.difference_error_T is None else {"hessian_error": path.difference_error_T}
         return MetaGradient(Meta(adapter, hyper), batch.n_tasks, {"loss": losses[0], **errors})
 
+    @property
+    def kept_graphs(self) -> int:
+        """How many graphs of inner steps are kept at once; "auto" counts as "unrolled"."""
+        asked = self.inner.steps if self.memory in ("auto", "unrolled") else self.memory
+        return min(asked, self.differentiated_steps) if isinstance(asked, int) else 0
+
     def products(self, support: int, query: int) -> int:
         """Matrix products of one row with one adapted layer that a task costs, with its numbers of rows."""
         steps, differentiated = self.inner.steps, self.differentiated_steps
-        rebuilt = differentiated - min(differentiated, self._remember().graphs)  # forward and backward once more
+        rebuilt = differentiated - self.kept_graphs  # forward and backward once more
         wider = 4 if self.memory == "finite_differences" and differentiated else 0  # for the error of one product
         queries = steps if self.multi_step and steps else 1
         return support * (2 * steps + 2 * differentiated + 2 * rebuilt + wider) + 2 * query * queries
 
     def _remember(self) -> Remember:
-        kept = self.memory if isinstance(self.memory, int) else 0
         return Remember(
             self.differentiated_steps,
-            graphs=self.inner.steps if self.memory in ("auto", "unrolled") else kept,
+            graphs=self.kept_graphs,
             differences=self.memory == "finite_differences",
             stops=self.multi_step > 0,
         )

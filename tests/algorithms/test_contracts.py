@@ -7,7 +7,7 @@ from functools import cache
 
 import pytest
 import torch
-from conftest import assert_equal, fingerprint, random_batch, tiny_base, with_lora
+from conftest import assert_equal, fingerprint, narrow_loss, random_batch
 from counted import CountedRows
 
 from meta_peft.adapter_loss import AdapterLoss
@@ -44,9 +44,7 @@ DIFFERENCES = {
 
 @cache
 def loss_fn() -> AdapterLoss:
-    return AdapterLoss(
-        with_lora(tiny_base("llama", layers=2, width=8), target_modules=["q_proj", "o_proj", "down_proj"])
-    )
+    return narrow_loss()
 
 
 @cache

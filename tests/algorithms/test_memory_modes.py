@@ -8,7 +8,17 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import assert_equal, plain_loss, random_batch, reference_model, repeated, tiny, tiny_base, with_lora
+from conftest import (
+    assert_equal,
+    narrow_loss,
+    plain_loss,
+    random_batch,
+    reference_model,
+    repeated,
+    tiny,
+    tiny_base,
+    with_lora,
+)
 from counted import Alive
 from derivatives import STENCIL
 from torch import Tensor
@@ -43,9 +53,7 @@ MULTI_STEP = (0.0, 0.6, 1.0)
 
 @cache
 def loss_fn() -> AdapterLoss:
-    return AdapterLoss(
-        with_lora(tiny_base("llama", layers=2, width=8), target_modules=["q_proj", "o_proj", "down_proj"])
-    )
+    return narrow_loss()
 
 
 @cache
