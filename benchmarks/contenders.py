@@ -15,7 +15,7 @@ import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields
-from typing import Any
+from typing import Any, Protocol
 
 import peers
 import torch
@@ -29,7 +29,11 @@ from workload import MAX_COMPLETION, Workload, keywords, lora_parameters, parts,
 from meta_peft import MAML, SGD, AdapterLoss, InnerRule, MemoryPlan, meta_gradient
 from meta_peft.types import EpisodeBatch, Params, Rows
 
-Step = Callable[[], Params]
+
+class Step(Protocol):
+    """A contender's whole work; or, to warm up one that goes task by task, that of the first tasks alone."""
+
+    def __call__(self, first_tasks: int | None = None) -> Params: ...
 
 
 def ours(
@@ -47,7 +51,7 @@ def ours(
     found = memory is None and tasks_per_forward is None
     plan = MemoryPlan() if found else MemoryPlan(tasks_per_forward, budget=math.inf)
 
-    def step() -> Params:
+    def step(first_tasks: int | None = None) -> Params:  # always all: they go together
         # As new rows: what meta_peft remembers of a batch, the layers below the adapter, is part of the work.
         fresh = batch.to("cpu")
         return meta_gradient(loss_fn, fresh, algorithm, tasks_per_forward=plan).grads.adapter
@@ -98,9 +102,9 @@ def _by_hand(
             loss = loss_of(fast, task.query) / batch.n_tasks
         return torch.autograd.grad(loss, list(start.values()))
 
-    def step() -> Params:
+    def step(first_tasks: int | None = None) -> Params:
         total = {name: torch.zeros_like(p) for name, p in start.items()}
-        for task in parts(batch, 1):
+        for task in parts(batch, 1)[:first_tasks]:
             for name, grad in zip(start, of_task(task), strict=True):
                 total[name] += grad
         return saved_names(total)
@@ -187,9 +191,9 @@ def _accumulated(backward: Callable[[EpisodeBatch], None], model: PeftModel, bat
     """One task's `backward` after the other, whose gradients add up in the parameters' own ``.grad``."""
     start = lora_parameters(model)
 
-    def step() -> Params:
+    def step(first_tasks: int | None = None) -> Params:
         model.zero_grad()
-        for task in parts(batch, 1):
+        for task in parts(batch, 1)[:first_tasks]:
             backward(task)  # a function of its own: nothing of a task outlives it
         return saved_names({n: torch.zeros_like(p) if p.grad is None else p.grad.clone() for n, p in start.items()})
 
