@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from meta_peft.inner_optimizers import SGD, Adam, InnerRule
     from meta_peft.memory_plan import MemoryPlan
     from meta_peft.outer_loop import LearnedRates, assign_gradient, meta_gradient
+    from meta_peft.processes import StepShares, StepSum
     from meta_peft.tasks import EpisodeCollator, EpisodeDataset, PromptFormat, TaskSet
     from meta_peft.trainer import MetaTrainer
 
@@ -47,6 +48,8 @@ _HOMES = {
     "LearnedRates": "outer_loop",
     "assign_gradient": "outer_loop",
     "meta_gradient": "outer_loop",
+    "StepShares": "processes",
+    "StepSum": "processes",
     "EpisodeCollator": "tasks",
     "EpisodeDataset": "tasks",
     "PromptFormat": "tasks",

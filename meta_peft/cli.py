@@ -90,9 +90,13 @@ def train(words: list[str]) -> int:
     from meta_peft.config import MetaLoraConfig, ModelArguments, TaskArguments
     from meta_peft.config_file import parse
     from meta_peft.main_job import run
+    from meta_peft.processes import group
 
     groups = (ModelArguments, TaskArguments, MetaLoraConfig, CompareArguments)
-    run(*parse(groups, words, prog="meta-peft train", about="Meta-train a LoRA adapter and compare it."))
+    try:
+        run(*parse(groups, words, prog="meta-peft train", about="Meta-train a LoRA adapter and compare it."))
+    finally:
+        group.leave()
     return 0
 
 

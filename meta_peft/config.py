@@ -15,6 +15,7 @@ from meta_peft.errors import MetaPeftError, did_you_mean
 from meta_peft.inner_optimizers import SGD, Adam, InnerRule
 from meta_peft.inner_path import check_memory
 from meta_peft.memory_plan import MemoryPlan
+from meta_peft.processes import check_launch, join_again
 from meta_peft.schedule import AnyAlgorithm, Schedule
 from meta_peft.tasks.prompt import PromptFormat
 
@@ -171,6 +172,27 @@ class MetaLoraConfig(TrainingArguments):
     tasks_per_forward: int | None = field(
         default=None, metadata={"help": "Tasks that go through the model at once; by default as many as fit."}
     )
+    tasks_per_step: int | None = field(
+        default=None,
+        metadata={
+            "help": "Tasks per outer step of all processes together, so that the update does not depend on their number;"
+            " by default per_device_train_batch_size for each process and accumulated batch."
+        },
+    )
+    deterministic_reduction: bool = field(
+        default=False,
+        metadata={
+            "help": "Compute each task alone and add gradients up in the order of the tasks: the same bits for any number"
+            " of processes. Slower."
+        },
+    )
+    max_skipped_updates: int = field(
+        default=5,
+        metadata={
+            "help": "Training stops, with a checkpoint, after this many outer steps in a row whose gradient was not finite."
+            " Such a step changes nothing."
+        },
+    )
     task_column: str = field(default="task", metadata={"help": "The column that names the task of a row."})
     prompt_template: str = field(
         default="{input} ->", metadata={"help": "Prompt made of an input (or text, question)."}
@@ -194,10 +216,18 @@ class MetaLoraConfig(TrainingArguments):
         _choice("inner_optimizer", self.inner_optimizer, INNER_OPTIMIZERS)
         _choice("implicit_solver", self.implicit_solver, SOLVERS)
         _at_least("inner_steps", self.inner_steps, 1 if self.algorithm in ("reptile", "imaml") else 0)
-        for option in ("shots", "query_size", "eval_query_size", "implicit_iterations", "tasks_per_forward"):
+        for option in (
+            "shots",
+            "query_size",
+            "eval_query_size",
+            "implicit_iterations",
+            "tasks_per_forward",
+            "tasks_per_step",
+        ):
             if getattr(self, option) is not None:
                 _at_least(option, getattr(self, option), 1)
         _at_least("max_length", self.max_length, 4)
+        _at_least("max_skipped_updates", self.max_skipped_updates, 1)
         for option in _NOT_NEGATIVE:
             _at_least(option, getattr(self, option), 0)
         check_memory(self._memory())
@@ -225,7 +255,15 @@ class MetaLoraConfig(TrainingArguments):
         self.prompt_format()
         if not torch.cuda.is_available():
             self.dataloader_pin_memory = False  # there is no memory to pin, and torch would warn
+        join_again(self.ddp_timeout)
         super().__post_init__()
+        check_launch(self.world_size)
+
+    @property
+    def tasks_in_a_step(self) -> int:
+        """Tasks per outer step of all processes together."""
+        per_process = self.train_batch_size * self.gradient_accumulation_steps
+        return self.tasks_per_step or per_process * self.world_size
 
     def prompt_format(self) -> PromptFormat:
         """How rows become text."""

@@ -19,12 +19,13 @@ from meta_peft.types import LossFn, Params, Rows
 
 
 class GradientGraph:
-    """g at one point with its graph; `values` are its numbers."""
+    """g at one point with its graph; `values` are its numbers, `loss_T` those of the losses."""
 
     def __init__(self, loss_fn: LossFn, fast: Params, slow: Params, rows: Rows):
         self._fast, self._slow = leaves(fast), leaves(slow)
-        loss = loss_fn({**self._slow, **self._fast}, rows).sum()
-        self._grads = gradients(loss, self._fast, create_graph=True)
+        loss_T = loss_fn({**self._slow, **self._fast}, rows)
+        self.loss_T = loss_T.detach()
+        self._grads = gradients(loss_T.sum(), self._fast, create_graph=True)
         self.values: Params = {name: g.detach() for name, g in self._grads.items()}
 
     def product(self, u: Params, *, last: bool = True) -> tuple[Params, Params]:

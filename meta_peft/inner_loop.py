@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from torch import Tensor
+
 from meta_peft.inner_optimizers import InnerRule
 from meta_peft.params import expand, gradients, leaves
 from meta_peft.types import LossFn, Params, Rows
@@ -13,6 +15,17 @@ def start(adapter: Params, rule: InnerRule, n_tasks: int, *, stacked: bool = Fal
     """The fast weights as a stack over tasks, equal copies unless `stacked` already, and the slow weights, detached."""
     fast, slow = rule.split({name: p.detach() for name, p in adapter.items()})
     return (fast if stacked else expand(fast, n_tasks)), slow
+
+
+def recorded(loss_fn: LossFn, losses: list[Tensor]) -> LossFn:
+    """`loss_fn`, with the numbers of each call added to `losses`."""
+
+    def recording(adapter: Params, rows: Rows) -> Tensor:
+        loss_T = loss_fn(adapter, rows)
+        losses.append(loss_T.detach())
+        return loss_T
+
+    return recording
 
 
 def adapt(

@@ -74,6 +74,7 @@ class InnerPath:
         self._loss_fn, self._support, self._rule, self._remember = loss_fn, support, rule, remember
         self._hyper = {name: value.detach() for name, value in meta.hyper.items()}
         self._steps: list[_Step] = []
+        self.losses: list[Tensor] = []  # the support losses before each step, [T] each
         self.difference_error_T: Tensor | None = None
         self.fast, self.slow = start(meta.adapter, rule, support.n_tasks)
         self._start, self._shelf, state = self.fast, Shelf(), rule.init(self.fast)
@@ -87,9 +88,12 @@ class InnerPath:
         if self._exact(k) and last:
             graph = GradientGraph(self._loss_fn, fast, self.slow, self._support)
             self._steps.append(_Step(lambda: (fast, state, {}), graph))
+            self.losses.append(graph.loss_T)
             return graph.values
         at = leaves(fast)
-        grads = gradients(self._loss_fn({**self.slow, **at}, self._support).sum(), at)
+        loss_T = self._loss_fn({**self.slow, **at}, self._support)
+        self.losses.append(loss_T.detach())
+        grads = gradients(loss_T.sum(), at)
         if self._second_order(k) or self._remember.stops or not self._rule.passes_adjoints_on:
             known_later = self._exact(k)
             self._steps.append(_Step(self._set_aside(k, fast, state, {} if known_later else grads)))

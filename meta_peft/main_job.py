@@ -52,6 +52,9 @@ def run(
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     seconds = time.monotonic() - began
     trainer.save_model()
+    if trainer.interrupted is not None:
+        print(f"Stopped by a signal. To go on: --output_dir {args.output_dir} --resume_from_checkpoint True")
+        raise SystemExit(128 + trainer.interrupted)
     if comparison.compare == "none" or "validation" not in tasks or "test" not in tasks:
         return None
 

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import logging
 import math
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
@@ -19,6 +20,7 @@ from meta_peft.algorithms import MAML
 from meta_peft.errors import MetaPeftError
 from meta_peft.hessian import GradientGraph
 from meta_peft.inner_loop import start
+from meta_peft.inner_optimizers import InnerRule
 from meta_peft.memory import available
 from meta_peft.params import leaves
 from meta_peft.types import EpisodeBatch, LossFn, Meta, Rows
@@ -47,8 +49,9 @@ class MemoryPlan:
             raise MetaPeftError(f"A memory budget must be positive, got {budget}.")
         self.tasks_per_forward, self.budget = tasks_per_forward, budget
         self.spare = 0.0  # bytes that the last choice left over
+        self.halvings = 0  # how often memory ran out
         self._most_tasks: int | None = None  # found by running out of memory
-        self._needs: dict[tuple[Any, ...], _Needs] = {}
+        self._needs: dict[tuple[bool, InnerRule], _Needs] = {}
         self._said: Any = None
 
     def settle(self, algorithm: Any, loss_fn: LossFn, meta: Meta, batch: EpisodeBatch) -> tuple[Any, int]:
@@ -81,7 +84,7 @@ class MemoryPlan:
         """After memory ran out with `n_tasks` tasks: try fewer from now on. False if there is nothing left to try."""
         if self._most_tasks == 0:
             return False
-        self._most_tasks = n_tasks // 2
+        self._most_tasks, self.halvings = n_tasks // 2, self.halvings + 1
         if self.budget is not None:
             self.budget /= 2  # else twice as many graphs would be kept of half as many tasks
         logger.warning(
@@ -90,6 +93,19 @@ class MemoryPlan:
             f"{self._most_tasks}" if self._most_tasks else "one, of which nothing is kept that can be computed again",
         )
         return True
+
+    def state(self) -> dict[str, Any]:
+        """What was found out, for a run that goes on later to make the same choices."""
+        needs = [[second_order, rule.to_dict(), asdict(of)] for (second_order, rule), of in self._needs.items()]
+        return {"budget": self.budget, "most_tasks": self._most_tasks, "halvings": self.halvings, "needs": needs}
+
+    def restore(self, state: dict[str, Any], device: torch.device) -> None:
+        """Go on with what `state` gave, but not with a budget that this machine does not have."""
+        if self.budget is None and state["budget"] is not None and state["budget"] <= available(device):
+            self.budget = state["budget"]
+        self._most_tasks, self.halvings = state["most_tasks"], state["halvings"]
+        for second_order, rule, of in state["needs"]:
+            self._needs[bool(second_order), InnerRule.from_dict(rule)] = _Needs(**of)
 
     def _budget(self, meta: Meta) -> float:
         if self.budget is None:

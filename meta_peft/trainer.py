@@ -7,7 +7,9 @@ with its sidecar instead of a model), and evaluation (adapt, then score).
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,22 +18,28 @@ import torch
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.utils.data import SequentialSampler
+from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
-from transformers.trainer_callback import ProgressCallback
+from transformers.trainer_callback import ExportableState, ProgressCallback
+from transformers.trainer_utils import rotate_checkpoints
 
-from meta_peft import hub
+from meta_peft import checkpoints, hub, training_state
 from meta_peft.base_model import BaseIdentity, load_base, load_tokenizer, with_adapter
 from meta_peft.card import model_card
 from meta_peft.config import MetaLoraConfig, ModelArguments
 from meta_peft.errors import MetaPeftError
 from meta_peft.evaluate import Start, curve
-from meta_peft.inner_optimizers.rule import RATES
-from meta_peft.outer_loop import LearnedRates, bind, meta_gradient
-from meta_peft.params import flatten, unflatten
+from meta_peft.outer_loop import LearnedRates, assign_gradient, bind
+from meta_peft.outer_step import OuterStep
+from meta_peft.processes import Share, StepShares, group, restarts
+from meta_peft.processes.replicas import check_replicas, same_everywhere
+from meta_peft.processes.step_shares import only
 from meta_peft.sidecar import Sidecar
+from meta_peft.stop_signal import StopSignal
 from meta_peft.tasks import EpisodeCollator, EpisodeDataset, TaskSet
-from meta_peft.types import Episode, EpisodeBatch, MetaGradient, Params
+from meta_peft.types import Episode, EpisodeBatch
+
+logger = logging.getLogger("meta_peft")
 
 
 class MetaTrainer(Trainer):
@@ -47,12 +55,13 @@ class MetaTrainer(Trainer):
         peft_config: a `LoraConfig`, unless the model is a `PeftModel` already.
         callbacks, optimizers: as in `transformers.Trainer`.
 
-    After `train()` the model is ready for `meta_peft.adapt`.
+    After `train()` the model is ready for `meta_peft.adapt`. If SIGTERM or Ctrl-C ended it early, `interrupted` is the
+    signal's number, and the last outer step has a checkpoint.
     """
 
     args: MetaLoraConfig
     data_collator: EpisodeCollator
-    optimizer: torch.optim.Optimizer | None
+    optimizer: Any  # a torch optimizer, None until training starts
     control: Any
 
     def __init__(
@@ -81,6 +90,13 @@ class MetaTrainer(Trainer):
         self._identity = BaseIdentity.of(peft_model.get_base_model())
         self._rate_factors: dict[int, float] = {}
         self._results: dict[str, Any] = {}
+        self.interrupted: int | None = None
+        self._signal = StopSignal()
+        self._skipped, self._diverged = (
+            0,
+            0,
+        )  # updates in a row that were not made, tasks since the last line of the log
+        self._failure: MetaPeftError | None = None
         tokenizer = processing_class or load_tokenizer(self._identity.name)
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
@@ -97,15 +113,17 @@ class MetaTrainer(Trainer):
             optimizers=optimizers,
         )
         self.model_accepts_loss_kwargs = False
+        self.outer_step = OuterStep(
+            self.loss_fn, self.rates, self.memory_plan, in_order=args.deterministic_reduction, device=args.device
+        )
         if self.callback_handler.pop_callback(ProgressCallback) is not None:
             self.callback_handler.add_callback(LossInProgressBar)
 
     # ---- data
 
     def _training_episodes(self, tasks: TaskSet, tokenizer: Any, args: MetaLoraConfig) -> EpisodeDataset:
-        per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         encoded = tasks.encoded(self._prompt_format, tokenizer, args.max_length)
-        length = args.max_steps * per_step
+        length = args.max_steps * args.tasks_in_a_step
         return EpisodeDataset(encoded, shots=args.shots, query_size=args.query_size, seed=args.seed, length=length)
 
     def evaluation_episodes(self, tasks: TaskSet, tokenizer: Any = None, args: Any = None) -> EpisodeDataset:
@@ -120,13 +138,33 @@ class MetaTrainer(Trainer):
         """Episodes stacked for evaluation."""
         return [b.to(self.args.device) for b in self.data_collator.stacks(episodes, self.args.eval_batch_size)]
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
-        return SequentialSampler(train_dataset or self.train_dataset)  # episode i is already a random draw
+    def get_train_dataloader(self) -> DataLoader[Share]:
+        """This process's shares of the outer steps. It is not prepared: who reads what is settled here."""
+        if self.train_dataset is None:
+            raise MetaPeftError("There are no tasks to train on: give train_dataset.")
+        args = self.args
+        shares = StepShares(
+            self.train_dataset,
+            self.data_collator,
+            tasks_per_step=args.tasks_in_a_step,
+            turns=args.gradient_accumulation_steps,
+            processes=args.world_size,
+            process=args.process_index,
+            one_by_one=args.deterministic_reduction,
+        )
+        workers: dict[str, Any] = {"num_workers": args.dataloader_num_workers}
+        if args.dataloader_num_workers:
+            workers["persistent_workers"] = args.dataloader_persistent_workers
+            workers["prefetch_factor"] = args.dataloader_prefetch_factor
+        return DataLoader(shares, batch_size=1, collate_fn=only, **workers)
+
+    def get_total_train_batch_size(self, args: Any) -> int:
+        return int(args.tasks_in_a_step)
 
     def _get_num_items_in_batch(self, batch_samples: Any, device: Any) -> None:
         """Losses are means over tasks, so there are no tokens to count."""
 
-    def floating_point_ops(self, inputs: EpisodeBatch) -> int:
+    def floating_point_ops(self, inputs: Share) -> int:
         """Not estimated: the Trainer's formula knows no inner loop."""
         return 0
 
@@ -147,30 +185,46 @@ class MetaTrainer(Trainer):
         self.optimizer.register_step_post_hook(lambda *_: self.rates.zero_grad())
         return self.optimizer
 
-    def training_step(self, model: nn.Module, inputs: EpisodeBatch, num_items_in_batch: Any = None) -> Tensor:
-        """Accumulate the meta-gradient of a batch of tasks; returns its mean loss."""
-        gradient = meta_gradient(
-            self.loss_fn,
-            inputs.to(self.args.device),
-            self.schedule.at(self.state.global_step),
-            self.rates,
-            tasks_per_forward=self.memory_plan,
-        )
-        share = 1 / self.current_gradient_accumulation_steps
-        named: dict[str, nn.Parameter] = {**self.loss_fn.weights.parameters(), RATES: self.rates.log_rates}
-        for name, grad in self._mean_over_ranks(gradient).items():
-            parameter = named[name]
-            parameter.grad = share * grad if parameter.grad is None else parameter.grad + share * grad
-        return share * gradient.metrics["loss"].mean()
+    def _wrap_model(self, model: nn.Module, training: bool = True, dataloader: Any = None) -> nn.Module:
+        """The base is never prepared: wrapped, it would reduce gradients in hooks that no meta-gradient runs.
 
-    def _mean_over_ranks(self, gradient: MetaGradient) -> Params:
-        """The mean over all tasks of all ranks: one reduction of one vector, weighted by how many tasks a rank had."""
-        grads: Params = {**gradient.grads.adapter, **gradient.grads.hyper}
-        if self.args.world_size == 1:
-            return grads
-        own = flatten(grads) * gradient.n_tasks
-        total = self.accelerator.reduce(torch.cat([own, own.new_tensor([gradient.n_tasks])]), reduction="sum")
-        return unflatten(total[:-1] / total[-1], grads)
+        What the Trainer gets has the model's parameters and is not its model, so that it prepares nothing.
+        """
+        return nn.ModuleList([self.loss_fn.model])
+
+    def training_step(self, model: nn.Module, inputs: Share, num_items_in_batch: Any = None) -> Tensor:
+        """Compute this process's share; with the last one of an outer step, its update. Returns the step's mean loss."""
+        self.outer_step.add(inputs, self.schedule.at(self.state.global_step))
+        if not self.accelerator.sync_gradients:
+            return torch.zeros((), device=self.args.device)
+        total, wrong = self.outer_step.total(stop=self._signal.received is not None)
+        self._diverged += total.diverged
+        if wrong:
+            self._skip_update(wrong)
+        else:
+            self._skipped = 0
+            assign_gradient(total.gradient, self.loss_fn, self.rates)
+        if total.stop:
+            self._stop_here()
+        return total.gradient.metrics["loss"].mean().to(self.args.device, torch.float32)
+
+    def _skip_update(self, wrong: list[str]) -> None:
+        """Leave everything as it is, and say why; too often in a row, stop."""
+        self._skipped += 1
+        step = self.state.global_step + 1
+        if self.is_world_process_zero():
+            logger.warning("Outer step %d changes nothing, its gradient is not finite: %s.", step, "; ".join(wrong))
+        if self._skipped >= self.args.max_skipped_updates:
+            self._failure = MetaPeftError(
+                f"The gradients of {self._skipped} outer steps in a row were not finite (the last one: {'; '.join(wrong)})."
+                f" The state before them is in checkpoint-{step} of {self.args.output_dir}. Smaller inner_lr or"
+                " learning_rate, inner_max_grad_norm, or other data for the tasks named may help."
+            )
+            self._stop_here()
+
+    def _stop_here(self) -> None:
+        """End training after this outer step, with a checkpoint."""
+        self.control.should_save = self.control.should_training_stop = True
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         """The adapter and the rates are clipped apart: their gradients differ by orders of magnitude."""
@@ -208,12 +262,36 @@ class MetaTrainer(Trainer):
         hyper = {n: v.detach().clone() for n, v in self.rates.values().items()}
         return Start(name, adapter, hyper, self.args.inner_rule())
 
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            logs["diverged_tasks"], self._diverged = self._diverged, 0
+            if self.memory_plan.halvings:
+                logs["out_of_memory"] = self.memory_plan.halvings
+        super().log(logs, start_time)
+
     # ---- saving
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """`Trainer.train`; afterwards the model carries what `meta_peft.adapt` needs."""
-        result = super().train(*args, **kwargs)
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """`Trainer.train`; afterwards the model carries what `meta_peft.adapt` needs.
+
+        Args:
+            resume_from_checkpoint: a checkpoint's folder; or True for the newest whole one in `output_dir`. A job that its
+                launcher started again resumes by itself.
+
+        Raises:
+            MetaPeftError: there is no such checkpoint, or it is damaged; or too many updates had to be skipped.
+        """
+        folder = Path(str(self.args.output_dir))
+        resume = partial(checkpoints.to_resume, resume_from_checkpoint, folder, restarted=restarts() > 0)
+        found = group.of_first(resume)
+        same_everywhere([*self.loss_fn.weights.parameters().values(), self.rates.log_rates])
+        self.interrupted, self._failure, self._skipped = None, None, 0
+        with StopSignal() as self._signal:
+            result = super().train(found and str(found), *args, **kwargs)
         self.attach()
+        if self._failure is not None:
+            raise self._failure
+        self.interrupted = self._signal.received
         return result
 
     def attach(self) -> None:
@@ -245,6 +323,64 @@ class MetaTrainer(Trainer):
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """The card is written with the adapter (see `_save`)."""
+
+    # ---- checkpoints: whole or not there, and enough to go on with the same bits
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        random = group.gathered_objects(training_state.random_numbers())
+        check_replicas([*self.loss_fn.weights.parameters().values(), self.rates.log_rates])
+        self.store_flos()
+        parent = Path(self._get_output_dir(trial))
+        folder, best = (parent / f"checkpoint-{n}" for n in (self.state.global_step, self.state.best_global_step))
+        if best == folder or best.is_dir():
+            self.state.best_model_checkpoint = str(best)
+        if self.args.should_save:
+            checkpoints.write(folder, partial(self._fill_checkpoint, random))
+            rotate_checkpoints(
+                output_dir=str(parent),
+                save_total_limit=self.args.save_total_limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+                use_mtime=False,
+            )
+        group.gathered_objects(None)  # until it is there for all of them
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(folder))
+
+    def _fill_checkpoint(self, random: list[Any], folder: Path) -> None:
+        self._save(str(folder))
+        if not self.args.save_only_model:
+            values = {
+                "optimizer": self.optimizer.state_dict(),
+                "schedule": self.lr_scheduler.state_dict(),
+                "memory_plan": self.memory_plan.state(),
+                "skipped": self._skipped,
+                "random": random,
+            }
+            training_state.save(folder, values)
+        for callback in (*self.callback_handler.callbacks, self.control):
+            if isinstance(callback, ExportableState):
+                name, kept = type(callback).__name__, callback.state()
+                if isinstance(self.state.stateful_callbacks[name], list):
+                    self.state.stateful_callbacks[name].append(kept)
+                else:
+                    self.state.stateful_callbacks[name] = kept
+        self.state.save_to_json(str(folder / "trainer_state.json"))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        values = training_state.load(Path(checkpoint))
+        self.optimizer.load_state_dict(values["optimizer"])
+        self.lr_scheduler.load_state_dict(values["schedule"])
+        self.memory_plan.restore(values["memory_plan"], self.args.device)
+        self._skipped = values["skipped"]
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        random = training_state.load(Path(checkpoint))["random"]
+        if len(random) == self.args.world_size:
+            training_state.set_random_numbers(random[self.args.process_index])
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         folder = Path(resume_from_checkpoint)

@@ -103,13 +103,16 @@ class Meta:
 class MetaGradient:
     """The gradient of the mean objective over `n_tasks` tasks, and what was seen on the way.
 
-    `metrics` holds one value per task, ``[T]`` each; every algorithm reports ``loss``, the loss it descends.
+    `metrics` holds one value per task, ``[T]`` each, or several, ``[T, n]``. Every algorithm reports ``loss``, the loss it
+    descends; those with an inner loop report `SUPPORT_LOSSES`, before each of its K steps, ``[T, K]``.
     """
 
     grads: Meta
     n_tasks: int
     metrics: Params = field(default_factory=dict)
 
+
+SUPPORT_LOSSES = "support_losses"
 
 LossFn: TypeAlias = Callable[[Params, Rows], Tensor]
 """``(adapter, rows) -> loss_T``: one loss per task, each the mean over that task's own labelled positions."""

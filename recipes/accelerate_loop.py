@@ -5,7 +5,6 @@ import sys
 import torch
 from accelerate import Accelerator
 from peft import LoraConfig, get_peft_model
-from torch.utils.data import DataLoader, Subset
 
 import meta_peft as mp
 from meta_peft.base_model import BaseIdentity, load_base, load_tokenizer
@@ -20,20 +19,24 @@ def main(tasks: str, output: str, steps: int = 100, base_model: str = "HuggingFa
     loss_fn, rule = mp.AdapterLoss(model), mp.InnerRule(mp.Adam(), lr=2e-3, steps=3, learn_rates=True)
     weights, prompt_format = loss_fn.weights.parameters(), mp.PromptFormat()
     rows = mp.TaskSet.from_jsonl(tasks).encoded(prompt_format, tokenizer, max_length=256)
-    episodes = mp.EpisodeDataset(rows, shots=4, query_size=4, length=steps * 4 * accelerator.num_processes)
-    mine = Subset(episodes, range(accelerator.process_index, len(episodes), accelerator.num_processes))
+    episodes = mp.EpisodeDataset(rows, shots=4, query_size=4, length=steps * 8)
+    spread = {"processes": accelerator.num_processes, "process": accelerator.process_index}
+    shares = mp.StepShares(episodes, mp.EpisodeCollator(tokenizer.pad_token_id), tasks_per_step=8, **spread)
     rates = mp.LearnedRates(rule, weights)
     groups = [{"params": weights.values(), "lr": 1e-3}, {"params": rates.parameters(), "lr": 0.05}]
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0)  # decay would pull the log rates to 0, a rate of 1
-    for batch in DataLoader(mine, batch_size=4, collate_fn=mp.EpisodeCollator(tokenizer.pad_token_id)):
-        gradient = mp.meta_gradient(loss_fn, batch.to(accelerator.device), mp.MAML(rule), rates)
+    step_sum = mp.StepSum(weights, rates.values())
+    for share in shares:
+        for batch in share.batches:
+            step_sum.add(mp.meta_gradient(loss_fn, batch.to(accelerator.device), mp.MAML(rule), rates))
+        step_sum.fail(share.error)
+        gradient = step_sum.total().gradient  # of all processes, however the tasks are spread over them
         mp.assign_gradient(gradient, loss_fn, rates)
-        for parameter in (*weights.values(), rates.log_rates):  # processes have equally many tasks: a plain mean
-            parameter.grad = accelerator.reduce(parameter.grad, reduction="mean")
         optimizer.step()
-        accelerator.print(f"loss {gradient.metrics['loss'].mean():.3f}")
+        accelerator.print(f"loss {float(gradient.metrics['loss']):.3f}")
     sidecar = Sidecar("maml", rule, tuple(weights), rates.log_rates, prompt_format, 256, BaseIdentity.of(base), shots=4)
     accelerator.on_main_process(mp.save)(model, sidecar, output)
+    accelerator.end_training()
 
 
 if __name__ == "__main__":

@@ -271,20 +271,14 @@ def test_accelerate_loop(workplace: Path, small_folder: Path, capsys: pytest.Cap
 
 
 @pytest.mark.launch
-def test_accelerate_loop_in_two_processes(workplace: Path, small_folder: Path, monkeypatch: pytest.MonkeyPatch):
-    """Two processes with four tasks each take the steps that one process takes on the eight tasks together."""
+@pytest.mark.usefixtures("_fresh_accelerator")
+def test_accelerate_loop_in_two_processes(workplace: Path, small_folder: Path):
+    """Two processes take the steps that one takes."""
     launch = "launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no"
     words = [sys.executable, "-m", "accelerate.commands.accelerate_cli", *launch.split(), "--main_process_port", "0"]
     here = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
     arguments = [str(LOOP), "train.jsonl", "two", "2", str(small_folder)]
     subprocess.run([*words, *arguments], env={**os.environ, **here}, check=True, timeout=300)
-
-    both = SimpleNamespace(device="cpu", num_processes=2, process_index=0, print=print)
-    both.reduce, both.on_main_process = lambda tensor, reduction: tensor, lambda function: function
-    loader = torch.utils.data.DataLoader
-    monkeypatch.setattr("accelerate.Accelerator", lambda: both)
-    monkeypatch.setattr("torch.utils.data.Subset", lambda episodes, indices: episodes)
-    monkeypatch.setattr("torch.utils.data.DataLoader", lambda data, batch_size, **o: loader(data, 2 * batch_size, **o))
     runpy.run_path(str(LOOP))["main"]("train.jsonl", "one", 2, str(small_folder))
 
     for file in ("adapter_model.safetensors", "meta_peft.safetensors"):

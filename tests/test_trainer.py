@@ -27,7 +27,16 @@ from surface import (
 )
 from transformers import TrainerCallback
 
-from meta_peft import LearnedRates, MetaPeftError, MetaTrainer, TaskSet, assign_gradient, load, meta_gradient
+from meta_peft import (
+    LearnedRates,
+    MetaPeftError,
+    MetaTrainer,
+    TaskSet,
+    assign_gradient,
+    checkpoints,
+    load,
+    meta_gradient,
+)
 from meta_peft.adaptation import adapt
 from meta_peft.adapter_loss import AdapterLoss
 from meta_peft.cli import main
@@ -162,7 +171,7 @@ def test_the_schedule_of_maml_plus_plus_is_followed(tmp_path: Path, monkeypatch:
         seen.append((type(algorithm).__name__, getattr(algorithm, "multi_step", None), algorithm.second_order))
         return meta_gradient(loss_fn, batch, algorithm, rates, **options)
 
-    monkeypatch.setattr("meta_peft.trainer.meta_gradient", noted)
+    monkeypatch.setattr("meta_peft.outer_step.meta_gradient", noted)
     options = {"multitask_warmup_steps": 1, "first_order_until": 3, "multi_step_until": 4, "inner_steps": 2}
     trainer(tmp_path, max_steps=5, gradient_accumulation_steps=2, **options).train()
     expected = [("MultiTask", None, False), ("MAML", 0.75, False), ("MAML", 0.5, False), ("MAML", 0.25, True)]
@@ -283,6 +292,7 @@ def test_a_checkpoint_of_another_base_is_refused(tmp_path: Path):
     values = json.loads(sidecar.read_text())
     values["base"]["sizes"]["hidden_size"] = 32
     sidecar.write_text(json.dumps(values))
+    checkpoints.seal(sidecar.parent)
     with pytest.raises(MetaPeftError, match="load the base model the adapter belongs to"):
         trainer(tmp_path, max_steps=2).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
 
@@ -528,5 +538,5 @@ def test_a_checkpoint_is_an_adapter_too(tmp_path: Path):
     run = trainer(tmp_path, save_strategy="steps", save_steps=1, max_steps=1)
     run.train()
     names = {path.name for path in (tmp_path / "checkpoint-1").iterdir()}
-    assert names >= {"adapter_model.safetensors", "meta_peft.json", "optimizer.pt", "trainer_state.json"}
+    assert names >= {"adapter_model.safetensors", "meta_peft.json", "state.safetensors", "trainer_state.json"}
     load(str(tiny_folder()), tmp_path / "checkpoint-1")

@@ -20,11 +20,11 @@ from torch import Tensor
 
 from meta_peft.errors import MetaPeftError
 from meta_peft.hessian import GradientGraph, difference_product
-from meta_peft.inner_loop import adapt, start
+from meta_peft.inner_loop import adapt, recorded, start
 from meta_peft.inner_optimizers import InnerRule
 from meta_peft.inner_path import check_memory
 from meta_peft.params import dot, gradients, leaves, per_task
-from meta_peft.types import EpisodeBatch, LossFn, Meta, MetaGradient, Params
+from meta_peft.types import SUPPORT_LOSSES, EpisodeBatch, LossFn, Meta, MetaGradient, Params
 
 SOLVERS = ("cg", "neumann")
 
@@ -70,7 +70,8 @@ class ImplicitMAML:
         return support * (2 * self.inner.steps + hessian) + 2 * query
 
     def __call__(self, loss_fn: LossFn, meta: Meta, batch: EpisodeBatch) -> MetaGradient:
-        end = adapt(loss_fn, meta.adapter, meta.hyper, batch.support, self.inner)
+        losses: list[Tensor] = []
+        end = adapt(recorded(loss_fn, losses), meta.adapter, meta.hyper, batch.support, self.inner)
         fast, _ = self.inner.split(end)
         _, slow = start(meta.adapter, self.inner, batch.n_tasks)
         at = {"fast": leaves(fast), "slow": leaves(slow)}
@@ -95,7 +96,9 @@ class ImplicitMAML:
         found = {n: p.sum(0) for n, p in v.items()} | {n: grads[n] - through_slow[n] for n in slow}
         mean = {n: found[n] / batch.n_tasks for n in meta.adapter}
         error_T = dot(residual, residual).sqrt() / dot(right, right).sqrt()
-        return MetaGradient(Meta(mean, {}), batch.n_tasks, {"loss": loss_T.detach(), "residual": error_T})
+        on_the_way = {SUPPORT_LOSSES: torch.stack(losses, 1)} if losses else {}
+        metrics = {"loss": loss_T.detach(), "residual": error_T, **on_the_way}
+        return MetaGradient(Meta(mean, {}), batch.n_tasks, metrics)
 
 
 def _conjugate_gradients(product: Callable[[Params], Params], right: Params, iterations: int) -> Params:

@@ -21,7 +21,7 @@ from meta_peft.errors import MetaPeftError
 from meta_peft.inner_optimizers import InnerRule
 from meta_peft.inner_path import InnerPath, Remember, check_memory
 from meta_peft.params import gradients, leaves
-from meta_peft.types import EpisodeBatch, LossFn, Meta, MetaGradient, Params
+from meta_peft.types import SUPPORT_LOSSES, EpisodeBatch, LossFn, Meta, MetaGradient, Params
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,8 @@ class MAML:
         if self.inner.learn_rates and not hyper:  # without steps nothing depends on rates
             hyper = {name: torch.zeros_like(p) for name, p in meta.hyper.items()}
         errors = {} if path.difference_error_T is None else {"hessian_error": path.difference_error_T}
-        return MetaGradient(Meta(adapter, hyper), batch.n_tasks, {"loss": losses[0], **errors})
+        on_the_way = {SUPPORT_LOSSES: torch.stack(path.losses, 1)} if path.losses else {}
+        return MetaGradient(Meta(adapter, hyper), batch.n_tasks, {"loss": losses[0], **on_the_way, **errors})
 
     @property
     def kept_graphs(self) -> int:

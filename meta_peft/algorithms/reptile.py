@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from meta_peft.errors import MetaPeftError
-from meta_peft.inner_loop import adapt
+from meta_peft.inner_loop import adapt, recorded
 from meta_peft.inner_optimizers import InnerRule
-from meta_peft.types import EpisodeBatch, LossFn, Meta, MetaGradient, Params, Rows
+from meta_peft.types import SUPPORT_LOSSES, EpisodeBatch, LossFn, Meta, MetaGradient, Params, Rows
 
 
 @dataclass(frozen=True)
@@ -37,10 +38,9 @@ class Reptile:
         losses: list[Tensor] = []
 
         def both(fast: Params, rows: Rows) -> Tensor:
-            loss_T = (loss_fn(fast, batch.support) + loss_fn(fast, batch.query)) / 2
-            losses.append(loss_T.detach())
-            return loss_T
+            return (loss_fn(fast, batch.support) + loss_fn(fast, batch.query)) / 2
 
-        end = adapt(both, meta.adapter, meta.hyper, batch.support, self.inner)
+        end = adapt(recorded(both, losses), meta.adapter, meta.hyper, batch.support, self.inner)
         moved = {name: (p.detach() - end[name]).mean(0) for name, p in meta.adapter.items()}
-        return MetaGradient(Meta(moved, {}), batch.n_tasks, {"loss": losses[-1]})
+        metrics = {"loss": losses[-1], SUPPORT_LOSSES: torch.stack(losses, 1)}
+        return MetaGradient(Meta(moved, {}), batch.n_tasks, metrics)

@@ -17,7 +17,7 @@ from meta_peft.inner_optimizers.rule import RATES
 from meta_peft.outer_loop import LearnedRates, assign_gradient, meta_gradient
 from meta_peft.params import gradients, leaves
 from meta_peft.schedule import AnyAlgorithm
-from meta_peft.types import EpisodeBatch, MetaGradient, Params, Rows
+from meta_peft.types import SUPPORT_LOSSES, EpisodeBatch, MetaGradient, Params, Rows
 
 RULE = InnerRule(Adam(eps_root=1e-2), lr=0.02, steps=2, learn_rates=True)
 FIXED = InnerRule(SGD(0.5), lr=0.02, steps=2)
@@ -94,7 +94,9 @@ def test_every_task_has_a_loss_and_the_number_of_tasks_comes_along(name: str):
     found = gradient_of(name)
     assert found.n_tasks == 3
     assert found.metrics["loss"].shape == (3,)
-    assert all(value.shape == (3,) and value.isfinite().all() for value in found.metrics.values())
+    assert all(value.shape[0] == 3 and value.isfinite().all() for value in found.metrics.values())
+    if name != "multitask":
+        assert found.metrics[SUPPORT_LOSSES].shape == (3, ALGORITHMS[name].inner.steps)
     assert len(set(found.metrics["loss"].tolist())) == 3
 
 

@@ -1,0 +1,148 @@
+"""Folders that are whole or not there: written aside, checksummed, renamed.
+
+A checkpoint is a folder ``checkpoint-<step>`` with a manifest, ``files.json``, of every file's size and SHA-256. It gets
+its name by a rename once everything is on the disk, so a killed process leaves a folder of another name. What a disk or a
+hand does to it later shows in the manifest.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from meta_peft.errors import MetaPeftError
+
+logger = logging.getLogger("meta_peft")
+
+MANIFEST = "files.json"
+NAME = re.compile(r"checkpoint-(\d+)")
+PARTIAL, REPLACED = ".partial-", ".replaced-"
+
+
+def write(folder: Path, fill: Callable[[Path], None]) -> None:
+    """Make `folder` with what `fill` writes into the folder that it is given; one that is there is replaced."""
+    parent = folder.parent
+    parent.mkdir(parents=True, exist_ok=True)
+    clear_remains(parent)
+    partial, replaced = parent / f"{PARTIAL}{folder.name}", parent / f"{REPLACED}{folder.name}"
+    partial.mkdir()
+    fill(partial)
+    seal(partial)
+    if folder.exists():
+        os.replace(folder, replaced)
+    os.replace(partial, folder)
+    _to_disk(parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def seal(folder: Path) -> None:
+    """Write the manifest of the files that are in `folder`, and wait until all is on the disk."""
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != MANIFEST]
+    found = {
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in files
+    }
+    (folder / MANIFEST).write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    for path in (*files, folder / MANIFEST, folder):
+        _to_disk(path)
+
+
+def check(folder: Path) -> None:
+    """Raise `MetaPeftError` unless every file of the checkpoint is as it was written."""
+    try:
+        seal = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        expected = {str(name): (int(of["bytes"]), str(of["sha256"])) for name, of in seal.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise MetaPeftError(
+            f"{folder} is no whole checkpoint: {MANIFEST} is missing or damaged ({type(error).__name__}). Resume from"
+            " another one, or with resume_from_checkpoint=True from the newest whole one."
+        ) from error
+    for name, (size, sha256) in expected.items():
+        path = folder / name
+        if not path.is_file():
+            problem = "is missing"
+        elif path.stat().st_size != size:
+            problem = f"has {path.stat().st_size} bytes instead of {size}"
+        elif _sha256(path) != sha256:
+            problem = "has another content than was written"
+        else:
+            continue
+        raise MetaPeftError(
+            f"{folder} is damaged: {name} {problem}. Resume from another checkpoint, or with resume_from_checkpoint=True"
+            " from the newest whole one."
+        )
+
+
+def to_resume(asked: str | bool | None, parent: Path, *, restarted: bool) -> Path | None:
+    """The checkpoint that a run starts from; None for a new run.
+
+    Args:
+        asked: a folder, or True (as a word, too) for the newest whole one in `parent`.
+        parent: where the run has its checkpoints.
+        restarted: whether the run was started again, and so wants the newest one, if there is one.
+
+    Raises:
+        MetaPeftError: the folder is no whole checkpoint, or there is none.
+    """
+    if isinstance(asked, str) and asked.lower() in ("true", "false"):
+        asked = asked.lower() == "true"
+    if asked and not isinstance(asked, bool):
+        check(Path(asked))
+        return Path(asked)
+    if not asked and not restarted:
+        return None
+    clear_remains(parent)
+    found = newest_whole(parent)
+    if found is None and asked:
+        raise MetaPeftError(f"There is no whole checkpoint in {parent} to resume from.")
+    return found
+
+
+def newest_whole(parent: Path) -> Path | None:
+    """The checkpoint of the highest step in `parent` that is whole; the log says which newer ones are not."""
+    named = [(int(match[1]), path) for path in _folders(parent) if (match := NAME.fullmatch(path.name))]
+    for _, folder in sorted(named, reverse=True):
+        try:
+            check(folder)
+        except MetaPeftError as error:
+            logger.warning("%s It is passed over.", error)
+        else:
+            return folder
+    return None
+
+
+def clear_remains(parent: Path) -> None:
+    """Remove what a killed process left, and bring back a checkpoint that it was about to replace."""
+    for path in _folders(parent):
+        if path.name.startswith(REPLACED) and not (named := parent / path.name.removeprefix(REPLACED)).exists():
+            os.replace(path, named)
+        elif path.name.startswith((REPLACED, PARTIAL)):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _folders(parent: Path) -> list[Path]:
+    return [path for path in parent.iterdir() if path.is_dir()] if parent.is_dir() else []
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _to_disk(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    if os.name != "posix":
+        return  # elsewhere folders cannot be opened, and files only for writing
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,90 @@
+"""One outer step of a process: its tasks' meta-gradients, the sum over all processes, and what was wrong with it."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from meta_peft.adapter_loss import AdapterLoss
+from meta_peft.health import diverged, is_finite, what_is_not_finite
+from meta_peft.memory_plan import MemoryPlan
+from meta_peft.outer_loop import LearnedRates, meta_gradient
+from meta_peft.processes import Share, StepSum, StepTotal
+from meta_peft.processes.group import gathered_objects
+from meta_peft.schedule import AnyAlgorithm
+from meta_peft.types import EpisodeBatch, Meta
+
+logger = logging.getLogger("meta_peft")
+
+
+class OuterStep:
+    """Adds shares up, then gives the total; used again for every outer step.
+
+    Args:
+        loss_fn: the bound model.
+        rates: the inner loop's rates.
+        plan: how many tasks go through the model at once.
+        in_order: see `StepSum`.
+        device: where batches are computed.
+    """
+
+    def __init__(self, loss_fn: AdapterLoss, rates: LearnedRates, plan: MemoryPlan, *, in_order: bool, device: Any):
+        self.loss_fn, self.rates, self.plan, self.device = loss_fn, rates, plan, device
+        learned = rates.values() if rates.log_rates.requires_grad else {}
+        self._sum = StepSum(loss_fn.weights.parameters(), learned, in_order=in_order)
+        self._bad: list[tuple[EpisodeBatch, AnyAlgorithm]] = []
+        self._named: set[str] = set()
+
+    def add(self, share: Share, algorithm: AnyAlgorithm) -> None:
+        """Compute a share. An error waits for `total`, where the other processes learn of it."""
+        try:
+            if share.error is not None:
+                raise share.error
+            first = share.first
+            for batch in share.batches:
+                batch = batch.to(self.device)
+                gradient = meta_gradient(self.loss_fn, batch, algorithm, self.rates, tasks_per_forward=self.plan)
+                uphill = diverged(gradient, batch.tasks)
+                self._sum.add(gradient, first, diverged=len(uphill))
+                self._say_once(uphill)
+                if not is_finite(gradient):
+                    self._bad.append((batch, algorithm))
+                first += batch.n_tasks
+        except Exception as error:
+            self._sum.fail(error)
+
+    def total(self, *, stop: bool = False) -> tuple[StepTotal, list[str]]:
+        """The total over all processes, and in words what in it is not finite; nothing of that, if all is well."""
+        try:
+            total = self._sum.total(stop=stop)
+            if is_finite(total.gradient):
+                return total, []
+            found = gathered_objects(
+                [reason for batch, algorithm in self._bad for reason in self._reasons(batch, algorithm)]
+            )
+            reasons = [reason for of_process in found for reason in of_process]
+            return total, reasons or ["the sum over all tasks, each of which is finite"]
+        finally:
+            self._bad = []
+
+    def _reasons(self, batch: EpisodeBatch, algorithm: AnyAlgorithm) -> list[str]:
+        """Each task by itself, to see which it is."""
+        weights = {name: p.detach() for name, p in self.loss_fn.weights.parameters().items()}
+        found = []
+        for task in range(batch.n_tasks):
+            alone = batch.part(task, task + 1)
+            gradient = meta_gradient(self.loss_fn, alone, algorithm, self.rates, tasks_per_forward=1)
+            if not is_finite(gradient):
+                meta = Meta(weights, self.rates.values())
+                found.append(what_is_not_finite(self.loss_fn, meta, algorithm.inner, alone, gradient))
+        return found
+
+    def _say_once(self, uphill: list[str]) -> None:
+        new = sorted(set(uphill) - self._named)
+        if new:
+            self._named.update(new)
+            logger.warning(
+                "The inner loop goes uphill on %s: the support loss grows from step to step. A smaller inner_lr, or"
+                " inner_max_grad_norm, keeps it down.",
+                ", ".join(map(repr, new)),
+            )
