@@ -16,7 +16,7 @@ FLOORS = [
     ["params", "forwards", "task_rows", "config_file", "allocator", "checkpointing", "memory", "smollm2_wheel"],
     ["fast_weights", "frozen_linear", "frozen_prefix", "inner_optimizers", "shelf"],
     ["ops", "preflight", "dora", "inner_loop", "hessian"],
-    ["objectives", "fast_forwards", "inner_path"],
+    ["objectives", "fast_forwards", "fast_attention", "inner_path"],
     ["tasks", "adapter_loss", "algorithms"],
     ["memory_plan", "schedule"],
     ["outer_loop", "config"],
