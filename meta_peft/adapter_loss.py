@@ -15,10 +15,10 @@ from typing import TypeVar
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from meta_peft import preflight
 from meta_peft.checkpointing import checkpointed
+from meta_peft.fast_attention import twice_differentiable_attention
 from meta_peft.fast_forwards import fast_forwards
 from meta_peft.fast_weights import FastWeights, lora_layers
 from meta_peft.forwards import replaced_forwards
@@ -128,7 +128,7 @@ class AdapterLoss:
             stack.enter_context(self.weights.installed(adapter))
             stack.enter_context(replaced_forwards(self._forwards))
             if self.second_order and torch.is_grad_enabled():
-                stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+                stack.enter_context(twice_differentiable_attention())
             yield
 
 

@@ -28,7 +28,7 @@ FLOORS = [
     ],
     ["fast_weights", "frozen_linear", "frozen_prefix", "inner_optimizers", "shelf", "processes"],
     ["ops", "preflight", "dora", "inner_loop", "hessian"],
-    ["objectives", "fast_forwards", "inner_path", "health"],
+    ["objectives", "fast_forwards", "fast_attention", "inner_path", "health"],
     ["tasks", "adapter_loss", "algorithms"],
     ["memory_plan", "schedule"],
     ["outer_loop", "config"],

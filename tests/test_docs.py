@@ -258,7 +258,7 @@ def _fresh_accelerator() -> Iterator[None]:
 
 @pytest.mark.usefixtures("_fresh_accelerator")
 def test_accelerate_loop(workplace: Path, small_folder: Path, capsys: pytest.CaptureFixture[str]):
-    assert len(LOOP.read_text(encoding="utf-8").splitlines()) <= 40
+    assert len(LOOP.read_text(encoding="utf-8").splitlines()) <= 45
     runpy.run_path(str(LOOP))["main"]("train.jsonl", "loop", 2, str(small_folder))
     assert len(re.findall(r"^loss \d+\.\d+$", capsys.readouterr().out, re.MULTILINE)) == 2
     model = meta_peft.load(str(small_folder), "loop", load_in_4bit=True)
