@@ -15,7 +15,7 @@ from meta_peft.errors import MetaPeftError, did_you_mean
 from meta_peft.inner_optimizers import SGD, Adam, InnerRule
 from meta_peft.inner_path import check_memory
 from meta_peft.memory_plan import MemoryPlan
-from meta_peft.processes import check_launch, join_again
+from meta_peft.processes import check_launch, join
 from meta_peft.schedule import AnyAlgorithm, Schedule
 from meta_peft.tasks.prompt import PromptFormat
 
@@ -255,7 +255,7 @@ class MetaLoraConfig(TrainingArguments):
         self.prompt_format()
         if not torch.cuda.is_available():
             self.dataloader_pin_memory = False  # there is no memory to pin, and torch would warn
-        join_again(self.ddp_timeout)
+        join(self.ddp_timeout)
         super().__post_init__()
         check_launch(self.world_size)
 

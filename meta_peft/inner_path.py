@@ -16,7 +16,7 @@ graph of a step is the same whenever it is built, so results do not depend on it
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -67,6 +67,16 @@ class _Step:
     graph: GradientGraph | None = None
 
 
+@dataclass
+class Adjoint:
+    """What the walk back carries: the adjoints of the fast and slow weights, the optimizer's state and the rates."""
+
+    fast: Params
+    slow: Params
+    state: Params = field(default_factory=dict)
+    hyper: Params = field(default_factory=dict)
+
+
 class InnerPath:
     """The inner loop from `meta.adapter`, run once; `fast` is where it ended, `slow` what it left alone."""
 
@@ -78,9 +88,8 @@ class InnerPath:
         self.difference_error_T: Tensor | None = None
         self.fast, self.slow = start(meta.adapter, rule, support.n_tasks)
         self._start, self._shelf, state = self.fast, Shelf(), rule.init(self.fast)
-        for k in range(rule.steps):
-            grads = self._gradient(k, state)
-            self.fast, state = rule.step(k, self.fast, grads, state, self._hyper)
+        for k in range(rule.steps):  # the gradient has no name here, so that it is gone before the next one is computed
+            self.fast, state = rule.step(k, self.fast, self._gradient(k, state), state, self._hyper)
 
     def _gradient(self, k: int, state: Params) -> Params:
         """g_k; the step is remembered if the walk back has to pass it."""
@@ -115,41 +124,46 @@ class InnerPath:
         return self._second_order(k) and not self._remember.differences
 
     def walk_back(
-        self, of_fast: Params, of_slow: Params, arriving: Callable[[int, Params], tuple[Params, Params]] | None = None
-    ) -> tuple[Params, Params, Params]:
-        """Adjoints of the start, of the slow weights and of the rates, from those of the end. It can be walked once.
+        self, adjoint: Adjoint, arriving: Callable[[int, Params], tuple[Params, Params]] | None = None
+    ) -> None:
+        """Take `adjoint` from the end of the loop back to its start. It can be walked once.
 
         With `stops`, `arriving(k, fast)` gives what is to be added to the adjoints of f_k, for k >= 1 but the last, and
         of the slow weights.
         """
-        of_state: Params = {}
-        of_hyper: Params = {}
+        self.fast = {}  # large, like all that is carried here: nothing is held longer than it is needed
         for k in reversed(range(self._rule.steps)):
             if not self._steps:
                 break  # what lies before changes no adjoint
-            step = self._steps.pop()
-            fast, state, grads = step.point()
-            graph = step.graph
-            if self._exact(k):
-                graph = graph or GradientGraph(self._loss_fn, fast, self.slow, self._support)
-                grads = graph.values
-            of_fast, of_grads, of_state, of_rates = _through_update(
-                self._rule, k, (fast, grads, state, self._hyper), of_fast, of_state
-            )
-            of_hyper = _sum(of_hyper, of_rates)
-            if graph is not None:
-                more, more_slow = graph.product(of_grads)
-            elif self._second_order(k):
-                more, more_slow = self._difference_product(k, fast, of_grads)
-            else:
-                more, more_slow = {}, {}
-            of_fast, of_slow = _sum(of_fast, more), _sum(of_slow, more_slow)
+            at = self._step_back(k, adjoint)
             if arriving is not None and k > 0:
-                here, here_slow = arriving(k, fast)
-                of_fast, of_slow = _sum(of_fast, here), _sum(of_slow, here_slow)
-        if of_state:
-            of_fast = self._through_init(of_fast, of_state)
-        return of_fast, of_slow, of_hyper
+                here, here_slow = arriving(k, at)
+                adjoint.fast, adjoint.slow = _sum(adjoint.fast, here), _sum(adjoint.slow, here_slow)
+            del at
+        if adjoint.state:
+            adjoint.fast = self._through_init(adjoint.fast, adjoint.state)
+
+    def _step_back(self, k: int, adjoint: Adjoint) -> Params:
+        """Take `adjoint` back through step k; returns the fast weights there."""
+        step = self._steps.pop()
+        fast, state, grads = step.point()
+        graph = step.graph
+        if self._exact(k):
+            graph = graph or GradientGraph(self._loss_fn, fast, self.slow, self._support)
+            grads = graph.values
+        adjoint.fast, of_grads, adjoint.state, of_rates = _through_update(
+            self._rule, k, (fast, grads, state, self._hyper), adjoint.fast, adjoint.state
+        )
+        adjoint.hyper = _sum(adjoint.hyper, of_rates)
+        del grads, state
+        if graph is not None:
+            more, more_slow = graph.product(of_grads)
+        elif self._second_order(k):
+            more, more_slow = self._difference_product(k, fast, of_grads)
+        else:
+            more, more_slow = {}, {}
+        adjoint.fast, adjoint.slow = _sum(adjoint.fast, more), _sum(adjoint.slow, more_slow)
+        return fast
 
     def _difference_product(self, k: int, fast: Params, u: Params) -> tuple[Params, Params]:
         at = (self._loss_fn, fast, self.slow, self._support, u)

@@ -16,7 +16,7 @@ from toys import network, network_problem
 from meta_peft.inner_loop import adapt, start
 from meta_peft.inner_optimizers import SGD, Adam, InnerRule
 from meta_peft.inner_optimizers.rule import RATES
-from meta_peft.inner_path import InnerPath, Remember
+from meta_peft.inner_path import Adjoint, InnerPath, Remember
 from meta_peft.params import gradients, leaves
 from meta_peft.types import Meta, Params, Rows
 
@@ -69,7 +69,9 @@ def adjoints(path: InnerPath) -> tuple[Params, Params]:
 def walked(rule: InnerRule, remember: Remember, arriving=None) -> tuple[Params, Params, Params]:
     meta, support = problem(rule)
     path = InnerPath(network, meta, support, rule, remember)
-    return path.walk_back(*adjoints(path), arriving)
+    adjoint = Adjoint(*adjoints(path))
+    path.walk_back(adjoint, arriving)
+    return adjoint.fast, adjoint.slow, adjoint.hyper
 
 
 def by_autograd(rule: InnerRule, second_order_steps: int) -> tuple[Params, Params, Params]:
@@ -144,7 +146,7 @@ def test_how_often_the_loss_is_computed(remember: Remember, losses: int):
     path = InnerPath(counted, meta, support, rule, remember)
     assert counted.calls == STEPS
     assert len([step for step in path._steps if step.graph]) == min(remember.graphs, remember.second_order_steps)
-    path.walk_back(*adjoints(path))
+    path.walk_back(Adjoint(*adjoints(path)))
     assert counted.calls == losses
     assert path._steps == []
 
@@ -189,7 +191,7 @@ def test_the_error_of_differences_is_known_only_where_they_are_taken():
     meta, support = problem(rule)
     for remember, known in ((Remember(STEPS, 0), False), (Remember(STEPS, 0, differences=True), True)):
         path = InnerPath(network, meta, support, rule, remember)
-        path.walk_back(*adjoints(path))
+        path.walk_back(Adjoint(*adjoints(path)))
         assert (path.difference_error_T is not None) is known
     assert path.difference_error_T.shape == (3,)
     assert (path.difference_error_T < 1e-6).all()
@@ -200,8 +202,9 @@ def test_without_steps_adjoints_arrive_as_they_are():
     meta, support = problem(rule)
     path = InnerPath(network, meta, support, rule, Remember(0, 0))
     of_fast, of_slow = adjoints(path)
-    found = path.walk_back(of_fast, of_slow)
-    assert found == (of_fast, of_slow, {})
+    adjoint = Adjoint(of_fast, of_slow)
+    path.walk_back(adjoint)
+    assert (adjoint.fast, adjoint.slow, adjoint.hyper) == (of_fast, of_slow, {})
 
 
 class Failing(Counted):
@@ -225,7 +228,7 @@ def test_a_loop_that_failed_holds_on_to_nothing(graphs: int):
 
     def attempt(loss_fn: Failing) -> None:
         path = InnerPath(loss_fn, meta, support, rule, Remember(STEPS, graphs))
-        path.walk_back(*adjoints(path))
+        path.walk_back(Adjoint(*adjoints(path)))
 
     gc.collect()
     gc.disable()

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from meta_peft.errors import MetaPeftError
 from meta_peft.inner_optimizers import InnerRule
-from meta_peft.inner_path import InnerPath, Remember, check_memory
+from meta_peft.inner_path import Adjoint, InnerPath, Remember, check_memory
 from meta_peft.params import gradients, leaves
 from meta_peft.types import SUPPORT_LOSSES, EpisodeBatch, LossFn, Meta, MetaGradient, Params
 
@@ -74,13 +74,12 @@ class MAML:
             return {n: grads[n] for n in at}, {n: grads[n] for n in slow}
 
         share = self.multi_step / max(self.inner.steps, 1)
-        of_fast, of_slow = query(path.fast, 1 - self.multi_step + share)
-        arriving = (lambda step, fast: query(fast, share)) if self.multi_step else None
-        of_fast, of_slow, of_hyper = path.walk_back(of_fast, of_slow, arriving)
+        adjoint = Adjoint(*query(path.fast, 1 - self.multi_step + share))
+        path.walk_back(adjoint, (lambda step, fast: query(fast, share)) if self.multi_step else None)
 
-        total = {**{n: p.sum(0) for n, p in of_fast.items()}, **of_slow}
+        total = {**{n: p.sum(0) for n, p in adjoint.fast.items()}, **adjoint.slow}
         adapter = {name: total[name] / batch.n_tasks for name in meta.adapter}
-        hyper = {name: p / batch.n_tasks for name, p in of_hyper.items()}
+        hyper = {name: p / batch.n_tasks for name, p in adjoint.hyper.items()}
         if self.inner.learn_rates and not hyper:  # without steps nothing depends on rates
             hyper = {name: torch.zeros_like(p) for name, p in meta.hyper.items()}
         errors = {} if path.difference_error_T is None else {"hessian_error": path.difference_error_T}

@@ -18,7 +18,7 @@ def test_with_one_sgd_step_it_is_the_rate_times_the_gradient():
     reptile = meta_gradient(loss_fn, batch, Reptile(InnerRule(lr=0.03, steps=1)))
     gradient = meta_gradient(loss_fn, batch, MultiTask())
     assert_equal(reptile.grads.adapter, {n: 0.03 * g for n, g in gradient.grads.adapter.items()}, 1e-12)
-    assert_equal(reptile.metrics, gradient.metrics, 1e-12)
+    assert_equal({"loss": reptile.metrics["loss"]}, gradient.metrics, 1e-12)
     assert reptile.grads.hyper == {}
 
 
