@@ -13,15 +13,15 @@ PACKAGE = Path(meta_peft.__file__).parent
 # Each module or subfolder of the package, from the ground up.
 FLOORS = [
     ["errors", "types"],
-    ["params", "forwards", "task_rows", "config_file", "allocator", "checkpointing", "memory", "smollm2_wheel"],
-    ["fast_weights", "frozen_linear", "frozen_prefix", "inner_optimizers", "shelf"],
+    ["checked", "patterns", "params", "forwards", "task_rows", "allocator", "checkpointing", "memory", "smollm2_wheel"],
+    ["config_file", "fast_weights", "frozen_linear", "frozen_prefix", "inner_optimizers", "shelf"],
     ["ops", "preflight", "dora", "inner_loop", "hessian"],
     ["objectives", "fast_forwards", "inner_path"],
     ["tasks", "adapter_loss", "algorithms"],
     ["memory_plan", "schedule"],
     ["outer_loop", "config"],
     ["evaluate", "in_context", "base_model"],
-    ["sidecar", "report"],
+    ["sidecar", "report", "adapter_files"],
     ["hub", "card"],
     ["adaptation"],
     ["trainer"],
@@ -31,7 +31,7 @@ FLOORS = [
     ["__init__"],
 ]
 ROOMS = {room: rank for rank, floor in enumerate(FLOORS) for room in floor}
-PEFT = "fast_weights fast_forwards ops preflight dora adapter_loss outer_loop hub base_model adaptation trainer"
+PEFT = "fast_weights fast_forwards ops preflight dora adapter_files adapter_loss outer_loop hub base_model adaptation trainer"
 ONLY_IN = {
     "peft": [*PEFT.split(), "compare", "main_job"],
     "bitsandbytes": ["frozen_linear", "preflight"],
