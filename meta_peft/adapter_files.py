@@ -84,7 +84,9 @@ def read_config(folder: Path, shapes: dict[str, list[int]]) -> LoraConfig:
     values = read_object(path, "the config of a PEFT adapter")
     if values.get("peft_type") != "LORA":
         raise MetaPeftError(f"{path}: expected a LoRA adapter, peft_type is {shown(values.get('peft_type'))}.")
-    largest = max((shape[0] for name, shape in shapes.items() if shape and "_A" in name.rsplit("lora", 1)[-1]), default=0)
+    largest = max(
+        (shape[0] for name, shape in shapes.items() if shape and "_A" in name.rsplit("lora", 1)[-1]), default=0
+    )
     known = {field.name: field for field in dataclasses.fields(LoraConfig) if field.init}
     given = {key: value for key, value in values.items() if key in known and key not in LEFT_OUT}
     default = dataclasses.asdict(LoraConfig())
@@ -119,7 +121,12 @@ def read_config(folder: Path, shapes: dict[str, list[int]]) -> LoraConfig:
             _expect(option, value, right, "a whole number or a list of them")
         elif key != "peft_type":
             same = value == default[key] and type(value) is type(default[key])
-            _expect(option, value, same or value in (None, False, [], {}), f"{shown(default[key])}: nothing else is supported")
+            _expect(
+                option,
+                value,
+                same or value in (None, False, [], {}),
+                f"{shown(default[key])}: nothing else is supported",
+            )
     if "target_modules" not in given:
         raise MetaPeftError(f"{path} has no target_modules: it does not say where LoRA goes.")
     try:

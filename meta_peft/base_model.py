@@ -170,7 +170,9 @@ class BaseIdentity:
     def check(self, other: BaseIdentity) -> None:
         """Raise unless `other` is the same base model."""
         mine, its = torch.tensor(self.embedding), torch.tensor(other.embedding)
-        alike = self.sizes == other.sizes and mine.shape == its.shape and torch.cosine_similarity(mine, its, dim=0) > 0.95
+        alike = (
+            self.sizes == other.sizes and mine.shape == its.shape and torch.cosine_similarity(mine, its, dim=0) > 0.95
+        )
         if not alike:
             raise MetaPeftError(
                 f"The adapter was learned on {self.name} ({self.sizes}), the base model is {other.name}"

@@ -29,9 +29,7 @@ def whole(option: str, value: Any, least: int, most: int) -> int:
 def text(option: str, value: Any, longest: int) -> str:
     """`value`, or an error unless it is a text that can be shown and written: some characters, no control characters."""
     if not (isinstance(value, str) and 0 < len(value) <= longest and value.isprintable()):
-        raise MetaPeftError(
-            f"{option} must be a text of 1 to {longest} printable characters; got {shown(value)}."
-        )
+        raise MetaPeftError(f"{option} must be a text of 1 to {longest} printable characters; got {shown(value)}.")
     return value
 
 
@@ -54,7 +52,8 @@ def is_number(value: Any) -> bool:
 
 def shown(value: Any) -> str:
     """`value` for a message: its repr, cut where it is long or deep."""
-    return _SHORT.repr(value)
+    written = _SHORT.repr(value)
+    return written if len(written) <= 1000 else f"{written[:1000]}..."
 
 
 class _Short(reprlib.Repr):

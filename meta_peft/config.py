@@ -22,7 +22,15 @@ ALGORITHMS = ("maml", "fomaml", "imaml", "reptile", "multitask")
 INNER_OPTIMIZERS = ("sgd", "adam")
 _NOT_NEGATIVE = (
     *("inner_lr_learning_rate", "multitask_warmup_steps", "inner_adam_eps_root", "inner_momentum", "proximal"),
-    *("inner_weight_decay", "first_order_until", "multi_step_until", "learning_rate", "weight_decay", "max_grad_norm", "seed"),
+    *(
+        "inner_weight_decay",
+        "first_order_until",
+        "multi_step_until",
+        "learning_rate",
+        "weight_decay",
+        "max_grad_norm",
+        "seed",
+    ),
 )
 
 

@@ -89,7 +89,8 @@ def _read(path: str, known: set[str]) -> dict[str, Any]:
     for key in values:
         if key not in known:
             raise MetaPeftError(
-                REFUSED.get(key) or f"{path} has an unknown key {shown(key)}.{did_you_mean(key if isinstance(key, str) else '', known)}"
+                REFUSED.get(key)
+                or f"{path} has an unknown key {shown(key)}.{did_you_mean(key if isinstance(key, str) else '', known)}"
             )
     return values
 
@@ -99,7 +100,7 @@ class _WithoutAliases(yaml.SafeLoader):
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError(f"aliases (*name) are not read here")
+            raise yaml.YAMLError("aliases (*name) are not read here")
         return super().compose_node(parent, index)
 
 

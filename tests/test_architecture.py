@@ -31,9 +31,9 @@ FLOORS = [
     ["__init__"],
 ]
 ROOMS = {room: rank for rank, floor in enumerate(FLOORS) for room in floor}
-PEFT = "fast_weights fast_forwards ops preflight dora adapter_files adapter_loss outer_loop hub base_model adaptation trainer"
+PEFT = "fast_weights fast_forwards ops preflight dora adapter_files adapter_loss outer_loop hub base_model adaptation"
 ONLY_IN = {
-    "peft": [*PEFT.split(), "compare", "main_job"],
+    "peft": [*PEFT.split(), "trainer", "compare", "main_job"],
     "bitsandbytes": ["frozen_linear", "preflight"],
     "datasets": ["tasks", "trainer", "cli"],
     "transformers.Trainer": ["trainer"],

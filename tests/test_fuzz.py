@@ -1,4 +1,4 @@
-"""Whatever a config, a file of rows or an adapter holds: it works, or a `MetaPeftError` says why not. Nothing else comes out.
+"""Whatever a config, a file of rows or an adapter holds: it works, or a `MetaPeftError` says why not.
 
 ``META_PEFT_FUZZ=2000 pytest tests/test_fuzz.py`` draws that many examples of each kind, at random.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import warnings
@@ -55,6 +56,7 @@ def the_law() -> Iterator[None]:
     def alarm(*_: object) -> None:
         raise HangError(f"it ran for more than {LIMIT} s")
 
+    said = "nothing"
     before = signal.signal(signal.SIGALRM, alarm)
     signal.alarm(LIMIT)
     try:
@@ -62,11 +64,11 @@ def the_law() -> Iterator[None]:
             warnings.simplefilter("ignore")  # of PEFT, on fields that it does not know
             yield
     except MetaPeftError as error:
-        assert str(error)
-        assert len(str(error)) < 20_000, "nobody reads that"
+        said = str(error)
     finally:
         signal.alarm(0)
         signal.signal(signal.SIGALRM, before)
+    assert 0 < len(said) < 20_000, "nobody could read that"
 
 
 # ---- hostile values
@@ -173,7 +175,17 @@ def test_options(options: dict[str, Any]):
         st.tuples(
             OWN | KEYS,
             st.sampled_from(
-                ["!!int x", "!!timestamp x", "2024-13-45", "&a [*a]", "!!binary x", "[" * 3000, "!!python/name:os.system", "1_0", ".nan"]
+                [
+                    "!!int x",
+                    "!!timestamp x",
+                    "2024-13-45",
+                    "&a [*a]",
+                    "!!binary x",
+                    "[" * 3000,
+                    "!!python/name:os.system",
+                    "1_0",
+                    ".nan",
+                ]
             ),
         ).map(lambda pair: f"{pair[0]}: {pair[1]}".encode()),
     )
@@ -223,20 +235,30 @@ def base() -> torch.nn.Module:
     return base_model()
 
 
+class Files(dict):
+    """Contents by name; shown is only what differs from the valid ones."""
+
+    def __repr__(self) -> str:
+        return str({n: c if n.endswith("json") else c[:2500] for n, c in self.items() if c != valid_files()[n]})
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _made_before_anything_is_drawn() -> None:
+    valid_files()
+    base()
+
+
 @st.composite
-def adapters(draw: st.DrawFn) -> dict[str, bytes]:
-    files = dict(valid_files())
-    name = draw(st.sampled_from(["meta_peft.json", "adapter_config.json", "meta_peft.safetensors", WEIGHTS]))
+def adapters(draw: st.DrawFn) -> Files:
+    files = Files(valid_files())
+    name = draw(st.sampled_from(sorted(files)))
     files[name] = draw(mutated(json.loads(files[name])) if name.endswith("json") else damaged(files[name]))
     return files
 
 
-WEIGHTS = "adapter_model.safetensors"
-
-
 @fuzz(60)
 @given(files=adapters())
-def test_adapters(files: dict[str, bytes]):
+def test_adapters(files: Files):
     folder, model = scratch() / "adapter", None
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
@@ -247,10 +269,7 @@ def test_adapters(files: dict[str, bytes]):
         model = meta_peft.load(base(), folder, tokenizer=tiny_tokenizer())
         assert all(p.isfinite().all() for p in FastWeights(model).parameters().values())
         if model.meta_peft.sidecar.inner.steps <= 5:
-            try:
-                meta_peft.adapt_many(model, {"a": letter_rows("a", 2)})
-            except MetaPeftError as error:  # a prompt format or length that does not suit these rows
-                assert "max_length" in str(error)
+            meta_peft.adapt_many(model, {"a": letter_rows("a", 2)})
     if model is not None:
         model.unload()
         if hasattr(base(), "peft_config"):
@@ -263,11 +282,15 @@ def test_adapters(files: dict[str, bytes]):
 # ---- the law itself
 
 
+@contextmanager
+def the_law_in_vain() -> Iterator[None]:
+    with pytest.raises(HangError), the_law():
+        yield
+
+
 def test_the_law_stops_what_hangs(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(f"{__name__}.LIMIT", 1)
-    with pytest.raises(HangError), the_law():
-        import re
-
+    with the_law_in_vain():
         re.search("(a+)+$", "a" * 40 + "b")
 
 

@@ -97,7 +97,9 @@ class InnerRule:
         names = tuple(names)
         if self.fast is None:
             return list(names)
-        found = [name for name, is_fast in zip(names, matches("fast_weights", self.fast, names), strict=True) if is_fast]
+        found = [
+            name for name, is_fast in zip(names, matches("fast_weights", self.fast, names), strict=True) if is_fast
+        ]
         if not found:
             raise MetaPeftError(
                 f"fast_weights={self.fast!r} is found in the name of no LoRA matrix. They have names like"

@@ -43,7 +43,9 @@ class PromptFormat:
                     f"{name} must be a text of at most {LONGEST_TEMPLATE} characters, got {shown(template)}."
                 )
             if template.count(field) != 1:
-                raise MetaPeftError(f"{name} must contain {field}, got {shown(template)}: the place for the text, once.")
+                raise MetaPeftError(
+                    f"{name} must contain {field}, got {shown(template)}: the place for the text, once."
+                )
 
     def to_dict(self) -> dict[str, str]:
         return asdict(self)

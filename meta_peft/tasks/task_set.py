@@ -100,8 +100,13 @@ class TaskSet:
     def from_rows(cls, rows: Iterable[Mapping[str, Any]], task_column: str = "task") -> TaskSet:
         """From an iterable of dicts."""
         try:
-            dataset = Dataset.from_list([dict(row) for row in rows])
-        except (ArrowException, TypeError, ValueError, OverflowError) as error:
+            rows = [dict(row) for row in rows]
+            if any(_has_nul_in_names(row) for row in rows):  # Arrow would cut the names there
+                raise MetaPeftError("A column has a name with a NUL character: rename it.")
+            dataset = Dataset.from_list(rows)
+        except MetaPeftError:
+            raise
+        except (ArrowException, TypeError, ValueError, OverflowError, RecursionError) as error:
             raise MetaPeftError(
                 f"The rows do not make a table ({shown(str(error))}): each must have columns, and a column the same kind"
                 " of value in every row, text for one."
@@ -130,6 +135,12 @@ class TaskSet:
         if isinstance(source, Mapping):
             return cls.from_mapping(source)
         return cls.from_rows(source, task_column)
+
+
+def _has_nul_in_names(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return any("\0" in str(name) or _has_nul_in_names(part) for name, part in value.items())
+    return isinstance(value, list) and any(map(_has_nul_in_names, value))
 
 
 def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
