@@ -150,7 +150,8 @@ class BaseIdentity:
     embedding: tuple[float, ...]
 
     def __post_init__(self) -> None:
-        text("base.name", self.name, 4096)
+        if self.name != "":  # as that of a model which was made from a config
+            text("base.name", self.name, 4096)
         if not isinstance(self.sizes, dict) or not 0 < len(self.sizes) <= 100:
             raise MetaPeftError(f"base.sizes must be an object with some numbers; got {shown(self.sizes)}.")
         for size, value in self.sizes.items():

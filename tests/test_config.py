@@ -116,6 +116,8 @@ def test_training_options(tmp_path: Path, options: dict, message: str):
         ({"dtype": "bf16"}, "dtype must be one of float32, bfloat16; got 'bf16'"),
         ({"load_in_4bit": True, "load_in_8bit": True}, "load_in_4bit and load_in_8bit are both set: choose one"),
         ({"bnb_4bit_quant_type": "nf5"}, "bnb_4bit_quant_type must be one of nf4, fp4; got 'nf5'. Did you mean 'nf4'?"),
+        ({"lora_dropout": 1.5}, "lora_dropout must be a number from 0 to 1; got 1.5"),
+        ({"lora_dropout": math.nan}, "lora_dropout must be a number from 0 to 1; got nan"),
         ({"lora_r": 0}, "lora_r must be a number of 1 or more; got 0"),
     ],
 )
