@@ -77,7 +77,7 @@ def tensor_shapes(folder: Path, names: Sequence[str]) -> dict[str, list[int]]:
 
 
 def read_config(folder: Path, shapes: dict[str, list[int]]) -> LoraConfig:
-    """The LoRA config in `folder`. What meta_peft does not support must have PEFT's default, or be empty."""
+    """The LoRA config in `folder`. What meta_peft does not support must have PEFT's default, or be null or false."""
     path = folder / CONFIG
     if not path.is_file():
         raise MetaPeftError(f"{folder} has no {CONFIG}: it is no PEFT adapter, or the file was not copied.")
@@ -124,7 +124,7 @@ def read_config(folder: Path, shapes: dict[str, list[int]]) -> LoraConfig:
             _expect(
                 option,
                 value,
-                same or value in (None, False, [], {}),
+                same or value is None or value is False,
                 f"{shown(default[key])}: nothing else is supported",
             )
     if "target_modules" not in given:

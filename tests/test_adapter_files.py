@@ -122,6 +122,7 @@ def test_a_file_cut_short(folder: Path, size: int):
         ({"init_lora_weights": "pissa"}, "init_lora_weights should be one of"),
         ({"task_type": "SEQ_CLS"}, "task_type should be one of"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save should be None: nothing else is supported; got"),
+        ({"trainable_token_indices": []}, "trainable_token_indices should be None: nothing else is supported"),
         ({"megatron_config": {"a": 1}, "megatron_core": "antigravity"}, "megatron_config should be None"),
         ({"layer_replication": [[0, 2]] * 1000}, "layer_replication should be None"),
         ({"bias": "all"}, "bias should be 'none': nothing else is supported; got 'all'"),

@@ -167,7 +167,7 @@ def test_options(options: dict[str, Any]):
         parse_file(scratch(), json.dumps(options).encode())
 
 
-@fuzz(60)
+@fuzz(40)
 @given(
     content=st.one_of(
         st.binary(max_size=60),
