@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
+from meta_peft.checked import is_number, shown, text, whole
 from meta_peft.config import ModelArguments
 from meta_peft.errors import MetaPeftError
 from meta_peft.smollm2_wheel import cache_folder, smollm2_folder
@@ -58,7 +59,11 @@ def load_base(args: ModelArguments) -> Any:
     where = locate(args.model_name_or_path, args.model_revision)
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            where, revision=args.model_revision, trust_remote_code=args.trust_remote_code, **options
+            where,
+            revision=args.model_revision,
+            trust_remote_code=args.trust_remote_code,
+            use_safetensors=True,  # weights in other files are pickles
+            **options,
         )
     except (OSError, ValueError) as error:
         raise MetaPeftError(f"The base model {args.model_name_or_path!r} cannot be loaded: {error}") from error
@@ -144,6 +149,16 @@ class BaseIdentity:
     sizes: dict[str, int]
     embedding: tuple[float, ...]
 
+    def __post_init__(self) -> None:
+        if self.name != "":  # as that of a model which was made from a config
+            text("base.name", self.name, 4096)
+        if not isinstance(self.sizes, dict) or not 0 < len(self.sizes) <= 100:
+            raise MetaPeftError(f"base.sizes must be an object with some numbers; got {shown(self.sizes)}.")
+        for size, value in self.sizes.items():
+            whole(f"base.sizes[{shown(size)}]", value, 0, 2**40)
+        if not (0 < len(self.embedding) <= 4096 and all(map(is_number, self.embedding))):
+            raise MetaPeftError(f"base.embedding must be a list of finite numbers; got {shown(self.embedding)}.")
+
     @classmethod
     def of(cls, base: Any) -> BaseIdentity:
         config = base.config
@@ -156,7 +171,9 @@ class BaseIdentity:
     def check(self, other: BaseIdentity) -> None:
         """Raise unless `other` is the same base model."""
         mine, its = torch.tensor(self.embedding), torch.tensor(other.embedding)
-        alike = self.sizes == other.sizes and torch.cosine_similarity(mine, its, dim=0) > 0.95
+        alike = (
+            self.sizes == other.sizes and mine.shape == its.shape and torch.cosine_similarity(mine, its, dim=0) > 0.95
+        )
         if not alike:
             raise MetaPeftError(
                 f"The adapter was learned on {self.name} ({self.sizes}), the base model is {other.name}"

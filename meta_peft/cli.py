@@ -33,8 +33,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     keep_freed_memory()
     try:
         return _main(words)
-    except MetaPeftError as error:
-        print(f"meta-peft: {error}", file=sys.stderr)
+    except (MetaPeftError, OSError) as error:  # what was given, or a file that cannot be read or written
+        print(f"meta-peft: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
 
 
@@ -113,7 +113,7 @@ def adapt_command(options: argparse.Namespace) -> int:
         named = TaskSet.from_jsonl(options.support, options.task_column)
         tasks = {name: named.rows(name) for name in named.names}
         folders = {name: Path(options.output) / _folder_name(name) for name in tasks}
-        if len(set(folders.values())) < len(folders):
+        if len({str(folder).casefold() for folder in folders.values()}) < len(folders):
             raise MetaPeftError("Two task names give the same folder name: rename one of them.")
     model = _load(options)
     with tqdm(total=len(tasks), desc="adapting", unit="task", disable=None) as bar:
@@ -212,6 +212,8 @@ def _load(options: argparse.Namespace) -> Any:
 def _folder_name(task: str) -> str:
     """A task's name as the name of one folder, nothing outside it."""
     name = "".join(character if character.isalnum() or character in "-_." else "_" for character in task).strip(".")
+    if len(name.encode()) > 200:
+        raise MetaPeftError(f"The task name {name[:60]!r}... is too long for the name of a folder: shorten it.")
     return name or "_"
 
 

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from meta_peft.algorithms import MultiTask
+from meta_peft.checked import at_least, is_number
 from meta_peft.config import MetaLoraConfig
 from meta_peft.errors import MetaPeftError
 from meta_peft.evaluate import Curve, Start, tune, tuned_curve
@@ -50,8 +51,10 @@ class CompareArguments:
             raise MetaPeftError(f"compare must be none, plain or full; got {self.compare!r}.")
         if not self.adaptation_steps or min(self.adaptation_steps) < 0:
             raise MetaPeftError(f"adaptation_steps must be numbers of 0 or more; got {self.adaptation_steps}.")
-        if not self.rate_factors or min(self.rate_factors) <= 0:
+        if not self.rate_factors or not all(is_number(factor) and factor > 0 for factor in self.rate_factors):
             raise MetaPeftError(f"rate_factors must be positive numbers; got {self.rate_factors}.")
+        for option in ("max_validation_tasks", "max_test_tasks"):
+            at_least(option, getattr(self, option), 1)
 
 
 def compare(

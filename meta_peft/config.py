@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +10,7 @@ from transformers import TrainingArguments
 
 from meta_peft.algorithms import MAML, ImplicitMAML, MultiTask, Reptile
 from meta_peft.algorithms.implicit import SOLVERS
+from meta_peft.checked import at_least as _at_least
 from meta_peft.errors import MetaPeftError, did_you_mean
 from meta_peft.inner_optimizers import SGD, Adam, InnerRule
 from meta_peft.inner_path import check_memory
@@ -23,7 +23,15 @@ ALGORITHMS = ("maml", "fomaml", "imaml", "reptile", "multitask")
 INNER_OPTIMIZERS = ("sgd", "adam")
 _NOT_NEGATIVE = (
     *("inner_lr_learning_rate", "multitask_warmup_steps", "inner_adam_eps_root", "inner_momentum", "proximal"),
-    *("inner_weight_decay", "first_order_until", "multi_step_until"),
+    *(
+        "inner_weight_decay",
+        "first_order_until",
+        "multi_step_until",
+        "learning_rate",
+        "weight_decay",
+        "max_grad_norm",
+        "seed",
+    ),
 )
 
 
@@ -32,11 +40,6 @@ def _choice(option: str, value: str, choices: tuple[str, ...]) -> None:
         raise MetaPeftError(
             f"{option} must be one of {', '.join(choices)}; got {value!r}.{did_you_mean(value, choices)}"
         )
-
-
-def _at_least(option: str, value: float, least: float) -> None:
-    if not (isinstance(value, (int, float)) and math.isfinite(value) and value >= least):
-        raise MetaPeftError(f"{option} must be a number of {least} or more; got {value!r}.")
 
 
 @dataclass
@@ -83,6 +86,8 @@ class ModelArguments:
         if self.load_in_4bit and self.load_in_8bit:
             raise MetaPeftError("load_in_4bit and load_in_8bit are both set: choose one.")
         _at_least("lora_r", self.lora_r, 1)
+        if not 0 <= self.lora_dropout <= 1:
+            raise MetaPeftError(f"lora_dropout must be a number from 0 to 1; got {self.lora_dropout}.")
         if self.lora_target_modules == ["all-linear"]:
             self.lora_target_modules = "all-linear"  # type: ignore[assignment]  # what PEFT understands
 

@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 from transformers import HfArgumentParser
 
+from meta_peft.checked import shown
 from meta_peft.errors import MetaPeftError, did_you_mean
 
 # Options of other trainers that people try here, with the reason why they are not here.
@@ -40,7 +41,10 @@ def parse(
     from_line = {word[2:].split("=")[0].replace("-", "_") for word in rest if word.startswith("--")}
     for key in from_line - known - {f"no_{key}" for key in known}:
         raise MetaPeftError(REFUSED.get(key) or f"There is no option --{key}.{did_you_mean(key, known)} Try --help.")
-    words = [word for key, value in from_file.items() if key not in from_line for word in _as_words(key, value)]
+    try:
+        words = [word for key, value in from_file.items() if key not in from_line for word in _as_words(key, value)]
+    except (ValueError, TypeError, RecursionError) as error:  # JSON that cannot be, an integer of thousands of digits
+        raise MetaPeftError(f"{path} has a value that cannot be an option ({error}).") from error
     return _dataclasses(parser, words + rest)
 
 
@@ -57,8 +61,9 @@ def _dataclasses(parser: HfArgumentParser, words: list[str]) -> tuple[Any, ...]:
         ]
     except MetaPeftError:
         raise
-    except (argparse.ArgumentError, ValueError) as error:  # a value transformers refuses, a word no option takes
-        raise MetaPeftError(f"{str(error).rstrip('.')}.") from error
+    except Exception as error:  # a word no option takes; transformers refuses values with errors of many kinds
+        said = str(error).rstrip(".") if isinstance(error, (argparse.ArgumentError, ValueError)) else repr(error)
+        raise MetaPeftError(f"{said}.") from error
 
 
 def _config_option(argv: list[str]) -> tuple[str | None, list[str]]:
@@ -76,17 +81,27 @@ def _read(path: str, known: set[str]) -> dict[str, Any]:
     if not Path(path).is_file():
         raise MetaPeftError(f"There is no config file {path!r}.")
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        values = yaml.load(Path(path).read_text(encoding="utf-8"), _WithoutAliases) or {}
+    except Exception as error:  # a tag such as !!int raises whatever Python makes of its value
         raise MetaPeftError(f"{path} is not YAML: {error}") from error
     if not isinstance(values, dict):
         raise MetaPeftError(f"{path} must hold keys with values, one a line; it holds {type(values).__name__}.")
     for key in values:
         if key not in known:
             raise MetaPeftError(
-                REFUSED.get(key) or f"{path} has an unknown key {key!r}.{did_you_mean(str(key), known)}"
+                REFUSED.get(key)
+                or f"{path} has an unknown key {shown(key)}.{did_you_mean(key if isinstance(key, str) else '', known)}"
             )
     return values
+
+
+class _WithoutAliases(yaml.SafeLoader):
+    """A few lines of aliases of aliases stand for more values than any memory holds, and options need none."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("aliases (*name) are not read here")
+        return super().compose_node(parent, index)
 
 
 def _as_words(key: str, value: Any) -> list[str]:

@@ -16,6 +16,7 @@ from peft import PeftModel
 from safetensors.torch import save_file
 
 from meta_peft import preflight
+from meta_peft.adapter_files import load_adapter, undone_on_error
 from meta_peft.base_model import BaseIdentity, load_base, load_tokenizer
 from meta_peft.config import ModelArguments
 from meta_peft.errors import MetaPeftError
@@ -81,6 +82,11 @@ def load(
     """
     folder = fetch(adapter, revision)
     sidecar = Sidecar.read(folder)
+    if base is None and model_options.get("trust_remote_code"):
+        raise MetaPeftError(
+            f"trust_remote_code would run code of {sidecar.base.name!r}, which only the adapter names: name the base model"
+            " yourself if you trust it."
+        )
     if base is None or isinstance(base, (str, Path)):
         name = str(base or sidecar.base.name)
         base = load_base(ModelArguments(model_name_or_path=name, **model_options))
@@ -89,10 +95,11 @@ def load(
     sidecar.base.check(BaseIdentity.of(base))
     tokenizer = tokenizer or load_tokenizer(base.name_or_path)
     training = base.training
-    model = PeftModel.from_pretrained(base, str(folder), is_trainable=True)
-    model.train(training)
-    preflight.check_model(model, second_order=False)
-    attach(model, sidecar, tokenizer)
+    with undone_on_error(base):
+        model = load_adapter(base, folder, sidecar.names)
+        model.train(training)
+        preflight.check_model(model, second_order=False)
+        attach(model, sidecar, tokenizer)
     return model
 
 
@@ -126,12 +133,12 @@ def meta_learned(model: Any) -> MetaLearned:
 
 def fetch(adapter: str | Path, revision: str | None = None) -> Path:
     """The folder of `adapter`, downloaded if it is an id on the hub."""
-    if Path(adapter).is_dir():
-        return Path(adapter)
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
+        if Path(adapter).is_dir():
+            return Path(adapter)
         files = [*ADAPTER_FILES, JSON, TENSORS]
         return Path(snapshot_download(str(adapter), revision=revision, allow_patterns=files))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:

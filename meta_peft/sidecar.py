@@ -7,15 +7,18 @@ look at them.
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from meta_peft.base_model import BaseIdentity
+from meta_peft.checked import is_number, read_object, shown, whole
+from meta_peft.config import ALGORITHMS
 from meta_peft.errors import MetaPeftError
 from meta_peft.inner_optimizers import InnerRule
 from meta_peft.inner_optimizers.rule import RATES
@@ -23,6 +26,9 @@ from meta_peft.tasks.prompt import PromptFormat
 
 JSON, TENSORS = "meta_peft.json", "meta_peft.safetensors"
 FORMAT = 1
+LARGEST = 10**8  # of tokens, shots, steps and factors
+# What a LoRA matrix is called in adapter_model.safetensors; a weight of the base model is never called so.
+LORA_NAME = re.compile(r"[\w.-]+\.(lora_[AB]\.weight|lora_embedding_[AB]|lora_magnitude_vector(\.weight)?)")
 
 
 @dataclass(frozen=True)
@@ -77,32 +83,64 @@ class Sidecar:
                 f"{folder} has no {JSON} with {TENSORS} beside the adapter: it is a plain PEFT adapter, or the files"
                 " were not copied. Adapters that meta_peft has trained have both; for a plain one use PEFT itself."
             )
+        values = read_object(folder / JSON, "a sidecar of meta_peft")
+        if values.get("format") != FORMAT or isinstance(values["format"], bool):
+            if "format" not in values:
+                raise MetaPeftError(f"{folder / JSON} is damaged or not a sidecar of meta_peft (it has no format).")
+            raise MetaPeftError(
+                f"{folder / JSON} has format {shown(values['format'])}; this version of meta_peft reads format {FORMAT}."
+            )
         try:
-            values = json.loads((folder / JSON).read_text(encoding="utf-8"))
-            if values["format"] != FORMAT:
-                raise MetaPeftError(
-                    f"{folder / JSON} has format {values['format']!r}; this version of meta_peft reads format {FORMAT}."
-                )
             base = values["base"]
             sidecar = cls(
-                algorithm=str(values["algorithm"]),
+                algorithm=values["algorithm"],
                 inner=InnerRule.from_dict(values["inner"]),
                 names=tuple(values["names"]),
-                log_rates=load_file(folder / TENSORS)[RATES],
+                log_rates=_log_rates(folder / TENSORS),
                 prompt_format=PromptFormat(**values["prompt_format"]),
-                max_length=int(values["max_length"]),
+                max_length=values["max_length"],
                 base=BaseIdentity(base["name"], base["sizes"], tuple(base["embedding"])),
-                shots=int(values["shots"]),
-                rate_factors={int(steps): float(factor) for steps, factor in values["rate_factors"].items()},
+                shots=values["shots"],
+                rate_factors={int(steps): factor for steps, factor in values["rate_factors"].items()},
             )
-        except (KeyError, TypeError, AttributeError, ValueError, SafetensorError) as error:
-            if isinstance(error, MetaPeftError):
-                raise
-            raise MetaPeftError(f"{folder / JSON} is damaged or not a sidecar of meta_peft ({error!r}).") from error
+            sidecar._check_values()
+        except (KeyError, TypeError, AttributeError, ValueError, SafetensorError, OSError) as error:
+            raise MetaPeftError(
+                f"{folder / JSON} is damaged or not a sidecar of meta_peft"
+                f" ({error if isinstance(error, MetaPeftError) else shown(error)})."
+            ) from error
         n_fast, shape = len(sidecar.inner.fast_names(sidecar.names)), sidecar.log_rates.shape
-        right = len(shape) == 2 and (sidecar.inner.rates_per_entry or shape[1] == n_fast)
+        steps = max(sidecar.inner.steps, 1) if sidecar.inner.rates_per_step else 1
+        right = len(shape) == 2 and 1 <= shape[0] <= steps and (sidecar.inner.rates_per_entry or shape[1] == n_fast)
         if not right or not sidecar.log_rates.exp().isfinite().all():
             raise MetaPeftError(
-                f"{folder / TENSORS} should hold finite rates for {n_fast} matrices; it has shape {list(shape)}."
+                f"{folder / TENSORS} should hold finite rates for {n_fast} matrices; it has shape {list(shape)},"
+                f" for up to {steps} steps."
             )
         return sidecar
+
+    def _check_values(self) -> None:
+        """Raise unless each value is one that training can have written."""
+        if self.algorithm not in ALGORITHMS:
+            raise MetaPeftError(f"algorithm must be one of {', '.join(ALGORITHMS)}; got {shown(self.algorithm)}")
+        if not self.names or len(set(self.names)) < len(self.names):
+            raise MetaPeftError(f"names must be those of some LoRA matrices, each once; got {shown(self.names)}")
+        for name in self.names:
+            if not isinstance(name, str) or len(name) > 1000 or not LORA_NAME.fullmatch(name):
+                raise MetaPeftError(f"names must be those of LoRA matrices; got {shown(name)}")
+        whole("max_length", self.max_length, 1, LARGEST)
+        whole("shots", self.shots, 1, LARGEST)
+        for steps, factor in self.rate_factors.items():
+            whole("rate_factors", steps, 0, LARGEST)
+            if not (is_number(factor) and 0 < factor <= LARGEST):
+                raise MetaPeftError(f"rate_factors must be positive numbers; got {shown(factor)} for {steps} steps")
+
+
+def _log_rates(path: Path) -> Tensor:
+    """The rates in `path`, read only if its header says that they are numbers, as many as there can be."""
+    with safe_open(path, framework="pt") as tensors:
+        header = tensors.get_slice(RATES)
+        shape, dtype = header.get_shape(), header.get_dtype()
+        if dtype not in ("F32", "F64") or len(shape) > 4:
+            raise MetaPeftError(f"{RATES} must be float32 or float64; it is {shown(dtype)} of shape {shown(shape)}")
+        return tensors.get_tensor(RATES)

@@ -23,7 +23,8 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState, ProgressCallback
 from transformers.trainer_utils import rotate_checkpoints
 
-from meta_peft import checkpoints, hub, training_state
+from meta_peft import hub
+from meta_peft.adapter_files import tensor_shapes
 from meta_peft.base_model import BaseIdentity, load_base, load_tokenizer, with_adapter
 from meta_peft.card import model_card
 from meta_peft.config import MetaLoraConfig, ModelArguments
@@ -35,7 +36,8 @@ from meta_peft.processes import Share, StepShares, group, restarts
 from meta_peft.processes.replicas import check_replicas, same_everywhere
 from meta_peft.processes.step_shares import only
 from meta_peft.sidecar import Sidecar
-from meta_peft.stop_signal import StopSignal
+from meta_peft.survival import checkpoints, training_state
+from meta_peft.survival.stop_signal import StopSignal
 from meta_peft.tasks import EpisodeCollator, EpisodeDataset, TaskSet
 from meta_peft.types import Episode, EpisodeBatch
 
@@ -392,6 +394,7 @@ class MetaTrainer(Trainer):
                 f" {list(self.rates.log_rates.shape)}: resume with the same inner_steps, inner_lr_per_step,"
                 " inner_lr_per_entry and fast_weights."
             )
+        tensor_shapes(folder, tuple(self.loss_fn.weights.parameters()))
         self.loss_fn.weights.load_(load_file(folder / "adapter_model.safetensors"))
         with torch.no_grad():
             self.rates.log_rates.copy_(sidecar.log_rates)

@@ -14,26 +14,27 @@ PACKAGE = Path(meta_peft.__file__).parent
 FLOORS = [
     ["errors", "types"],
     [
-        "params",
-        "forwards",
-        "task_rows",
-        "config_file",
-        "allocator",
-        "checkpointing",
-        "memory",
-        "smollm2_wheel",
-        "checkpoints",
-        "training_state",
-        "stop_signal",
+        *[
+            "checked",
+            "patterns",
+            "params",
+            "forwards",
+            "task_rows",
+            "allocator",
+            "checkpointing",
+            "memory",
+            "smollm2_wheel",
+            "survival",
+        ]
     ],
-    ["fast_weights", "frozen_linear", "frozen_prefix", "inner_optimizers", "shelf", "processes"],
+    ["config_file", "fast_weights", "frozen_linear", "frozen_prefix", "inner_optimizers", "shelf", "processes"],
     ["ops", "preflight", "dora", "inner_loop", "hessian"],
     ["objectives", "fast_forwards", "fast_attention", "inner_path", "health"],
     ["tasks", "adapter_loss", "algorithms"],
     ["memory_plan", "schedule"],
     ["outer_loop", "config"],
     ["evaluate", "in_context", "base_model", "outer_step"],
-    ["sidecar", "report"],
+    ["sidecar", "report", "adapter_files"],
     ["hub", "card"],
     ["adaptation"],
     ["trainer"],
@@ -43,9 +44,9 @@ FLOORS = [
     ["__init__"],
 ]
 ROOMS = {room: rank for rank, floor in enumerate(FLOORS) for room in floor}
-PEFT = "fast_weights fast_forwards ops preflight dora adapter_loss outer_loop hub base_model adaptation trainer"
+PEFT = "fast_weights fast_forwards ops preflight dora adapter_files adapter_loss outer_loop hub base_model adaptation"
 ONLY_IN = {
-    "peft": [*PEFT.split(), "compare", "main_job"],
+    "peft": [*PEFT.split(), "trainer", "compare", "main_job"],
     "bitsandbytes": ["frozen_linear", "preflight"],
     "datasets": ["tasks", "trainer", "cli"],
     "transformers.Trainer": ["trainer"],

@@ -251,8 +251,9 @@ def test_adapt_errors(tmp_path: Path, support: Path, change: dict[str, str], exp
     assert not output.exists()
 
 
-def test_task_names_that_give_one_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    file = write_jsonl(tmp_path / "tasks.jsonl", {"a/b": letter_rows("p")[:2], "a_b": letter_rows("m")[:2]})
+@pytest.mark.parametrize("names", [("a/b", "a_b"), ("Task", "task"), ("../x", "_x")])
+def test_task_names_that_give_one_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str], names: tuple[str, str]):
+    file = write_jsonl(tmp_path / "tasks.jsonl", {name: letter_rows("p")[:2] for name in names})
     words = [
         "adapt",
         "--adapter",
@@ -265,6 +266,18 @@ def test_task_names_that_give_one_folder(tmp_path: Path, capsys: pytest.CaptureF
         "task",
     ]
     assert "Two task names give the same folder name" in message(capsys, words)
+
+
+def test_a_task_name_that_is_too_long_for_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    file = write_jsonl(tmp_path / "tasks.jsonl", {"ä" * 101: letter_rows("p")[:2]})
+    words = ["adapt", "--adapter", meta(), "--support", str(file), "--output", str(tmp_path), "--task-column", "task"]
+    assert "is too long for the name of a folder: shorten it" in message(capsys, words)
+
+
+def test_an_output_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    file = write_jsonl(tmp_path / "tasks.jsonl", {"a": letter_rows("p")[:2]})
+    words = ["adapt", "--adapter", meta(), "--support", str(file), "--output", str(file / "x")]
+    assert "Not a directory" in message(capsys, words)
 
 
 @pytest.mark.parametrize(

@@ -148,6 +148,12 @@ def test_the_recipe_s_configs_are_good():
         ("count", "must hold keys with values, one a line; it holds str"),
         ("count: [", r"options.yaml is not YAML: (?s:.*)line 1"),
         ("\tcount: 3", "is not YAML"),
+        ("count: &a [*a]", r"aliases \(\*name\) are not read here"),
+        ("count: 2024-13-45", "is not YAML: month must be in 1..12"),
+        ("count: !!int x", "is not YAML: invalid literal"),
+        ("count: !!timestamp x", "is not YAML"),
+        pytest.param("count: 0x" + "f" * 5000, "has a value that cannot be an option", id="long"),
+        pytest.param("count: " + "[" * 3000, "is not YAML: maximum recursion depth", id="deep"),
         ("packing: true", "packing is refused: a packed row would mix the examples of several tasks"),
         ("use_unsloth: true", "use_unsloth is refused"),
     ],
@@ -197,6 +203,12 @@ def test_what_transformers_refuses_is_an_error_of_ours_too():
         parse(GROUPS, ["--save_strategy", "sometimes"])
     with pytest.raises(MetaPeftError, match=r"Expected value warmup_steps >= 0\.$"):
         parse(GROUPS, ["--warmup_steps", "-1"])
+
+
+def test_a_few_lines_that_stand_for_more_than_any_memory_holds(tmp_path: Path):
+    lines = ["text: &a0 [x, x]"] + [f"numbers: &a{i + 1} [*a{i}, *a{i}]" for i in range(60)]
+    with pytest.raises(MetaPeftError, match="aliases"):
+        small(tmp_path, "\n".join(lines))
 
 
 # ---- help

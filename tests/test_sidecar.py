@@ -136,6 +136,49 @@ def test_values_that_cannot_be_right(folder: Path, change: Callable[[dict], obje
         Sidecar.read(folder)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda values: values.update(algorithm="mystery"), "algorithm must be one of maml, .*got 'mystery'"),
+        (lambda values: values["inner"].update(steps=10**12), "inner_steps must be 0 or more, got 1000000000000"),
+        (lambda values: values["inner"].update(lr=math.nan), "inner_lr must be a finite number"),
+        (lambda values: values["inner"].update(learn_rates="yes"), "learn_rates must be true or false"),
+        (lambda values: values["inner"].update(fast=3), "fast_weights must be a regular expression"),
+        (lambda values: values["inner"].update(fast="(" * 900 + ")" * 900), "is not a regular expression"),
+        (lambda values: values["inner"]["optimizer"].update(beta1=1.0), "beta1 must be 0 or more and below 1"),
+        (lambda values: values["inner"]["optimizer"].update(eps="x"), "eps must be a number of 0 or more"),
+        (lambda values: values.update(names=[]), "names must be those of some LoRA matrices"),
+        (lambda values: values.update(names=["../../x"]), "names must be those of LoRA matrices; got"),
+        (lambda values: values.update(names=["a.base_layer.weight"]), "names must be those of LoRA matrices"),
+        (lambda values: values.update(max_length=0), "max_length must be a whole number from 1"),
+        (lambda values: values.update(shots=True), "shots must be a whole number from 1"),
+        (lambda values: values.update(rate_factors={"1": 0}), "rate_factors must be positive numbers; got 0"),
+        (lambda values: values.update(rate_factors={"1": math.inf}), "rate_factors must be positive numbers; got inf"),
+        (lambda values: values["base"].update(name="\x1b[2J"), "base.name must be a text"),
+        (lambda values: values["base"].update(sizes={"a": "b"}), "must be a whole number"),
+        (lambda values: values["base"].update(embedding=["a"]), "base.embedding must be a list of finite numbers"),
+        (lambda values: values["prompt_format"].update(prompt_template=["{input}"]), "must be a text of at most"),
+        (lambda values: values["prompt_format"].update(prompt_template="{input}" * 9), "the place for the text, once"),
+    ],
+)
+def test_values_that_somebody_made_up(folder: Path, change: Callable[[dict], object], message: str):
+    edit(folder, change)
+    with pytest.raises(MetaPeftError, match=rf"is damaged or not a sidecar of meta_peft.*{message}"):
+        Sidecar.read(folder)
+
+
+def test_braces_in_a_template_are_text(folder: Path):
+    edit(folder, lambda values: values["prompt_format"].update(prompt_template="{input.__class__} {0} {input}"))
+    rendered = Sidecar.read(folder).prompt_format.render({"input": "a", "target": "b"})
+    assert rendered[0] == "{input.__class__} {0} a"
+
+
+def test_rates_for_no_step(folder: Path):
+    save_file({"log_rates": torch.zeros(0, 3)}, folder / TENSORS)
+    with pytest.raises(MetaPeftError, match="should hold finite rates"):
+        Sidecar.read(folder)
+
+
 @pytest.mark.parametrize("content", [b"", b"not safetensors at all"])
 def test_damaged_tensors(folder: Path, content: bytes):
     (folder / TENSORS).write_bytes(content)

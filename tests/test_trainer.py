@@ -33,7 +33,6 @@ from meta_peft import (
     MetaTrainer,
     TaskSet,
     assign_gradient,
-    checkpoints,
     load,
     meta_gradient,
 )
@@ -42,6 +41,7 @@ from meta_peft.adapter_loss import AdapterLoss
 from meta_peft.cli import main
 from meta_peft.fast_weights import FastWeights
 from meta_peft.sidecar import Sidecar
+from meta_peft.survival import checkpoints
 from meta_peft.types import EpisodeBatch, Meta
 
 # Adam divides a gradient by its own size, which makes a step of rounding errors where a gradient is almost zero (that of

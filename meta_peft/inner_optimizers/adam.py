@@ -14,6 +14,8 @@ from dataclasses import dataclass
 
 import torch
 
+from meta_peft.checked import at_least, is_number, shown
+from meta_peft.errors import MetaPeftError
 from meta_peft.types import Params
 
 
@@ -24,6 +26,13 @@ class Adam:
     eps: float = 1e-8
     eps_root: float = 1e-8
     weight_decay: float = 0.0
+
+    def __post_init__(self) -> None:
+        for option in ("beta1", "beta2"):
+            if not (is_number(getattr(self, option)) and 0 <= getattr(self, option) < 1):
+                raise MetaPeftError(f"{option} must be 0 or more and below 1; got {shown(getattr(self, option))}.")
+        for option in ("eps", "eps_root", "weight_decay"):
+            at_least(option, getattr(self, option), 0)
 
     def init(self, fast: Params) -> Params:
         return {f"{moment}.{name}": torch.zeros_like(p) for moment in ("m", "v") for name, p in fast.items()}

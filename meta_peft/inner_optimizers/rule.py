@@ -11,7 +11,6 @@ MAML++ (Antoniou et al. 2019, arXiv 1810.09502). Where only some matrices are fa
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
@@ -19,13 +18,16 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from meta_peft.checked import flag, is_number, shown
 from meta_peft.errors import MetaPeftError
 from meta_peft.inner_optimizers.adam import Adam
 from meta_peft.inner_optimizers.sgd import SGD
 from meta_peft.params import dot, per_task
+from meta_peft.patterns import check_pattern, matches
 from meta_peft.types import Params
 
 RATES = "log_rates"
+MOST_STEPS = 10_000  # more would be a mistake, or somebody else's way to keep a machine busy
 START = "start of "  # the state's entries that the proximal term pulls towards
 OPTIMIZERS: dict[str, type[SGD] | type[Adam]] = {"sgd": SGD, "adam": Adam}
 
@@ -66,20 +68,24 @@ class InnerRule:
     fast: str | None = None
 
     def __post_init__(self) -> None:
-        if self.steps < 0:
-            raise MetaPeftError(f"inner_steps must be 0 or more, got {self.steps}.")
-        if not (self.lr >= 0 and math.isfinite(self.lr)):
-            raise MetaPeftError(f"inner_lr must be a finite number of 0 or more, got {self.lr}.")
+        if not (isinstance(self.steps, int) and not isinstance(self.steps, bool) and 0 <= self.steps <= MOST_STEPS):
+            raise MetaPeftError(
+                f"inner_steps must be 0 or more, got {shown(self.steps)}: a whole number of at most {MOST_STEPS}."
+            )
+        if not (is_number(self.lr) and self.lr >= 0):
+            raise MetaPeftError(f"inner_lr must be a finite number of 0 or more, got {shown(self.lr)}.")
+        for option in ("learn_rates", "rates_per_step", "rates_per_entry"):
+            flag(option, getattr(self, option))
         if self.learn_rates and self.lr == 0:
             raise MetaPeftError("inner_lr is 0: learned rates need a positive rate to start from.")
-        if self.clip is not None and not self.clip > 0:
-            raise MetaPeftError(f"inner_max_grad_norm must be positive, or None for no clipping; got {self.clip}.")
-        if not (self.proximal >= 0 and math.isfinite(self.proximal)):
-            raise MetaPeftError(f"proximal must be a finite number of 0 or more, got {self.proximal}.")
-        try:
-            re.compile(self.fast or "")
-        except re.error as error:
-            raise MetaPeftError(f"fast_weights={self.fast!r} is not a regular expression: {error}.") from error
+        if self.clip is not None and not (is_number(self.clip) and self.clip > 0):
+            raise MetaPeftError(
+                f"inner_max_grad_norm must be positive, or None for no clipping; got {shown(self.clip)}."
+            )
+        if not (is_number(self.proximal) and self.proximal >= 0):
+            raise MetaPeftError(f"proximal must be a finite number of 0 or more, got {shown(self.proximal)}.")
+        if self.fast is not None:
+            check_pattern("fast_weights", self.fast)
 
     @property
     def passes_adjoints_on(self) -> bool:
@@ -88,8 +94,12 @@ class InnerRule:
 
     def fast_names(self, names: Iterable[str]) -> list[str]:
         """Those of the LoRA matrices that are fast weights."""
-        names = list(names)
-        found = [name for name in names if self.fast is None or re.search(self.fast, name)]
+        names = tuple(names)
+        if self.fast is None:
+            return list(names)
+        found = [
+            name for name, is_fast in zip(names, matches("fast_weights", self.fast, names), strict=True) if is_fast
+        ]
         if not found:
             raise MetaPeftError(
                 f"fast_weights={self.fast!r} is found in the name of no LoRA matrix. They have names like"
@@ -146,8 +156,8 @@ class InnerRule:
     def from_dict(cls, values: dict[str, Any]) -> InnerRule:
         optimizer = dict(values["optimizer"])
         name = optimizer.pop("name")
-        if name not in OPTIMIZERS:
-            raise MetaPeftError(f"Unknown inner optimizer {name!r}: expected one of {sorted(OPTIMIZERS)}.")
+        if not isinstance(name, str) or name not in OPTIMIZERS:
+            raise MetaPeftError(f"Unknown inner optimizer {shown(name)}: expected one of {sorted(OPTIMIZERS)}.")
         return cls(**{**values, "optimizer": OPTIMIZERS[name](**optimizer)})
 
 

@@ -6,12 +6,16 @@ from dataclasses import dataclass
 
 import torch
 
+from meta_peft.checked import at_least
 from meta_peft.types import Params
 
 
 @dataclass(frozen=True)
 class SGD:
     momentum: float = 0.0
+
+    def __post_init__(self) -> None:
+        at_least("momentum", self.momentum, 0)
 
     def init(self, fast: Params) -> Params:
         if not self.momentum:

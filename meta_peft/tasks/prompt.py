@@ -6,9 +6,11 @@ from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from meta_peft.checked import shown
 from meta_peft.errors import MetaPeftError
 from meta_peft.objectives.labelled_tokens import IGNORED
 
+LONGEST_TEMPLATE = 10_000
 INPUT_TARGET = [("input", "target"), ("text", "label"), ("question", "answer")]
 
 
@@ -35,8 +37,15 @@ class PromptFormat:
 
     def __post_init__(self) -> None:
         for name, field in (("prompt_template", "{input}"), ("completion_template", "{target}")):
-            if field not in getattr(self, name):
-                raise MetaPeftError(f"{name} must contain {field}, got {getattr(self, name)!r}.")
+            template = getattr(self, name)
+            if not isinstance(template, str) or len(template) > LONGEST_TEMPLATE or not _is_unicode(template):
+                raise MetaPeftError(
+                    f"{name} must be a text of at most {LONGEST_TEMPLATE} characters, got {shown(template)}."
+                )
+            if template.count(field) != 1:
+                raise MetaPeftError(
+                    f"{name} must contain {field}, got {shown(template)}: the place for the text, once."
+                )
 
     def to_dict(self) -> dict[str, str]:
         return asdict(self)
@@ -77,17 +86,34 @@ def _first_token(tokenizer: Any) -> int:
 def _text(row: Mapping[str, Any], column: str) -> str:
     value = row[column]
     if value is None or (isinstance(value, str) and not value):
-        raise MetaPeftError(f"Column {column!r} is empty in the row {dict(row)!r}.")
+        raise MetaPeftError(f"Column {column!r} is empty in the row {shown(dict(row))}.")
+    if not isinstance(value, (str, int, float, bool)):
+        raise MetaPeftError(f"Column {column!r} must hold text or numbers; got {shown(value)}.")
+    if isinstance(value, str) and not _is_unicode(value):
+        raise MetaPeftError(f"Column {column!r} holds half of a surrogate pair, which is no character: {shown(value)}.")
     return value if isinstance(value, str) else str(value)
 
 
+def _is_unicode(text: str) -> bool:
+    """Whether `text` can be written: JSON may hold one half of a surrogate pair."""
+    return not any("\ud800" <= character <= "\udfff" for character in text) if not text.isascii() else True
+
+
 def _encode_messages(messages: Any, tokenizer: Any) -> tuple[list[int], list[int]]:
-    if not messages or messages[-1].get("role") != "assistant":
-        raise MetaPeftError(f"A conversation must end with an assistant turn, got {messages!r}.")
+    turns = messages if isinstance(messages, list) else []
+    if not turns or not all(isinstance(turn, Mapping) for turn in turns) or turns[-1].get("role") != "assistant":
+        raise MetaPeftError(
+            f"A conversation must end with an assistant turn, got {shown(messages)}: it is a list of turns."
+        )
     if not getattr(tokenizer, "chat_template", None):
         raise MetaPeftError("Rows are conversations, but the tokenizer has no chat template: use an instruct model.")
-    prompt = tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True, tokenize=True, return_dict=False)
-    whole = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False)
+    try:
+        prompt = tokenizer.apply_chat_template(turns[:-1], add_generation_prompt=True, tokenize=True, return_dict=False)
+        whole = tokenizer.apply_chat_template(turns, tokenize=True, return_dict=False)
+    except Exception as error:  # a template is a program, and raises what it likes
+        raise MetaPeftError(
+            f"The tokenizer's chat template refuses the conversation {shown(messages)}: {shown(str(error))}."
+        ) from error
     if whole[: len(prompt)] != prompt:
         raise MetaPeftError(
             "The tokenizer's chat template does not continue its own prompt: use prompt/completion rows."

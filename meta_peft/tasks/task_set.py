@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
+from pyarrow import ArrowException
 
+from meta_peft.checked import shown
 from meta_peft.errors import MetaPeftError
 from meta_peft.tasks.prompt import PromptFormat, example_columns
 
@@ -37,6 +39,10 @@ class TaskSet:
         seen: set[tuple[str, str]] = set()
         examples = dataset.select_columns(list(columns))
         for i, (task, row) in enumerate(zip(dataset[task_column], examples, strict=True)):
+            if task is None or task == "" or isinstance(task, (list, dict)):
+                raise MetaPeftError(
+                    f"Row {i + 1} has {shown(task)} in the column {task_column!r}: name its task, as a text or a number."
+                )
             key = (str(task), json.dumps(row, sort_keys=True, default=str))
             if key not in seen:
                 seen.add(key)
@@ -93,7 +99,19 @@ class TaskSet:
     @classmethod
     def from_rows(cls, rows: Iterable[Mapping[str, Any]], task_column: str = "task") -> TaskSet:
         """From an iterable of dicts."""
-        return cls(Dataset.from_list([dict(row) for row in rows]), task_column)
+        try:
+            rows = [dict(row) for row in rows]
+            if any(_has_nul_in_names(row) for row in rows):  # Arrow would cut the names there
+                raise MetaPeftError("A column has a name with a NUL character: rename it.")
+            dataset = Dataset.from_list(rows)
+        except MetaPeftError:
+            raise
+        except (ArrowException, TypeError, ValueError, OverflowError, RecursionError) as error:
+            raise MetaPeftError(
+                f"The rows do not make a table ({shown(str(error))}): each must have columns, and a column the same kind"
+                " of value in every row, text for one."
+            ) from error
+        return cls(dataset, task_column)
 
     @classmethod
     def from_mapping(cls, tasks: Mapping[str, Iterable[Mapping[str, Any]]]) -> TaskSet:
@@ -119,6 +137,12 @@ class TaskSet:
         return cls.from_rows(source, task_column)
 
 
+def _has_nul_in_names(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return any("\0" in str(name) or _has_nul_in_names(part) for name, part in value.items())
+    return isinstance(value, list) and any(map(_has_nul_in_names, value))
+
+
 def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
     """The rows of a JSONL file; a bad line is named by its number."""
     path = Path(path)
@@ -134,8 +158,8 @@ def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
             continue
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise MetaPeftError(f"{path}, line {number}: not JSON ({error.msg}).") from error
+        except (ValueError, RecursionError) as error:  # integers of thousands of digits and deep nesting too
+            raise MetaPeftError(f"{path}, line {number}: not JSON ({getattr(error, 'msg', error)}).") from error
         if not isinstance(row, dict):
             raise MetaPeftError(f"{path}, line {number}: expected an object with columns, got {line[:60]!r}.")
         rows.append(row)

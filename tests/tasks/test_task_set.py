@@ -131,6 +131,32 @@ def test_bad_files(tmp_path, content, message: str):
         read_jsonl(path)
 
 
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (['{"task": "a", "input": ' + "9" * 5000 + ', "target": "x"}'], "line 1: not JSON .*4300 digits"),
+        (["[" * 10**5], "line 1: not JSON .*recursion"),
+        (['{"task": "a", "input": 99999999999999999999999, "target": "x"}'], "do not make a table"),
+        (['{"task": "a", "input": "\\ud800", "target": "x"}'], "do not make a table"),
+        (
+            ['{"task": "a", "input": 1, "target": "x"}', '{"task": "a", "input": "b", "target": "x"}'],
+            "the same kind of",
+        ),
+        (['{"task": {"": 1, "\\u0000": 2}, "input": "a", "target": "x"}'], "a name with a NUL character"),
+        (['{"task": null, "input": "a", "target": "x"}'], "Row 1 has None in the column 'task': name its task"),
+        (['{"task": "", "input": "a", "target": "x"}'], "Row 1 has '' in the column 'task'"),
+        (['{"task": ["a"], "input": "a", "target": "x"}'], r"Row 1 has \['a'\] in the column 'task'"),
+    ],
+    ids=range(9),
+)
+def test_rows_that_make_no_tasks(tmp_path, lines: list[str], message: str):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(lines), encoding="utf-8")
+    with pytest.raises(MetaPeftError, match=message) as error:
+        TaskSet.from_jsonl(path)
+    assert len(str(error.value)) < 1000
+
+
 def test_no_file(tmp_path):
     with pytest.raises(MetaPeftError, match=r"There is no file '.*absent.jsonl'"):
         TaskSet.of(tmp_path / "absent.jsonl")

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from meta_peft import MetaPeftError, training_state
+from meta_peft import MetaPeftError
+from meta_peft.survival import training_state
 
 
 def test_every_bit_comes_back(tmp_path: Path):

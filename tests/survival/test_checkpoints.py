@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from meta_peft import MetaPeftError, checkpoints
+from meta_peft import MetaPeftError
+from meta_peft.survival import checkpoints
 
 
 def make(parent: Path, step: int, text: str = "weights") -> Path:

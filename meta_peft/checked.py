@@ -1,0 +1,88 @@
+"""Values that somebody else may have written: each is of the type and in the range that is expected, or is refused."""
+
+from __future__ import annotations
+
+import json
+import math
+import reprlib
+from pathlib import Path
+from typing import Any
+
+from meta_peft.errors import MetaPeftError
+
+LARGEST_JSON = 64_000_000  # bytes; a sidecar has about 100 for each LoRA matrix
+
+
+def at_least(option: str, value: Any, least: float) -> None:
+    """Raise unless `value` is a finite number of `least` or more; a bool is no number."""
+    if not (is_number(value) and value >= least):
+        raise MetaPeftError(f"{option} must be a number of {least} or more; got {shown(value)}.")
+
+
+def whole(option: str, value: Any, least: int, most: int) -> int:
+    """`value`, or an error unless it is an int from `least` to `most`."""
+    if not (isinstance(value, int) and not isinstance(value, bool) and least <= value <= most):
+        raise MetaPeftError(f"{option} must be a whole number from {least} to {most}; got {shown(value)}.")
+    return value
+
+
+def text(option: str, value: Any, longest: int) -> str:
+    """`value`, or an error unless it is a text that can be shown and written: some characters, no control characters."""
+    if not (isinstance(value, str) and 0 < len(value) <= longest and value.isprintable()):
+        raise MetaPeftError(f"{option} must be a text of 1 to {longest} printable characters; got {shown(value)}.")
+    return value
+
+
+def flag(option: str, value: Any) -> bool:
+    """`value`, or an error unless it is a bool."""
+    if not isinstance(value, bool):
+        raise MetaPeftError(f"{option} must be true or false; got {shown(value)}.")
+    return value
+
+
+def is_number(value: Any) -> bool:
+    """Whether `value` is a finite int or float."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an int beyond every float
+        return False
+
+
+def shown(value: Any) -> str:
+    """`value` for a message: its repr, cut where it is long or deep."""
+    written = _SHORT.repr(value)
+    return written if len(written) <= 1000 else f"{written[:1000]}..."
+
+
+class _Short(reprlib.Repr):
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxstring = self.maxother = 80
+
+    def repr_int(self, x: int, level: int) -> str:
+        # Python refuses to write out integers of more than some thousand digits.
+        return repr(x) if x.bit_length() < 200 else f"an integer of {x.bit_length()} bits"
+
+
+_SHORT = _Short()
+
+
+def read_object(path: Path, what: str) -> dict[str, Any]:
+    """The JSON object in `path`.
+
+    Raises:
+        MetaPeftError: there is none, it is too large or it is no JSON; `what` says in the message what it should be.
+    """
+    try:
+        if path.stat().st_size > LARGEST_JSON:
+            raise MetaPeftError(f"{path} is larger than {LARGEST_JSON // 10**6} MB: it is damaged or not {what}.")
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except MetaPeftError:
+        raise
+    except (OSError, ValueError, RecursionError) as error:
+        raise MetaPeftError(f"{path} is damaged or not {what} ({shown(error)}).") from error
+    if not isinstance(values, dict):
+        raise MetaPeftError(f"{path} is damaged or not {what} (expected an object, got {type(values).__name__}).")
+    return values
