@@ -293,7 +293,7 @@ class MetaTrainer(Trainer):
         self.attach()
         if self._failure is not None:
             raise self._failure
-        self.interrupted = self._signal.received
+        self.interrupted = max((s for s in group.gathered_objects(self._signal.received) if s), default=None)
         return result
 
     def attach(self) -> None:

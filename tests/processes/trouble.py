@@ -1,13 +1,19 @@
-"""A job in which something goes wrong: python trouble.py WHAT OUTPUT"""
+"""Jobs of two processes in which something goes wrong in process 1: python trouble.py FOLDER prints how each process ends.
+
+There is no launcher that would end one process when the other fails: each has to notice by itself.
+"""
 
 from __future__ import annotations
 
+import json
 import os
 import signal
+import socket
 import sys
 import time
 from pathlib import Path
 
+import torch
 from conftest import tiny_base, with_lora
 from surface import config, letter_tasks, tiny_tokenizer
 from transformers import TrainerCallback
@@ -15,9 +21,11 @@ from transformers import TrainerCallback
 from meta_peft import MetaPeftError, MetaTrainer
 from meta_peft.processes import group
 
+TIMEOUT = 5  # seconds that a process waits for the others
 
-class At(TrainerCallback):
-    """Does something in process 1, at the end of outer step 2."""
+
+class AtStep2(TrainerCallback):
+    """Does something in process 1 at the end of outer step 2."""
 
     def __init__(self, do):
         self.do = do
@@ -27,52 +35,111 @@ class At(TrainerCallback):
             self.do()
 
 
-def freeze() -> None:
-    os.kill(os.getpid(), signal.SIGSTOP)
+def unreadable(run: MetaTrainer) -> None:
+    run.train_dataset.tasks.dataset = None
 
 
-def die() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
+def out_of_memory(run: MetaTrainer) -> None:
+    def full(*_):
+        raise MemoryError("out of memory")
+
+    run.loss_fn._measured = full
 
 
-def leave_alone() -> None: ...
+def frozen(run: MetaTrainer) -> None:
+    run.add_callback(AtStep2(lambda: os.kill(os.getpid(), signal.SIGSTOP)))
 
 
-def break_callback() -> None:
-    raise RuntimeError("a callback broke in process 1")
+def dead(run: MetaTrainer) -> None:
+    run.add_callback(AtStep2(lambda: os.kill(os.getpid(), signal.SIGKILL)))
 
 
-def main(what: str, output: Path) -> None:
-    tasks = letter_tasks("abcdefgh")
-    args = config(output, max_steps=6, tasks_per_step=3, save_strategy="steps", save_steps=1, ddp_timeout=15)
-    do = {"freeze": freeze, "die": die, "callback": break_callback, "drift": leave_alone}.get(what, leave_alone)
-    run = MetaTrainer(with_lora(tiny_base("llama")), args, tasks, processing_class=tiny_tokenizer(), callbacks=[At(do)])
-    if what == "row" and args.process_index == 1:
-        run.train_dataset.tasks.dataset = None  # every row that this process reads fails
-    if what == "drift" and args.process_index == 1:
-        original = run.optimizer_step_size = run.outer_step.total
+def callback(run: MetaTrainer) -> None:
+    def breaks():
+        raise RuntimeError("a callback broke")
 
-        def drifting(**options):
-            total, wrong = original(**options)
-            for grad in total.gradient.grads.adapter.values():
-                grad.mul_(1.5)
-            return total, wrong
+    run.add_callback(AtStep2(breaks))
 
-        run.outer_step.total = drifting
-    if what == "memory" and args.process_index == 1:
 
-        def full(*_):
-            raise MemoryError("out of memory")
+@torch.no_grad()
+def drifting(run: MetaTrainer) -> None:
+    run.add_callback(AtStep2(lambda: next(iter(run.loss_fn.weights.parameters().values())).data.add_(1e-3)))
 
-        run.loss_fn._measured = full
-    print("started", time.time(), flush=True)
+
+def alone_not_finite(run: MetaTrainer) -> None:
+    """In this process alone every loss is no number; both have to skip the update, and stop in the end."""
+    original = run.loss_fn._measured
+
+    def measured(measure, adapter, rows):
+        return [loss * float("nan") for loss in original(measure, adapter, rows)]
+
+    run.loss_fn._measured = measured
+
+
+def asked_to_stop(run: MetaTrainer) -> None:
+    run.add_callback(AtStep2(lambda: os.kill(os.getpid(), signal.SIGTERM)))
+
+
+TROUBLES = [unreadable, out_of_memory, frozen, dead, callback, drifting, alone_not_finite, asked_to_stop]
+
+
+def job(trouble, output: Path) -> int:
+    options = {"max_steps": 6, "tasks_per_step": 3, "save_strategy": "steps", "save_steps": 1}
+    args = config(output, ddp_timeout=TIMEOUT, max_skipped_updates=2, **options)
+    run = MetaTrainer(with_lora(tiny_base("llama")), args, letter_tasks("abcdefgh"), processing_class=tiny_tokenizer())
+    if args.process_index == 1:
+        trouble(run)
     try:
         run.train()
     except MetaPeftError as error:
-        print(f"process {args.process_index}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
-        sys.exit(3)
+        print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        return 2
     group.leave()
+    return 0 if run.interrupted is None else 128 + run.interrupted
+
+
+def start(rank: int, port: int, trouble, folder: Path) -> int:
+    pid = os.fork()
+    if pid == 0:
+        code = 99
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        file = os.open(folder / f"{trouble.__name__}{rank}.txt", os.O_WRONLY | os.O_CREAT)
+        os.dup2(file, 1)
+        os.dup2(file, 2)
+        try:
+            code = job(trouble, folder / trouble.__name__)
+        except BaseException as error:
+            print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+            code = 1
+        finally:
+            os._exit(code)
+    return pid
+
+
+def main(folder: Path) -> None:
+    found = {}
+    for trouble in TROUBLES:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        began, pids, codes = time.monotonic(), [start(rank, port, trouble, folder) for rank in (0, 1)], {}
+        while len(codes) < 2 and time.monotonic() < began + 60:
+            for rank, pid in enumerate(pids):
+                if rank not in codes and (status := os.waitpid(pid, os.WNOHANG))[0]:
+                    codes[rank] = os.waitstatus_to_exitcode(status[1])
+            if codes.keys() == {0} and trouble is frozen:
+                break
+            time.sleep(0.02)
+        seconds = time.monotonic() - began
+        for rank in {0, 1} - codes.keys():
+            os.kill(pids[rank], signal.SIGKILL)
+            os.waitpid(pids[rank], 0)
+        said = [(folder / f"{trouble.__name__}{rank}.txt").read_text() for rank in (0, 1)]
+        steps = sorted(int(path.name.split("-")[1]) for path in (folder / trouble.__name__).glob("checkpoint-*"))
+        found[trouble.__name__] = {"codes": codes, "seconds": seconds, "said": said, "checkpoints": steps}
+    print(json.dumps(found))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]))
+    main(Path(sys.argv[1]))
