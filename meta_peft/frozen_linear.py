@@ -23,7 +23,8 @@ from transformers.pytorch_utils import Conv1D
 
 from meta_peft.whole_weights import whole_weight
 
-QUANTISED = (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt)
+FOUR_BIT, EIGHT_BIT = bnb.nn.Linear4bit, bnb.nn.Linear8bitLt
+QUANTISED = (FOUR_BIT, EIGHT_BIT)
 COPY = "_dense_copy_of_weight"  # where a layer holds it
 
 

@@ -18,10 +18,10 @@ def whole_weight(layer: nn.Module) -> Tensor:
     """``layer.weight`` in full, detached, on the device that computes with it; of a 4-bit layer, its codes."""
     weight: Any = layer.weight
     if isinstance(weight, DTensor):
-        whole: Tensor = weight.detach().full_tensor()
-        return whole
+        shards: Any = weight.detach()
+        return shards.full_tensor()
     if _is_zero3(weight):
-        from deepspeed.zero import GatheredParameters
+        from deepspeed.runtime.zero import GatheredParameters
 
         with GatheredParameters([weight]):  # afterwards the parameter is empty, and what was gathered is ours alone
             return weight.detach()
