@@ -7,6 +7,7 @@ derivatives are those of a whole base, and at most one layer is whole at a time.
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -93,6 +94,8 @@ def _fsdp2(base: Any, weights: list[nn.Parameter], *, offload: bool) -> None:
     }
     if offload and device == "cuda":
         options["offload_policy"] = CPUOffloadPolicy()
+    # FSDP2 warns that its hook on the logits is lost if they are changed in place. Products do not depend on its hooks.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     for layer in _layers(base):
         fully_shard(layer, **options)
     fully_shard(base, **options)
