@@ -106,7 +106,7 @@ def _device_map(args: ModelArguments, sharding: Sharding | None) -> dict[str, An
                 f"device_map names {sorted(map(str, computing))}, and the weights of one adapter have to lie on one"
                 " device: name one, cpu and disk, or shard over processes (docs/scaling.md)."
             )
-        if args.load_in_4bit or args.load_in_8bit:
+        if (args.load_in_4bit or args.load_in_8bit) and {"cpu", "disk"} & set(devices.values()):
             check = refusal("device_map", "4-bit" if args.load_in_4bit else "8-bit", "first order")
             raise MetaPeftError(f"device_map with a quantised base is refused: {check}.")
     return {"device_map": devices, "offload_folder": args.offload_folder}

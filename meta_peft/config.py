@@ -16,6 +16,7 @@ from meta_peft.inner_optimizers import SGD, Adam, InnerRule
 from meta_peft.inner_path import check_memory
 from meta_peft.memory_plan import MemoryPlan
 from meta_peft.schedule import AnyAlgorithm, Schedule
+from meta_peft.sharding import asked_for
 from meta_peft.tasks.prompt import PromptFormat
 
 ALGORITHMS = ("maml", "fomaml", "imaml", "reptile", "multitask")
@@ -231,6 +232,7 @@ class MetaLoraConfig(TrainingArguments):
             raise MetaPeftError("remove_unused_columns would drop the support and query rows: leave it false.")
         if self.max_steps <= 0:
             raise MetaPeftError(f"max_steps must be 1 or more, got {self.max_steps}: episodes have no epochs.")
+        asked_for()  # before TrainingArguments reads what the launcher set
         if self.fsdp or self.deepspeed:
             raise MetaPeftError(
                 "The options fsdp and deepspeed are refused: they would wrap the whole model, LoRA included. Leave both out"

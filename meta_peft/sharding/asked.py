@@ -67,6 +67,7 @@ def _fsdp() -> Sharding:
             " alike. Set fsdp_version: 2, as recipes/accelerate/fsdp2.yaml does."
         )
     from accelerate import FullyShardedDataParallelPlugin
+    from torch.distributed.fsdp import CPUOffloadPolicy
 
     plugin: Any = FullyShardedDataParallelPlugin()
     if plugin.activation_checkpointing:
@@ -74,7 +75,7 @@ def _fsdp() -> Sharding:
             "fsdp_activation_checkpointing would recompute with other LoRA weights than those of the forward: set it to"
             " false, and gradient_checkpointing: true in the options of the run."
         )
-    return Sharding("fsdp2", offload=bool(getattr(plugin.cpu_offload, "pin_memory", None) is not None))
+    return Sharding("fsdp2", offload=isinstance(plugin.cpu_offload, CPUOffloadPolicy))
 
 
 def _deepspeed() -> Sharding:

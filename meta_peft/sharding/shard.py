@@ -37,6 +37,7 @@ def shard_base(model: Any, sharding: Sharding) -> None:
     if any(is_elsewhere(module) for module in base.modules()):
         raise MetaPeftError("The base is sharded or offloaded already: shard a base that is whole.")
     weights = _frozen_weights(base)
+    _check_group(weights, sharding)
     if sharding.back_end == "fsdp2":
         _fsdp2(base, weights, offload=sharding.offload)
     else:
@@ -75,16 +76,24 @@ def _frozen_weights(base: nn.Module) -> list[nn.Parameter]:
     return weights
 
 
-def _fsdp2(base: Any, weights: list[nn.Parameter], *, offload: bool) -> None:
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
-
+def _check_group(weights: list[nn.Parameter], sharding: Sharding) -> None:
     whole = [weight for weight in weights if not weight.is_floating_point()]
-    if whole:
+    if whole and sharding.back_end == "fsdp2":
         raise MetaPeftError(
             f"{len(whole)} weights are stored as {whole[0].dtype}, which FSDP2 leaves whole without a word: load the base"
             " with bnb_4bit_quant_storage set to the dtype of the base."
         )
+    if not dist.is_initialized():
+        raise MetaPeftError(
+            "There is no process group to shard over: make accelerate.PartialState() first, in processes that"
+            " accelerate launch or torchrun started, on a CPU with ACCELERATE_USE_CPU=true."
+        )
+
+
+def _fsdp2(base: Any, weights: list[nn.Parameter], *, offload: bool) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
+
     device = "cuda" if torch.cuda.is_available() and dist.get_backend() != "gloo" else "cpu"
     chosen = {id(weight) for weight in weights}
     options: dict[str, Any] = {
