@@ -16,7 +16,7 @@ from meta_peft.inner_optimizers import SGD, Adam, InnerRule
 from meta_peft.inner_path import check_memory
 from meta_peft.memory_plan import MemoryPlan
 from meta_peft.schedule import AnyAlgorithm, Schedule
-from meta_peft.sharding import asked_for
+from meta_peft.sharding import LockstepPlan, asked_for
 from meta_peft.tasks.prompt import PromptFormat
 
 ALGORITHMS = ("maml", "fomaml", "imaml", "reptile", "multitask")
@@ -102,6 +102,11 @@ class ModelArguments:
         _at_least("lora_r", self.lora_r, 1)
         if self.lora_target_modules == ["all-linear"]:
             self.lora_target_modules = "all-linear"  # type: ignore[assignment]  # what PEFT understands
+
+    @property
+    def quantisation(self) -> str:
+        """How the base is stored, as the table of what shards calls it."""
+        return "4-bit" if self.load_in_4bit else "8-bit" if self.load_in_8bit else self.dtype
 
 
 @dataclass
@@ -293,6 +298,8 @@ class MetaLoraConfig(TrainingArguments):
         )
 
     def memory_plan(self) -> MemoryPlan:
-        """How batches are split to fit into memory."""
+        """How batches are split to fit into memory, or to keep processes in step where the base is sharded."""
+        if asked_for():
+            return LockstepPlan(self.tasks_per_forward)
         budget = None if self.memory_budget_gb is None else int(self.memory_budget_gb * 1e9)
         return MemoryPlan(self.tasks_per_forward, budget)
