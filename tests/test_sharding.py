@@ -20,7 +20,17 @@ from surface import ROOT, environment, tiny_folder
 import meta_peft as mp
 from meta_peft.base_model import BaseIdentity, load_base, with_adapter
 from meta_peft.errors import MetaPeftError
-from meta_peft.sharding import LockstepPlan, Sharding, asked_for, check_sharding, refusal, rounds_in_step, shard_base
+from meta_peft.sharding import (
+    LockstepPlan,
+    Sharding,
+    asked_for,
+    check_even,
+    check_sharding,
+    refusal,
+    rounds_in_step,
+    shard_base,
+)
+from meta_peft.sharding.asked import launched_to_shard
 from meta_peft.sharding.table import ALGORITHMS as KINDS
 from meta_peft.sharding.table import BACK_ENDS, QUANTISATIONS, kind_of, markdown
 
@@ -147,7 +157,11 @@ DEEPSPEED = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO3_INI
 
 def test_the_launcher_is_read_once_and_accelerate_is_not_told(monkeypatch: pytest.MonkeyPatch):
     assert asked(monkeypatch) is None
+    assert not launched_to_shard()
     assert asked(monkeypatch, **FSDP2) == Sharding("fsdp2")
+    assert not launched_to_shard()
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    assert launched_to_shard()
     assert "ACCELERATE_USE_FSDP" not in os.environ
     assert asked(monkeypatch, **FSDP2, FSDP_OFFLOAD_PARAMS="true") == Sharding("fsdp2", offload=True)
 
@@ -232,6 +246,12 @@ def test_memory_that_runs_out_in_one_process_is_an_error():
     with pytest.raises(MetaPeftError, match="set tasks_per_forward below 4"):
         LockstepPlan().shrink(4)
     assert rounds_in_step(3) == 3  # alone, as many as there are
+
+
+def test_uneven_shares_are_refused():
+    check_even(8, 4)
+    with pytest.raises(MetaPeftError, match="take 12 tasks per step"):
+        check_even(9, 4)
 
 
 def test_the_page_has_the_table_of_the_code():

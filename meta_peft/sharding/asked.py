@@ -34,6 +34,11 @@ class Sharding:
     options: dict[str, Any] = field(default_factory=dict)
 
 
+def launched_to_shard() -> bool:
+    """Whether the launcher asks for any sharding, as long as `asked_for` has not been called."""
+    return any(_is_true(os.environ.get(name)) for name in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"))
+
+
 @cache
 def asked_for() -> Sharding | None:
     """What the launcher of this process asks for, None for a replicated base. It is read once.
@@ -56,7 +61,11 @@ def asked_for() -> Sharding | None:
 
 
 def _taken(variable: str) -> bool:
-    return os.environ.pop(variable, "false").lower() in ("true", "1", "yes")
+    return _is_true(os.environ.pop(variable, None))
+
+
+def _is_true(value: str | None) -> bool:
+    return (value or "").lower() in ("true", "1", "yes")
 
 
 def _fsdp() -> Sharding:

@@ -25,6 +25,21 @@ def rounds_in_step(n_own_tasks: int, device: torch.device | str = "cpu") -> int:
     return int(most)
 
 
+def check_even(tasks_per_step: int, shares: int) -> None:
+    """Raise `MetaPeftError` unless the tasks of an outer step come to equally many in each of `shares` shares.
+
+    Args:
+        tasks_per_step: of all processes together.
+        shares: processes times the batches that each accumulates.
+    """
+    if tasks_per_step % shares:
+        raise MetaPeftError(
+            f"{tasks_per_step} tasks per outer step do not come to equally many in each of {shares} shares (processes times"
+            f" gradient_accumulation_steps), and with a sharded base all processes run the same forwards: take"
+            f" {-(-tasks_per_step // shares) * shares} tasks per step."
+        )
+
+
 class LockstepPlan(MemoryPlan):
     """A fixed number of tasks at once, all of a step by default.
 
