@@ -159,10 +159,10 @@ def test_the_launcher_is_read_once_and_accelerate_is_not_told(monkeypatch: pytes
     assert asked(monkeypatch) is None
     assert not launched_to_shard()
     assert asked(monkeypatch, **FSDP2) == Sharding("fsdp2")
+    assert "ACCELERATE_USE_FSDP" not in os.environ
     assert not launched_to_shard()
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     assert launched_to_shard()
-    assert "ACCELERATE_USE_FSDP" not in os.environ
     assert asked(monkeypatch, **FSDP2, FSDP_OFFLOAD_PARAMS="true") == Sharding("fsdp2", offload=True)
 
 
