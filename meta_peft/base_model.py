@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +14,11 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from meta_peft.checked import is_number, shown, text, whole
 from meta_peft.config import ModelArguments
 from meta_peft.errors import MetaPeftError
+from meta_peft.fast_weights import lora_layers
+from meta_peft.frozen_linear import quantised_layers
+from meta_peft.sharding import Sharding, asked_for, refusal
 from meta_peft.smollm2_wheel import cache_folder, smollm2_folder
+from meta_peft.whole_weights import whole_weight
 
 logger = logging.getLogger("meta_peft")
 
@@ -39,7 +45,7 @@ def load_base(args: ModelArguments) -> Any:
     """The base model of `args`, frozen."""
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    dtype = getattr(torch, args.dtype)
+    dtype, sharding = getattr(torch, args.dtype), asked_for()
     options: dict[str, Any] = {"dtype": dtype}
     if args.load_in_4bit:
         options["quantization_config"] = BitsAndBytesConfig(
@@ -47,12 +53,17 @@ def load_base(args: ModelArguments) -> Any:
             bnb_4bit_quant_type=args.bnb_4bit_quant_type,
             bnb_4bit_use_double_quant=args.use_bnb_nested_quant,
             bnb_4bit_compute_dtype=dtype,
+            bnb_4bit_quant_storage=_quant_storage(args, sharding),
         )
     elif args.load_in_8bit:
         options["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
     if args.attn_implementation:
         options["attn_implementation"] = args.attn_implementation
-    if torch.cuda.is_available():
+    if args.device_map:
+        options |= _device_map(args, sharding)
+    elif sharding:
+        options["device_map"] = {"": "cpu"}  # each process moves its own shards to its device
+    elif torch.cuda.is_available():
         from accelerate import PartialState
 
         options["device_map"] = {"": PartialState().device}
@@ -67,10 +78,43 @@ def load_base(args: ModelArguments) -> Any:
         )
     except (OSError, ValueError) as error:
         raise MetaPeftError(f"The base model {args.model_name_or_path!r} cannot be loaded: {error}") from error
+    if args.load_in_4bit + args.load_in_8bit and not quantised_layers(model):
+        raise MetaPeftError("The base was loaded without quantisation, though it was asked for: leave device_map out.")
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     model.name_or_path = args.model_name_or_path  # what adapters name as their base: never a cache folder
     return model
+
+
+def _quant_storage(args: ModelArguments, sharding: Sharding | None) -> str:
+    """FSDP2 shards floats only, and those of one dtype together."""
+    fsdp2 = sharding is not None and sharding.back_end == "fsdp2"
+    storage = args.bnb_4bit_quant_storage or (args.dtype if fsdp2 else "uint8")
+    if fsdp2 and storage != args.dtype:
+        raise MetaPeftError(
+            f"bnb_4bit_quant_storage={storage} with dtype={args.dtype} would not shard under FSDP2: leave it out."
+        )
+    return storage
+
+
+def _device_map(args: ModelArguments, sharding: Sharding | None) -> dict[str, Any]:
+    """Options of `from_pretrained` that keep part of the base in main memory or on disk."""
+    if sharding:
+        raise MetaPeftError(
+            f"device_map is for one process, and the launcher asks for {sharding.back_end}: leave it out."
+        )
+    devices: Any = "auto" if args.device_map == "auto" else json.loads(Path(str(args.device_map)).read_text())
+    if isinstance(devices, dict):
+        computing = set(devices.values()) - {"cpu", "disk"}
+        if len(computing) > 1:
+            raise MetaPeftError(
+                f"device_map names {sorted(map(str, computing))}, and the weights of one adapter have to lie on one"
+                " device: name one, cpu and disk, or shard over processes (docs/scaling.md)."
+            )
+        if (args.load_in_4bit or args.load_in_8bit) and {"cpu", "disk"} & set(devices.values()):
+            check = refusal("device_map", "4-bit" if args.load_in_4bit else "8-bit", "first order")
+            raise MetaPeftError(f"device_map with a quantised base is refused: {check}.")
+    return {"device_map": devices, "offload_folder": args.offload_folder}
 
 
 def lora_config(args: ModelArguments) -> LoraConfig:
@@ -102,7 +146,19 @@ def with_adapter(base: Any, config: LoraConfig) -> PeftModel:
             f"lora_target_modules={targets} with lora_layers={config.layers_to_transform} match"
             f" no layer of {type(base).__name__}, whose linear layers are called {names} in layers 0 to {n_layers} - 1."
         ) from error
+    _materialise(model, config)
     return model
+
+
+def _materialise(model: PeftModel, config: LoraConfig) -> None:
+    """PEFT puts the LoRA matrices of an offloaded layer where its weight is, which is nowhere: start them anew, here."""
+    for _, layer in lora_layers(model, "default"):
+        matrices: Any = layer
+        if any(parameter.is_meta for name, parameter in matrices.named_parameters() if "lora_" in name):
+            device = whole_weight(layer.get_base_layer()).device
+            for name in layer.adapter_layer_names:
+                getattr(layer, name).to_empty(device=device)
+            layer.reset_lora_parameters("default", config.init_lora_weights)
 
 
 def locate(name: str, revision: str | None = None) -> str:
@@ -163,7 +219,7 @@ class BaseIdentity:
     def of(cls, base: Any) -> BaseIdentity:
         config = base.config
         sizes = {k: int(getattr(config, k)) for k in ("hidden_size", "num_hidden_layers", "vocab_size")}
-        weight = base.get_input_embeddings().weight
+        weight = whole_weight(base.get_input_embeddings())
         rows = torch.linspace(0, weight.shape[0] - 1, 64).long()
         sample = weight.detach()[rows, torch.arange(64) % weight.shape[1]].float().cpu()
         return cls(str(base.name_or_path), sizes, tuple(round(float(x), 5) for x in sample))

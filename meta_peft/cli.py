@@ -13,6 +13,7 @@ from typing import Any
 
 from meta_peft.allocator import keep_freed_memory
 from meta_peft.errors import MetaPeftError, did_you_mean
+from meta_peft.sharding.asked import launched_to_shard
 
 EXAMPLES = """examples:
   meta-peft train --config recipes/configs/locale_formatting.yaml
@@ -30,7 +31,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.getLogger("meta_peft").setLevel(logging.INFO)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on a CPU it misses an optional package at every start
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")  # PEFT asks transformers by the old name
-    keep_freed_memory()
+    if not launched_to_shard():
+        keep_freed_memory()
     try:
         return _main(words)
     except (MetaPeftError, OSError) as error:  # what was given, or a file that cannot be read or written

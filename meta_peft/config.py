@@ -17,6 +17,7 @@ from meta_peft.inner_path import check_memory
 from meta_peft.memory_plan import MemoryPlan
 from meta_peft.processes import check_launch, join
 from meta_peft.schedule import AnyAlgorithm, Schedule
+from meta_peft.sharding import LockstepPlan, asked_for
 from meta_peft.tasks.prompt import PromptFormat
 
 ALGORITHMS = ("maml", "fomaml", "imaml", "reptile", "multitask")
@@ -56,6 +57,21 @@ class ModelArguments:
     load_in_8bit: bool = field(default=False, metadata={"help": "Quantise the base to 8 bits with bitsandbytes."})
     bnb_4bit_quant_type: str = field(default="nf4", metadata={"help": "4-bit data type: nf4 or fp4."})
     use_bnb_nested_quant: bool = field(default=False, metadata={"help": "Quantise the 4-bit scales too."})
+    bnb_4bit_quant_storage: str | None = field(
+        default=None,
+        metadata={
+            "help": "How 4-bit codes are stored: uint8, float32 or bfloat16. By default as dtype where FSDP2 shards the"
+            " base, which it could not do with uint8, else uint8."
+        },
+    )
+    device_map: str | None = field(
+        default=None,
+        metadata={
+            "help": "For one process: auto, or a JSON file from module names to cpu, disk or a device number. What does"
+            " not fit the device is fetched when it is used."
+        },
+    )
+    offload_folder: str | None = field(default=None, metadata={"help": "Where device_map puts what goes to disk."})
     attn_implementation: str | None = field(
         default=None,
         metadata={"help": "Attention of the base, such as sdpa or eager; transformers' choice by default."},
@@ -83,6 +99,8 @@ class ModelArguments:
                 " lost. Use bfloat16 or float32."
             )
         _choice("dtype", self.dtype, ("float32", "bfloat16"))
+        if self.bnb_4bit_quant_storage is not None:
+            _choice("bnb_4bit_quant_storage", self.bnb_4bit_quant_storage, ("uint8", "float32", "bfloat16"))
         if self.load_in_4bit and self.load_in_8bit:
             raise MetaPeftError("load_in_4bit and load_in_8bit are both set: choose one.")
         _at_least("lora_r", self.lora_r, 1)
@@ -90,6 +108,11 @@ class ModelArguments:
             raise MetaPeftError(f"lora_dropout must be a number from 0 to 1; got {self.lora_dropout}.")
         if self.lora_target_modules == ["all-linear"]:
             self.lora_target_modules = "all-linear"  # type: ignore[assignment]  # what PEFT understands
+
+    @property
+    def quantisation(self) -> str:
+        """How the base is stored, as the table of what shards calls it."""
+        return "4-bit" if self.load_in_4bit else "8-bit" if self.load_in_8bit else self.dtype
 
 
 @dataclass
@@ -249,10 +272,13 @@ class MetaLoraConfig(TrainingArguments):
             raise MetaPeftError("remove_unused_columns would drop the support and query rows: leave it false.")
         if self.max_steps <= 0:
             raise MetaPeftError(f"max_steps must be 1 or more, got {self.max_steps}: episodes have no epochs.")
+        asked_for()  # before TrainingArguments reads what the launcher set
         if self.fsdp or self.deepspeed:
             raise MetaPeftError(
-                "fsdp and deepspeed are refused: sharded weights have no second derivative here yet. Several processes"
-                " with a replicated base work: leave both out."
+                "The options fsdp and deepspeed are refused: they would wrap the whole model, LoRA included. Leave both out"
+                " and start with accelerate launch --config_file recipes/accelerate/fsdp2.yaml, or deepspeed_zero3.yaml"
+                " beside it, which shard the frozen base alone; or with a base that is whole in every process"
+                " (docs/scaling.md)."
             )
         if self.torch_compile:
             raise MetaPeftError("torch_compile is refused: compiled code has no second derivative. Leave it off.")
@@ -315,6 +341,8 @@ class MetaLoraConfig(TrainingArguments):
         )
 
     def memory_plan(self) -> MemoryPlan:
-        """How batches are split to fit into memory."""
+        """How batches are split to fit into memory, or to keep processes in step where the base is sharded."""
+        if asked_for():
+            return LockstepPlan(self.tasks_per_forward)
         budget = None if self.memory_budget_gb is None else int(self.memory_budget_gb * 1e9)
         return MemoryPlan(self.tasks_per_forward, budget)

@@ -10,8 +10,10 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
+import torch.nn.functional as F
 from peft import PeftModel
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from meta_peft.dora import dora_forwards
 from meta_peft.fast_weights import lora_layers
@@ -19,6 +21,7 @@ from meta_peft.frozen_linear import frozen_product, quantised_layers
 from meta_peft.ops.lora_linear import is_plain, lora_linear
 from meta_peft.ops.rms_norm import rms_norm
 from meta_peft.ops.swiglu import swiglu
+from meta_peft.whole_weights import is_elsewhere, whole_weight
 
 Forwards = list[tuple[nn.Module, Callable[..., Any]]]
 # transformers' classes with exactly the formulas of `ops.rms_norm` and `ops.swiglu`.
@@ -30,17 +33,35 @@ SILU = {"SiLU", "SiLUActivation"}
 
 def fast_forwards(model: PeftModel, adapter: str) -> Forwards:
     """Forwards to take the place of the modules' own while losses are computed."""
-    return [*_products(model, adapter), *dora_forwards(model, adapter), *_norms(model), *_gated(model)]
+    return [
+        *_products(model, adapter),
+        *_embeddings(model),
+        *dora_forwards(model, adapter),
+        *_norms(model),
+        *_gated(model),
+    ]
 
 
 def _products(model: PeftModel, adapter: str) -> Iterator[tuple[nn.Module, Callable[..., Any]]]:
-    """LoRA layers, and quantised layers outside of them."""
+    """LoRA layers, and outside of them quantised layers and those whose weight is kept elsewhere."""
     plain = [layer for _, layer in lora_layers(model, adapter) if is_plain(layer, adapter)]
     yield from ((layer, partial(_lora_layer, layer, adapter)) for layer in plain)
     inside = {id(layer.get_base_layer()) for layer in plain}
-    for layer in quantised_layers(model):
+    kept_elsewhere = [m for m in model.modules() if type(m) in (nn.Linear, Conv1D) and is_elsewhere(m)]
+    for layer in (*quantised_layers(model), *kept_elsewhere):
         if id(layer) not in inside:
             yield layer, partial(frozen_product, layer=layer)
+
+
+def _embeddings(model: nn.Module) -> Iterator[tuple[nn.Module, Callable[..., Any]]]:
+    """Embeddings whose weight is kept elsewhere."""
+    for module in model.modules():
+        if type(module) is nn.Embedding and is_elsewhere(module):
+            yield module, partial(_embedding, module)
+
+
+def _embedding(layer: nn.Embedding, ids: Tensor) -> Tensor:
+    return F.embedding(ids, whole_weight(layer))
 
 
 def _lora_layer(layer: Any, adapter: str, x: Tensor) -> Tensor:
@@ -52,7 +73,7 @@ def _norms(model: nn.Module) -> Iterator[tuple[nn.Module, Callable[..., Any]]]:
     for module in model.modules():
         if type(module).__name__ in RMS_NORMS:
             norm: Any = module
-            yield module, partial(rms_norm, weight=norm.weight.detach(), eps=norm.variance_epsilon)
+            yield module, partial(rms_norm, weight=whole_weight(norm), eps=norm.variance_epsilon)
 
 
 def _gated(model: nn.Module) -> Iterator[tuple[nn.Module, Callable[..., Any]]]:

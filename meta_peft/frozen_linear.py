@@ -21,21 +21,29 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-QUANTISED = (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt)
+from meta_peft.whole_weights import whole_weight
+
+FOUR_BIT, EIGHT_BIT = bnb.nn.Linear4bit, bnb.nn.Linear8bitLt
+QUANTISED = (FOUR_BIT, EIGHT_BIT)
 COPY = "_dense_copy_of_weight"  # where a layer holds it
 
 
 def dequantise(layer: nn.Module) -> Tensor:
     """The weight of a `Linear4bit` or `Linear8bitLt` as a dense tensor ``[out, in]``."""
     if isinstance(layer, bnb.nn.Linear4bit):
-        weight: Any = layer.weight
-        dense: Tensor = bnb.functional.dequantize_4bit(weight.data.view(-1, 1), weight.quant_state)
+        dense: Tensor = bnb.functional.dequantize_4bit(whole_weight(layer).view(-1, 1), quant_state(layer))
         return dense
     if isinstance(layer, bnb.nn.Linear8bitLt):
         codes = layer.weight.CB if layer.weight.CB is not None else layer.state.CB
         scales = layer.weight.SCB if layer.weight.SCB is not None else layer.state.SCB
         return codes.to(scales.dtype) * (scales.unsqueeze(1) / 127.0)
     raise TypeError(f"{type(layer).__name__} is not a bitsandbytes layer")
+
+
+def quant_state(layer: nn.Module) -> Any:
+    """The scales of a `Linear4bit`. What shards a weight makes another parameter of it, which does not carry them."""
+    own: Any = layer
+    return getattr(own.weight, "quant_state", None) or own.quant_state
 
 
 @contextmanager
@@ -67,9 +75,8 @@ def _dense_bytes(layer: Any) -> int:
 def frozen_weight(layer: nn.Module, dtype: torch.dtype) -> Tensor:
     """The weight of a frozen linear layer, quantised or not, as ``[out, in]`` in `dtype`, detached."""
     if not isinstance(layer, QUANTISED):
-        weight: Any = layer.weight
-        dense: Tensor = (weight.T if isinstance(layer, Conv1D) else weight).detach().to(dtype)
-        return dense
+        weight = whole_weight(layer)
+        return (weight.T if isinstance(layer, Conv1D) else weight).to(dtype)
     if COPY not in layer.__dict__:
         return dequantise(layer).to(dtype)
     copy: Tensor | None = layer.__dict__[COPY]

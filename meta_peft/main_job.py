@@ -16,6 +16,7 @@ from meta_peft.base_model import load_base, load_tokenizer, lora_config, with_ad
 from meta_peft.compare import CompareArguments, compare, multitask_start
 from meta_peft.config import MetaLoraConfig, ModelArguments, TaskArguments
 from meta_peft.report import Report
+from meta_peft.sharding import asked_for, check_sharding
 from meta_peft.tasks import TaskSet
 from meta_peft.trainer import MetaTrainer
 
@@ -33,6 +34,7 @@ def run(
     model_args: ModelArguments, task_args: TaskArguments, args: MetaLoraConfig, comparison: CompareArguments
 ) -> Report | None:
     """Train, save to `args.output_dir`, compare, and write table and plot there."""
+    _check_base(model_args, args)
     tasks = load_tasks(task_args, args.task_column)
     tasks["train"].check_rows(args.shots, args.query_size)
     tokenizer = load_tokenizer(
@@ -62,9 +64,11 @@ def run(
     starts = [plain, learned]
     if comparison.compare == "full":  # trained by all processes together
         starts.insert(1, multitask_start(trainer, tasks["train"], partial(_new_model, model_args, args.seed)))
+    if args.process_index and not asked_for():
+        return None
+    report = compare(trainer, starts, tasks, comparison)  # on a sharded base by all processes together
     if args.process_index:
         return None
-    report = compare(trainer, starts, tasks, comparison)
     report = replace(report, run=_about(model_args, task_args, args, tasks, seconds))
     found = report.curves[learned.name]
     trainer.record(
@@ -91,6 +95,14 @@ def load_tasks(task_args: TaskArguments, task_column: str) -> dict[str, TaskSet]
         for other in splits[i + 1 :]:
             tasks[split].check_disjoint(tasks[other], (split, other))
     return tasks
+
+
+def _check_base(model_args: ModelArguments, args: MetaLoraConfig) -> None:
+    """What cannot work where the base is to be kept is refused before it is loaded."""
+    sharding = asked_for()
+    back_end = sharding.back_end if sharding else "device_map" if model_args.device_map else None
+    if back_end:
+        check_sharding(back_end, model_args.quantisation, args.algorithm_object())
 
 
 def _new_model(model_args: ModelArguments, seed: int) -> PeftModel:

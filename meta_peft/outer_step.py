@@ -25,11 +25,23 @@ class OuterStep:
         rates: the inner loop's rates.
         plan: how many tasks go through the model at once.
         in_order: see `StepSum`.
+        in_lockstep: whether all processes have to run the same forwards, as they do on a sharded base. Then no process
+            can wait for the end of the step with an error, nor look at its own tasks once more.
         device: where batches are computed.
     """
 
-    def __init__(self, loss_fn: AdapterLoss, rates: LearnedRates, plan: MemoryPlan, *, in_order: bool, device: Any):
+    def __init__(
+        self,
+        loss_fn: AdapterLoss,
+        rates: LearnedRates,
+        plan: MemoryPlan,
+        *,
+        in_order: bool,
+        in_lockstep: bool,
+        device: Any,
+    ):
         self.loss_fn, self.rates, self.plan, self.device = loss_fn, rates, plan, device
+        self._in_lockstep = in_lockstep
         learned = rates.values() if rates.log_rates.requires_grad else {}
         self._sum = StepSum(loss_fn.weights.parameters(), learned, in_order=in_order)
         self._bad: list[tuple[EpisodeBatch, AnyAlgorithm]] = []
@@ -51,6 +63,8 @@ class OuterStep:
                     self._bad.append((batch, algorithm))
                 first += batch.n_tasks
         except Exception as error:
+            if self._in_lockstep:
+                raise
             self._sum.fail(error)
 
     def total(self, *, stop: bool = False) -> tuple[StepTotal, list[str]]:
@@ -69,6 +83,8 @@ class OuterStep:
 
     def _reasons(self, batch: EpisodeBatch, algorithm: AnyAlgorithm) -> list[str]:
         """Each task by itself, to see which it is."""
+        if self._in_lockstep:
+            return [f"one of the tasks {', '.join(map(repr, batch.tasks))}"]
         weights = {name: p.detach() for name, p in self.loss_fn.weights.parameters().items()}
         found = []
         for task in range(batch.n_tasks):

@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from meta_peft.errors import MetaPeftError
 from meta_peft.fast_weights import FastWeights, active_adapter, lora_layers
+from meta_peft.frozen_linear import quant_state
 
 logger = logging.getLogger("meta_peft")
 _said: set[str] = set()
@@ -180,8 +181,7 @@ def _check_quantised(model: nn.Module) -> None:
     for path, layer in model.named_modules():
         if not isinstance(layer, bnb.nn.Linear4bit):
             continue
-        weight: Any = layer.weight
-        if getattr(weight.quant_state, "packing_format_for_cpu", False):
+        if getattr(quant_state(layer), "packing_format_for_cpu", False):
             raise MetaPeftError(
                 f"{path} was repacked for CPU inference, which rounds its weights. Load the base model anew and do not"
                 " run it in evaluation mode before it is meta-trained or adapted."

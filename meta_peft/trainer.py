@@ -35,6 +35,7 @@ from meta_peft.outer_step import OuterStep
 from meta_peft.processes import Share, StepShares, group, restarts
 from meta_peft.processes.replicas import check_replicas, same_everywhere
 from meta_peft.processes.step_shares import only
+from meta_peft.sharding import shard_as_asked
 from meta_peft.sidecar import Sidecar
 from meta_peft.survival import checkpoints, training_state
 from meta_peft.survival.stop_signal import StopSignal
@@ -86,6 +87,8 @@ class MetaTrainer(Trainer):
                 tasks.check_disjoint(eval_tasks)
         peft_model = _peft_model(model, peft_config)
         self.algorithm = args.algorithm_object()
+        shares = args.world_size * args.gradient_accumulation_steps
+        sharded = shard_as_asked(peft_model, self.algorithm, tasks_per_step=args.tasks_in_a_step, shares=shares)
         self.schedule, self.memory_plan = args.schedule(), args.memory_plan()
         self.loss_fn = bind(peft_model, self.algorithm, checkpoint=args.gradient_checkpointing)
         self.rates = LearnedRates(args.inner_rule(), dict(self.loss_fn.weights.parameters()))
@@ -116,7 +119,12 @@ class MetaTrainer(Trainer):
         )
         self.model_accepts_loss_kwargs = False
         self.outer_step = OuterStep(
-            self.loss_fn, self.rates, self.memory_plan, in_order=args.deterministic_reduction, device=args.device
+            self.loss_fn,
+            self.rates,
+            self.memory_plan,
+            in_order=args.deterministic_reduction,
+            in_lockstep=sharded,
+            device=args.device,
         )
         if self.callback_handler.pop_callback(ProgressCallback) is not None:
             self.callback_handler.add_callback(LossInProgressBar)

@@ -13,25 +13,13 @@ PACKAGE = Path(meta_peft.__file__).parent
 # Each module or subfolder of the package, from the ground up.
 FLOORS = [
     ["errors", "types"],
-    [
-        *[
-            "checked",
-            "patterns",
-            "params",
-            "forwards",
-            "task_rows",
-            "allocator",
-            "checkpointing",
-            "memory",
-            "smollm2_wheel",
-            "survival",
-        ]
-    ],
-    ["config_file", "fast_weights", "frozen_linear", "frozen_prefix", "inner_optimizers", "shelf", "processes"],
-    ["ops", "preflight", "dora", "inner_loop", "hessian"],
+    ["checked", "patterns", "params", "forwards", "task_rows", "allocator", "checkpointing", "memory", "whole_weights"],
+    ["config_file", "fast_weights", "frozen_linear", "frozen_prefix", "inner_optimizers", "shelf", "smollm2_wheel"],
+    ["survival", "processes", "ops", "preflight", "dora", "inner_loop", "hessian"],
     ["objectives", "fast_forwards", "fast_attention", "inner_path", "health"],
     ["tasks", "adapter_loss", "algorithms"],
     ["memory_plan", "schedule"],
+    ["sharding"],
     ["outer_loop", "config"],
     ["evaluate", "in_context", "base_model", "outer_step"],
     ["sidecar", "report", "adapter_files"],

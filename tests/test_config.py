@@ -98,7 +98,7 @@ from meta_peft.schedule import Schedule
         ({"memory_budget_gb": math.nan}, "memory_budget_gb must be positive; got nan"),
         ({"max_steps": -1}, "max_steps must be 1 or more, got -1: episodes have no epochs"),
         ({"max_steps": 0}, "max_steps must be 1 or more, got 0"),
-        ({"fsdp": "full_shard"}, "fsdp and deepspeed are refused: sharded weights have no second derivative here yet"),
+        ({"fsdp": "full_shard"}, "options fsdp and deepspeed are refused: they would wrap the whole model"),
         ({"torch_compile": True}, "torch_compile is refused: compiled code has no second derivative. Leave it off"),
         ({"prompt_template": "Question"}, r"prompt_template must contain \{input\}, got 'Question'"),
         ({"completion_template": "{input}"}, r"completion_template must contain \{target\}"),

@@ -27,7 +27,7 @@ def last_layer_at(model: nn.Module, row_N: Tensor, position_N: Tensor, n_rows: i
     is of no known class.
     """
     layers = getattr(getattr(model, "model", None), "layers", None)
-    if not isinstance(layers, nn.ModuleList) or type(layers[-1]).__name__ not in LAYERS:
+    if not isinstance(layers, nn.ModuleList) or type(layers[-1]).__name__.removeprefix("FSDP") not in LAYERS:
         yield position_N
         return
     count_B = torch.bincount(row_N, minlength=n_rows)
