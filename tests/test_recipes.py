@@ -72,3 +72,18 @@ def test_two_processes_are_one_with_twice_the_tasks(tmp_path: Path):
     assert {row["start"] for row in rows[1]} >= {"plain LoRA", "multi-task LoRA", "meta-learned LoRA"}
     for mine, its in zip(*rows, strict=True):
         assert mine["loss"] == pytest.approx(its["loss"], abs=1e-3), mine["start"]
+
+
+def test_a_base_in_shards_is_one_that_is_whole(tmp_path: Path):
+    """The launcher's configuration alone shards the base over two processes; the update stays what it was."""
+    config = write_config(tmp_path)
+    one, shards = tmp_path / "one", tmp_path / "shards"
+    options = ["--compare", "none", "--tasks_per_step", "4"]
+    losses = [
+        launch(ONE, config, one, *options),
+        launch(["--config_file", str(ROOT / "recipes" / "accelerate" / "fsdp2.yaml")], config, shards, *options),
+    ]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-4)
+    expected, found = (load_file(folder / "adapter_model.safetensors") for folder in (one, shards))
+    for key in expected:
+        assert (found[key] - expected[key]).abs().max() < 1e-5, key
