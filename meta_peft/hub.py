@@ -156,12 +156,19 @@ def push(folder: str | Path, repo_id: str, *, private: bool = False, token: str 
 
 @contextmanager
 def _replacing_files(folder: Path) -> Iterator[Path]:
-    """A folder to write into; its files then replace those of `folder` one by one, each by a rename."""
+    """A folder to write into; its files then replace those of `folder` one by one, each by a rename.
+
+    The sidecar goes first and comes last. Whoever is killed in between leaves an adapter without one, which is refused,
+    and not one whose files do not belong together.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=".writing-", dir=folder))
     try:
         yield partial
-        for file in sorted(partial.iterdir()):
+        files = sorted(partial.iterdir(), key=lambda file: (file.name == JSON, file.name))
+        if files and files[-1].name == JSON:
+            (folder / JSON).unlink(missing_ok=True)
+        for file in files:
             os.replace(file, folder / file.name)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

@@ -190,3 +190,28 @@ def test_an_adapted_model_saves_what_is_active(tmp_path: Path):
     model, _ = adapt(load(None, trained_folder()), letter_rows("p")[:2])
     hub.save(model, model.meta_peft.sidecar, tmp_path)
     assert adapter_of(load(None, tmp_path)) == adapter_of(model)
+
+
+@pytest.mark.parametrize("renames", range(5))
+def test_killed_while_files_are_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, renames: int):
+    """The folder has the old adapter, the new one, or one that is refused; never files of both with a sidecar."""
+    run = trainer(tmp_path / "run")
+    old, new = run.sidecar(), replace(run.sidecar(), shots=7)
+    save(run.loss_fn.model, old, tmp_path / "adapter")
+    done, rename = [], os.replace
+
+    def killed(source: Path, target: Path) -> None:
+        if len(done) == renames:
+            raise KeyboardInterrupt
+        done.append(target)
+        rename(source, target)
+
+    monkeypatch.setattr("meta_peft.hub.os.replace", killed)
+    if renames < 4:
+        with pytest.raises(KeyboardInterrupt):
+            save(run.loss_fn.model, new, tmp_path / "adapter")
+        with pytest.raises(MetaPeftError, match="has no meta_peft.json"):
+            Sidecar.read(tmp_path / "adapter")
+    else:
+        save(run.loss_fn.model, new, tmp_path / "adapter")
+        assert Sidecar.read(tmp_path / "adapter").shots == 7
