@@ -36,19 +36,11 @@ def load_tokenizer(name: str, *, revision: str | None = None, trust_remote_code:
 
 def load_base(args: ModelArguments) -> Any:
     """The base model of `args`, frozen."""
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers import AutoModelForCausalLM
 
-    dtype = getattr(torch, args.dtype)
-    options: dict[str, Any] = {"dtype": dtype}
-    if args.load_in_4bit:
-        options["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type=args.bnb_4bit_quant_type,
-            bnb_4bit_use_double_quant=args.use_bnb_nested_quant,
-            bnb_4bit_compute_dtype=dtype,
-        )
-    elif args.load_in_8bit:
-        options["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
+    options: dict[str, Any] = {"dtype": getattr(torch, args.dtype)}
+    if (how := quantisation(args)) is not None:
+        options["quantization_config"] = how
     if args.attn_implementation:
         options["attn_implementation"] = args.attn_implementation
     if torch.cuda.is_available():
@@ -66,6 +58,20 @@ def load_base(args: ModelArguments) -> Any:
         parameter.requires_grad_(False)
     model.name_or_path = args.model_name_or_path  # what adapters name as their base: never a cache folder
     return model
+
+
+def quantisation(args: ModelArguments) -> Any:
+    """How `args` quantise the base: a `BitsAndBytesConfig`, or None."""
+    from transformers import BitsAndBytesConfig
+
+    if args.load_in_4bit:
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=args.bnb_4bit_quant_type,
+            bnb_4bit_use_double_quant=args.use_bnb_nested_quant,
+            bnb_4bit_compute_dtype=getattr(torch, args.dtype),
+        )
+    return BitsAndBytesConfig(load_in_8bit=True) if args.load_in_8bit else None
 
 
 def lora_config(args: ModelArguments) -> LoraConfig:

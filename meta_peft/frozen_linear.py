@@ -38,6 +38,28 @@ def dequantise(layer: nn.Module) -> Tensor:
     raise TypeError(f"{type(layer).__name__} is not a bitsandbytes layer")
 
 
+def quantise_shapes(layer: Any, dtype: torch.dtype) -> None:
+    """Give a bitsandbytes layer on the meta device codes and scales of the sizes that a weight in `dtype` would get."""
+    weight, shape = layer.weight, (layer.out_features, layer.in_features)
+    dense = torch.empty(shape, dtype=dtype, device="meta")
+    if isinstance(layer, bnb.nn.Linear4bit):
+        kind = {"quant_type": weight.quant_type, "compress_statistics": weight.compress_statistics}
+        codes, state = bnb.functional.quantize_4bit(dense, quant_storage=weight.quant_storage, **kind)
+        layer.weight = bnb.nn.Params4bit(codes, False, state, bnb_quantized=True, **kind)
+    else:
+        codes, scales, _ = bnb.functional.int8_vectorwise_quant(dense.half())  # as bitsandbytes does, whatever the dtype
+        layer.weight = bnb.nn.Int8Params(codes, False, CB=codes, SCB=scales)
+
+
+def scale_bytes(layer: Any) -> int:
+    """Bytes of a quantised layer's scales, which are no parameters: they come on top of its codes."""
+    if isinstance(layer, bnb.nn.Linear8bitLt):
+        return int(layer.weight.SCB.nbytes)
+    state = layer.weight.quant_state
+    nested = [state.offset, state.state2.absmax, state.state2.code] if state.nested else []
+    return sum(int(tensor.nbytes) for tensor in (state.absmax, state.code, *nested))
+
+
 @contextmanager
 def dense_copies(layers: Iterable[nn.Module], n_bytes: float) -> Iterator[None]:
     """Inside this context a dequantised copy of a layer's weight is kept from its first use on, up to `n_bytes` in all.
