@@ -24,10 +24,10 @@ from meta_peft.config import MetaLoraConfig, ModelArguments
 from meta_peft.errors import MetaPeftError
 from meta_peft.fast_weights import lora_layers
 from meta_peft.frozen_linear import COPY, quantised_layers, scale_bytes
-from meta_peft.live_memory import FusedAttention, LiveMemory
+from meta_peft.live_memory import LiveMemory
 from meta_peft.memory_plan import SHARE, MemoryPlan
 from meta_peft.outer_loop import LearnedRates, bind, in_chunks
-from meta_peft.types import EpisodeBatch, Meta, Rows
+from meta_peft.types import EpisodeBatch, Meta, Params, Rows
 from meta_peft.weightless import base_config, weightless_model
 
 SUPPORT, QUERY, BACK = "support rows, forward", "query rows, forward", "gradients on the way back"
@@ -48,13 +48,10 @@ class EstimateArguments:
     device_gb: float | None = field(
         default=None, metadata={"help": "Memory of one GPU: what fits is said, and auto plans with it."}
     )
-    devices: int = field(default=1, metadata={"help": "GPUs over which the layers are spread."})
-    alternatives: bool = field(
-        default=True, metadata={"help": "Also estimate the other memory modes and first order."}
-    )
+    alternatives: bool = field(default=True, metadata={"help": "Also estimate the other memory modes and first order."})
 
     def __post_init__(self) -> None:
-        for option in ("row_tokens", "labelled_tokens", "devices"):
+        for option in ("row_tokens", "labelled_tokens"):
             value = getattr(self, option)
             if value is not None and value < 1:
                 raise MetaPeftError(f"{option} must be 1 or more; got {value}.")
@@ -80,7 +77,6 @@ class Line:
 class Estimate:
     """`resting` is there all the time, `working` at the fullest moment of a meta-gradient."""
 
-    memory: str
     tasks: int
     resting: list[Line]
     working: list[Line]
@@ -100,14 +96,15 @@ def estimate(model_args: ModelArguments, args: MetaLoraConfig, given: EstimateAr
     model = weightless_model(model_args, copy.deepcopy(config))
     algorithm, batch = args.algorithm_object(), whole_rows(args, given)
     loss_fn = bind(model, algorithm, checkpoint=args.gradient_checkpointing)
-    rates = LearnedRates(args.inner_rule(), dict(loss_fn.weights.parameters()))
+    adapter: Params = dict(loss_fn.weights.parameters())
+    rates = LearnedRates(args.inner_rule(), adapter)
     resting = [*base_lines(model), *_trained(loss_fn, rates, args)]
     plan = args.memory_plan()
     if plan.budget is None:
         left = math.inf if given.device_gb is None else given.device_gb * 1e9 - sum(line.n_bytes for line in resting)
         plan.budget = max(SHARE["cuda"] * (left - CUDA_GB * 1e9), 1.0)
     with LiveMemory():  # which answers what has no values
-        algorithm, tasks = plan.settle(algorithm, loss_fn, Meta(loss_fn.weights.parameters(), rates.values()), batch)
+        algorithm, tasks = plan.settle(algorithm, loss_fn, Meta(adapter, rates.values()), batch)
     settled = _Settled(algorithm, args.gradient_checkpointing, batch.part(0, tasks))
     at_most = _of_all_layers(model_args, config, settled)
     working = [Line(kind, _how(kind, settled, loss_fn), n) for kind, n in at_most.most_common() if n]
@@ -116,8 +113,7 @@ def estimate(model_args: ModelArguments, args: MetaLoraConfig, given: EstimateAr
     if (parts := math.ceil(batch.n_tasks / tasks)) > 1:
         own = sum(p.nbytes for p in loss_fn.weights.parameters().values())
         working.append(Line("meta-gradients", f"of {parts} parts of the batch", parts * own))
-    kept = getattr(algorithm, "memory", "-") if algorithm.second_order or getattr(algorithm, "first_order", True) is False else "-"
-    return Estimate(str(kept), tasks, resting, working)
+    return Estimate(tasks, resting, working)
 
 
 @dataclass(frozen=True)
@@ -160,16 +156,19 @@ def _line(one: Counter[str], two: Counter[str], n: int) -> Counter[str]:
 
 
 def _alive(model_args: ModelArguments, config: Any, settled: _Settled) -> tuple[Counter[str], Counter[str]]:
-    loss_fn = bind(weightless_model(model_args, copy.deepcopy(config)), settled.algorithm, checkpoint=settled.checkpoint)
+    loss_fn = bind(
+        weightless_model(model_args, copy.deepcopy(config)), settled.algorithm, checkpoint=settled.checkpoint
+    )
     return count_alive(loss_fn, settled.algorithm, settled.batch)
 
 
 def count_alive(loss_fn: AdapterLoss, algorithm: Any, batch: EpisodeBatch) -> tuple[Counter[str], Counter[str]]:
     """Run a meta-gradient, with or without values, and count by kind: see `LiveMemory.fullest` and `without`."""
-    rates = LearnedRates(algorithm.inner, dict(loss_fn.weights.parameters()))
+    adapter: Params = dict(loss_fn.weights.parameters())
+    rates = LearnedRates(algorithm.inner, adapter)
     kinds = _Kinds(loss_fn, batch)
     meta = Meta(dict(loss_fn.weights.parameters()), rates.values())
-    with kinds.watching(), FusedAttention(), LiveMemory(kinds, apart=(LOGITS, DENSE)) as memory:
+    with kinds.watching(), LiveMemory(kinds, apart=(LOGITS, DENSE)) as memory:
         in_chunks(algorithm, loss_fn, meta, batch, MemoryPlan(batch.n_tasks, math.inf))
     return memory.fullest, memory.without
 
@@ -203,7 +202,8 @@ class _Kinds:
         self._base = loss_fn.model.get_base_model()
         self._adapter = {tuple(p.shape) for p in loss_fn.weights.parameters().values()}
         self._adapter |= {shape[::-1] for shape in self._adapter}
-        self._weights = {(int(q.out_features), int(q.in_features)) for q in quantised_layers(self._base)}
+        layers: list[Any] = quantised_layers(self._base)
+        self._weights = {(int(layer.out_features), int(layer.in_features)) for layer in layers}
         self._vocabulary = int(self._base.config.get_text_config().vocab_size)
         length = batch.support.labels_BL.shape[1]
         self._scores = {(length, length), (length - 1, length - 1)}  # the last token predicts nothing
@@ -231,7 +231,9 @@ class _Kinds:
 
     def __call__(self, function: Any, given: list[Tensor], tensor: Tensor) -> str:
         shape = tuple(tensor.shape)
-        if shape in self._weights and (given[0].dim() < 2 or not given[0].is_floating_point() or shape == given[0].shape):
+        if shape in self._weights and (
+            given[0].dim() < 2 or not given[0].is_floating_point() or shape == given[0].shape
+        ):
             return DENSE
         if shape[-1:] == (self._vocabulary,):
             return LOGITS
@@ -251,7 +253,7 @@ def base_lines(model: Any) -> list[Line]:
     for parameter in base.parameters():
         if id(parameter) in of_lora:
             continue
-        layer = quantised.get(id(parameter))
+        layer: Any = quantised.get(id(parameter))
         what = "base: " + ("quantised layers" if layer is not None else places.get(id(parameter), "other weights"))
         if layer is not None:
             n = int(layer.in_features) * int(layer.out_features)

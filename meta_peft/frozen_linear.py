@@ -40,14 +40,19 @@ def dequantise(layer: nn.Module) -> Tensor:
 
 def quantise_shapes(layer: Any, dtype: torch.dtype) -> None:
     """Give a bitsandbytes layer on the meta device codes and scales of the sizes that a weight in `dtype` would get."""
+    with torch.device("cpu"):  # a table that bitsandbytes makes at its first use and keeps: it has to have values
+        bnb.functional.quantize_blockwise(torch.zeros(1))
     weight, shape = layer.weight, (layer.out_features, layer.in_features)
     dense = torch.empty(shape, dtype=dtype, device="meta")
     if isinstance(layer, bnb.nn.Linear4bit):
         kind = {"quant_type": weight.quant_type, "compress_statistics": weight.compress_statistics}
-        codes, state = bnb.functional.quantize_4bit(dense, quant_storage=weight.quant_storage, **kind)
+        with torch.device("cpu"):
+            codes, state = bnb.functional.quantize_4bit(dense, quant_storage=weight.quant_storage, **kind)
         layer.weight = bnb.nn.Params4bit(codes, False, state, bnb_quantized=True, **kind)
     else:
-        codes, scales, _ = bnb.functional.int8_vectorwise_quant(dense.half())  # as bitsandbytes does, whatever the dtype
+        codes, scales, _ = bnb.functional.int8_vectorwise_quant(
+            dense.half()
+        )  # as bitsandbytes does, whatever the dtype
         layer.weight = bnb.nn.Int8Params(codes, False, CB=codes, SCB=scales)
 
 

@@ -13,7 +13,7 @@ from weakref import finalize
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch.nn.attention import SDPBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
@@ -28,9 +28,7 @@ class LiveMemory(TorchDispatchMode):
     kinds but `apart` were.
     """
 
-    def __init__(
-        self, kind: Callable[[Any, list[Tensor], Tensor], str] = lambda *_: "", apart: tuple[str, ...] = ()
-    ):
+    def __init__(self, kind: Callable[[Any, list[Tensor], Tensor], str] = lambda *_: "", apart: tuple[str, ...] = ()):
         super().__init__()
         self.now = 0
         self.fullest: Counter[str] = Counter()
@@ -47,6 +45,8 @@ class LiveMemory(TorchDispatchMode):
         if any(t.device.type == "meta" for t in given):
             if function is torch.ops.aten._local_scalar_dense.default and given[0].dtype == torch.bool:
                 return True  # transformers asks whether no row is padded: none is
+            if function is torch.ops.aten._fused_sdp_choice.default:  # a kernel, where a device would be given one
+                return (SDPBackend.FLASH_ATTENTION if torch._C._get_flash_sdp_enabled() else SDPBackend.MATH).value
             if any(t.device.type == "cpu" for t in given):  # labels have values; among those that have none, shapes do
                 args, kwargs = _without_values(args), _without_values(kwargs)
         result = function(*args, **kwargs)
@@ -57,7 +57,11 @@ class LiveMemory(TorchDispatchMode):
     def _count(self, function: Any, given: list[Tensor], tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
         key, size = storage._cdata, storage.nbytes()
-        if key in self._known or any(key == t.untyped_storage()._cdata for t in given) or isinstance(tensor, nn.Parameter):
+        if (
+            key in self._known
+            or any(key == t.untyped_storage()._cdata for t in given)
+            or isinstance(tensor, nn.Parameter)
+        ):
             return
         kind = self._kind(function, given, tensor)
         self._known[key] = finalize(storage, self._free, key, size, kind)
@@ -73,20 +77,6 @@ class LiveMemory(TorchDispatchMode):
         del self._known[key]
         self.now -= size
         self._by_kind[kind] -= size
-
-
-class FusedAttention(TorchFunctionMode):
-    """On the meta device attention runs as matrix products; this runs the fused kernel where a real device would."""
-
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = dict(kwargs or {})
-        fused = function is torch.nn.functional.scaled_dot_product_attention and torch._C._get_flash_sdp_enabled()
-        if fused and args[0].device.type == "meta":
-            query, key, value = args[:3]
-            return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                *(query, key, value, 0.0, kwargs.get("is_causal", False)), scale=kwargs.get("scale")
-            )[0]
-        return function(*args, **kwargs)
 
 
 def _tensors(values: Any) -> Iterator[Tensor]:

@@ -13,7 +13,10 @@ PACKAGE = Path(meta_peft.__file__).parent
 # Each module or subfolder of the package, from the ground up.
 FLOORS = [
     ["errors", "types"],
-    ["params", "forwards", "task_rows", "config_file", "allocator", "checkpointing", "memory", "smollm2_wheel"],
+    [
+        *("params", "forwards", "task_rows", "config_file", "allocator", "checkpointing", "memory", "live_memory"),
+        "smollm2_wheel",
+    ],
     ["fast_weights", "frozen_linear", "frozen_prefix", "inner_optimizers", "shelf"],
     ["ops", "preflight", "dora", "inner_loop", "hessian"],
     ["objectives", "fast_forwards", "inner_path"],
@@ -21,9 +24,9 @@ FLOORS = [
     ["memory_plan", "schedule"],
     ["outer_loop", "config"],
     ["evaluate", "in_context", "base_model"],
-    ["sidecar", "report"],
-    ["hub", "card"],
-    ["adaptation"],
+    ["sidecar", "report", "weightless"],
+    ["hub", "card", "estimate"],
+    ["adaptation", "estimate_report"],
     ["trainer"],
     ["compare"],
     ["main_job"],
@@ -33,7 +36,7 @@ FLOORS = [
 ROOMS = {room: rank for rank, floor in enumerate(FLOORS) for room in floor}
 PEFT = "fast_weights fast_forwards ops preflight dora adapter_loss outer_loop hub base_model adaptation trainer"
 ONLY_IN = {
-    "peft": [*PEFT.split(), "compare", "main_job"],
+    "peft": [*PEFT.split(), "compare", "main_job", "weightless"],
     "bitsandbytes": ["frozen_linear", "preflight"],
     "datasets": ["tasks", "trainer", "cli"],
     "transformers.Trainer": ["trainer"],
