@@ -11,6 +11,7 @@ from typing import Any
 from meta_peft import cli
 from meta_peft.compare import CompareArguments
 from meta_peft.config import MetaLoraConfig, ModelArguments, TaskArguments
+from meta_peft.estimate import EstimateArguments
 
 PAGE = Path(__file__).with_name("options.md")
 COMMANDS = {
@@ -32,6 +33,7 @@ This page is made by `python docs/make_options.py` from the help texts of the op
 line as `--key value`, or in a flat YAML file given by `--config`. The command line goes before the file. In Python they
 are the fields of four dataclasses. An unknown key is an error that names the closest known one.
 """
+ESTIMATE = "Where the memory of a run goes. It takes every option of `train`, and these:"
 INHERITED = """### What is inherited
 
 `MetaLoraConfig` is a `transformers.TrainingArguments`, so its options work too. These are the ones most often set here:
@@ -65,6 +67,8 @@ def page() -> str:
     for command, about in COMMANDS.items():
         rows = [(f"`{names}`", default, text) for names, default, text in command_options(command)]
         parts.append(f"## meta-peft {command}\n\n{about}\n\n{_table(rows)}")
+    rows = [(f"`{f.name}`", _default(f), f.metadata["help"]) for f in own_fields(EstimateArguments)]
+    parts.append(f"## meta-peft inspect --estimate\n\n{ESTIMATE}\n\n{_table(rows)}")
     return "\n".join(parts)
 
 

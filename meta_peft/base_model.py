@@ -43,20 +43,12 @@ def load_tokenizer(name: str, *, revision: str | None = None, trust_remote_code:
 
 def load_base(args: ModelArguments) -> Any:
     """The base model of `args`, frozen."""
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers import AutoModelForCausalLM
 
-    dtype, sharding = getattr(torch, args.dtype), asked_for()
-    options: dict[str, Any] = {"dtype": dtype}
-    if args.load_in_4bit:
-        options["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type=args.bnb_4bit_quant_type,
-            bnb_4bit_use_double_quant=args.use_bnb_nested_quant,
-            bnb_4bit_compute_dtype=dtype,
-            bnb_4bit_quant_storage=_quant_storage(args, sharding),
-        )
-    elif args.load_in_8bit:
-        options["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
+    sharding = asked_for()
+    options: dict[str, Any] = {"dtype": getattr(torch, args.dtype)}
+    if (how := quantisation(args, sharding)) is not None:
+        options["quantization_config"] = how
     if args.attn_implementation:
         options["attn_implementation"] = args.attn_implementation
     if args.device_map:
@@ -115,6 +107,21 @@ def _device_map(args: ModelArguments, sharding: Sharding | None) -> dict[str, An
             check = refusal("device_map", "4-bit" if args.load_in_4bit else "8-bit", "first order")
             raise MetaPeftError(f"device_map with a quantised base is refused: {check}.")
     return {"device_map": devices, "offload_folder": args.offload_folder}
+
+
+def quantisation(args: ModelArguments, sharding: Sharding | None = None) -> Any:
+    """How `args` quantise the base: a `BitsAndBytesConfig`, or None."""
+    from transformers import BitsAndBytesConfig
+
+    if args.load_in_4bit:
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=args.bnb_4bit_quant_type,
+            bnb_4bit_use_double_quant=args.use_bnb_nested_quant,
+            bnb_4bit_compute_dtype=getattr(torch, args.dtype),
+            bnb_4bit_quant_storage=_quant_storage(args, sharding),
+        )
+    return BitsAndBytesConfig(load_in_8bit=True) if args.load_in_8bit else None
 
 
 def lora_config(args: ModelArguments) -> LoraConfig:

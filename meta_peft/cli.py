@@ -13,7 +13,6 @@ from typing import Any
 
 from meta_peft.allocator import keep_freed_memory
 from meta_peft.errors import MetaPeftError, did_you_mean
-from meta_peft.sharding.asked import launched_to_shard
 
 EXAMPLES = """examples:
   meta-peft train --config recipes/configs/locale_formatting.yaml
@@ -31,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.getLogger("meta_peft").setLevel(logging.INFO)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on a CPU it misses an optional package at every start
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")  # PEFT asks transformers by the old name
-    if not launched_to_shard():
+    if words[:1] != ["train"]:
         keep_freed_memory()
     try:
         return _main(words)
@@ -43,6 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _main(words: list[str]) -> int:
     if words[:1] == ["train"]:
         return train(words[1:])
+    if words[:1] == ["inspect"] and "--estimate" in words:
+        return estimate_command(words[1:])
     parser, commands = command_parsers()
     if words and not words[0].startswith("-") and words[0] not in commands:
         raise MetaPeftError(f"There is no command {words[0]!r}.{did_you_mean(words[0], commands)}")
@@ -75,7 +76,9 @@ def command_parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.Argum
     evaluate.add_argument("--steps", type=int, nargs="+", default=[0, 1, 3, 10], help="numbers of adaptation steps")
     evaluate.add_argument("--tasks-per-forward", type=int, default=8, help="tasks evaluated at once (default: 8)")
     evaluate.add_argument("--output", metavar="DIR", help="also write results.json, results.md and results.png here")
-    inspect = commands.add_parser("inspect", help="what is in an adapter folder", allow_abbrev=False)
+    inspect = commands.add_parser(
+        "inspect", help="an adapter's contents; --estimate: a run's memory", allow_abbrev=False
+    )
     inspect.add_argument("--adapter", required=True, metavar="DIR_OR_ID", help="a folder or a hub id")
 
     def fail(message: str) -> None:
@@ -93,12 +96,30 @@ def train(words: list[str]) -> int:
     from meta_peft.config_file import parse
     from meta_peft.main_job import run
     from meta_peft.processes import group
+    from meta_peft.sharding.asked import launched_to_shard
 
     groups = (ModelArguments, TaskArguments, MetaLoraConfig, CompareArguments)
+    if not launched_to_shard():  # gathered weights that stay in the heap would be more than a whole base
+        keep_freed_memory()
     try:
         run(*parse(groups, words, prog="meta-peft train", about="Meta-train a LoRA adapter and compare it."))
     finally:
         group.leave()
+    return 0
+
+
+def estimate_command(words: list[str]) -> int:
+    """Where the memory of a run goes: options of `train`, and what an estimate has to know besides."""
+    from meta_peft.compare import CompareArguments
+    from meta_peft.config import MetaLoraConfig, ModelArguments, TaskArguments
+    from meta_peft.config_file import parse
+    from meta_peft.estimate import EstimateArguments
+    from meta_peft.estimate_report import account
+
+    groups = (ModelArguments, TaskArguments, MetaLoraConfig, CompareArguments, EstimateArguments)
+    about = "Estimate the memory of a training run."
+    model_args, _, args, _, given = parse(groups, words, prog="meta-peft inspect --estimate", about=about)
+    print(account(model_args, args, given))
     return 0
 
 

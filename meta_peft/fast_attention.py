@@ -75,7 +75,7 @@ def _is_plain(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, n_
         and key.shape[:3] == value.shape[:3]
         and query.dtype == key.dtype == value.dtype
         and not query.is_nested
-        and not torch.is_autocast_enabled(query.device.type)
+        and not (query.device.type != "meta" and torch.is_autocast_enabled(query.device.type))
         and (mask is None or (not mask.requires_grad and mask.dtype in (torch.bool, query.dtype)))
     )
 

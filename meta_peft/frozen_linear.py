@@ -46,6 +46,33 @@ def quant_state(layer: nn.Module) -> Any:
     return getattr(own.weight, "quant_state", None) or own.quant_state
 
 
+def quantise_shapes(layer: Any, dtype: torch.dtype) -> None:
+    """Give a bitsandbytes layer on the meta device codes and scales of the sizes that a weight in `dtype` would get."""
+    with torch.device("cpu"):  # a table that bitsandbytes makes at its first use and keeps: it has to have values
+        bnb.functional.quantize_blockwise(torch.zeros(1))
+    weight, shape = layer.weight, (layer.out_features, layer.in_features)
+    dense = torch.empty(shape, dtype=dtype, device="meta")
+    if isinstance(layer, bnb.nn.Linear4bit):
+        kind = {"quant_type": weight.quant_type, "compress_statistics": weight.compress_statistics}
+        with torch.device("cpu"):
+            codes, state = bnb.functional.quantize_4bit(dense, quant_storage=weight.quant_storage, **kind)
+        layer.weight = bnb.nn.Params4bit(codes, False, state, bnb_quantized=True, **kind)
+    else:
+        codes, scales, _ = bnb.functional.int8_vectorwise_quant(
+            dense.half()
+        )  # as bitsandbytes does, whatever the dtype
+        layer.weight = bnb.nn.Int8Params(codes, False, CB=codes, SCB=scales)
+
+
+def scale_bytes(layer: Any) -> int:
+    """Bytes of a quantised layer's scales, which are no parameters: they come on top of its codes."""
+    if isinstance(layer, bnb.nn.Linear8bitLt):
+        return int(layer.weight.SCB.nbytes)
+    state = quant_state(layer)
+    nested = [state.offset, state.state2.absmax, state.state2.code] if state.nested else []
+    return sum(int(tensor.nbytes) for tensor in (state.absmax, state.code, *nested))
+
+
 @contextmanager
 def dense_copies(layers: Iterable[nn.Module], n_bytes: float) -> Iterator[None]:
     """Inside this context a dequantised copy of a layer's weight is kept from its first use on, up to `n_bytes` in all.

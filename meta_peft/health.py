@@ -53,7 +53,7 @@ def what_is_not_finite(
         if bad:
             found.append(f"its weights at {where} in {_some(bad)}")
         elif not loss_T.isfinite().all():
-            found.append(f"its loss at {where} ({float(loss_T.sum())})")
+            found.append(f"its loss at {where} ({float(loss_T.detach().sum())})")
         elif bad := [name for name, grad in grads.items() if not grad.isfinite().all()]:
             found.append(f"its gradient at {where} in {_some(bad)}")
 

@@ -170,7 +170,7 @@ def _graph_bytes(loss_fn: LossFn, meta: Meta, support: Rows, algorithm: Any) -> 
     def note(tensor: Tensor) -> Tensor:
         if not isinstance(tensor, nn.Parameter):
             storage = tensor.untyped_storage()
-            saved[storage.data_ptr()] = storage.nbytes()
+            saved[storage._cdata] = storage.nbytes()  # on the meta device no storage has an address of its values
         return tensor.detach()  # with a graph of its own, the result of an operation would keep that operation alive
 
     rows = support.tasks(0, 1)

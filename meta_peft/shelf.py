@@ -10,6 +10,7 @@ import math
 import tempfile
 import weakref
 from collections.abc import Callable
+from functools import partial
 from typing import IO
 
 import numpy as np
@@ -30,6 +31,8 @@ class Shelf:
         return lambda: {name: place() for name, place in places.items()}
 
     def _put(self, tensor: Tensor) -> Callable[[], Tensor]:
+        if tensor.device.type == "meta":  # it has a shape and no values
+            return partial(torch.empty, tensor.shape, dtype=tensor.dtype, device="meta")
         if tensor.device.type != "cpu":
             device, copy = tensor.device, tensor.cpu()
             return lambda: copy.to(device)

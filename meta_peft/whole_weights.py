@@ -25,7 +25,7 @@ def whole_weight(layer: nn.Module) -> Tensor:
 
         with GatheredParameters([weight]):  # afterwards the parameter is empty, and what was gathered is ours alone
             return weight.detach()
-    if weight.device.type == "meta":
+    if is_elsewhere(layer):
         hook: Any = layer._hf_hook  # Accelerate's, which brings weights where the layer's own forward runs
         hook = next(h for h in getattr(hook, "hooks", (hook,)) if getattr(h, "weights_map", None) is not None)
         return hook.weights_map["weight"].to(hook.execution_device)
@@ -33,10 +33,12 @@ def whole_weight(layer: nn.Module) -> Tensor:
 
 
 def is_elsewhere(layer: nn.Module) -> bool:
-    """Whether the weight of `layer` is not here in full between uses."""
+    """Whether the weight of `layer` is not here in full between uses. One without values is nowhere (see `weightless`)."""
     weight: Any = getattr(layer, "weight", None)
     return isinstance(weight, Tensor) and (
-        isinstance(weight, DTensor) or _is_zero3(weight) or weight.device.type == "meta"
+        isinstance(weight, DTensor)
+        or _is_zero3(weight)
+        or (weight.device.type == "meta" and hasattr(layer, "_hf_hook"))
     )
 
 

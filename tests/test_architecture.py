@@ -14,7 +14,16 @@ PACKAGE = Path(meta_peft.__file__).parent
 FLOORS = [
     ["errors", "types"],
     ["checked", "patterns", "params", "forwards", "task_rows", "allocator", "checkpointing", "memory", "whole_weights"],
-    ["config_file", "fast_weights", "frozen_linear", "frozen_prefix", "inner_optimizers", "shelf", "smollm2_wheel"],
+    [
+        "live_memory",
+        "config_file",
+        "fast_weights",
+        "frozen_linear",
+        "frozen_prefix",
+        "inner_optimizers",
+        "shelf",
+        "smollm2_wheel",
+    ],
     ["survival", "processes", "ops", "preflight", "dora", "inner_loop", "hessian"],
     ["objectives", "fast_forwards", "fast_attention", "inner_path", "health"],
     ["tasks", "adapter_loss", "algorithms"],
@@ -22,9 +31,9 @@ FLOORS = [
     ["sharding"],
     ["outer_loop", "config"],
     ["evaluate", "in_context", "base_model", "outer_step"],
-    ["sidecar", "report", "adapter_files"],
-    ["hub", "card"],
-    ["adaptation"],
+    ["sidecar", "report", "adapter_files", "weightless"],
+    ["hub", "card", "estimate"],
+    ["adaptation", "estimate_report"],
     ["trainer"],
     ["compare"],
     ["main_job"],
@@ -34,7 +43,7 @@ FLOORS = [
 ROOMS = {room: rank for rank, floor in enumerate(FLOORS) for room in floor}
 PEFT = "fast_weights fast_forwards ops preflight dora adapter_files adapter_loss outer_loop hub base_model adaptation"
 ONLY_IN = {
-    "peft": [*PEFT.split(), "trainer", "compare", "main_job"],
+    "peft": [*PEFT.split(), "trainer", "compare", "main_job", "weightless"],
     "bitsandbytes": ["frozen_linear", "preflight"],
     "datasets": ["tasks", "trainer", "cli"],
     "transformers.Trainer": ["trainer"],

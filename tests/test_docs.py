@@ -136,7 +136,7 @@ def commands(page: Path) -> Iterator[list[str]]:
 def test_commands_name_what_exists(page: Path, workplace: Path, monkeypatch: pytest.MonkeyPatch):
     asked: list[object] = []
     monkeypatch.setattr(main_job, "run", lambda *groups: asked.append(groups))
-    for command in ("adapt", "evaluate", "inspect"):
+    for command in ("adapt", "evaluate", "inspect", "estimate"):
         monkeypatch.setattr(cli, f"{command}_command", lambda options: asked.append(options) or 0)
     for name, config in yaml_files(page):
         (workplace / name).write_text(config, encoding="utf-8")
@@ -149,6 +149,8 @@ def test_commands_name_what_exists(page: Path, workplace: Path, monkeypatch: pyt
             if words[2] == "--config_file":
                 assert (ROOT / words[3]).is_file(), words
                 del words[2:4]
+            if words[2:4] == ["--multi_gpu", "--num_processes"]:
+                del words[2:5]
             script, *options = words[2:]
             assert Path(script).is_file(), script
             if script == "recipes/meta_lora.py":

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -210,7 +212,7 @@ def test_killed_while_files_are_replaced(tmp_path: Path, monkeypatch: pytest.Mon
     if renames < 4:
         with pytest.raises(KeyboardInterrupt):
             save(run.loss_fn.model, new, tmp_path / "adapter")
-        with pytest.raises(MetaPeftError, match="has no meta_peft.json"):
+        with pytest.raises(MetaPeftError, match=r"has no meta_peft\.json"):
             Sidecar.read(tmp_path / "adapter")
     else:
         save(run.loss_fn.model, new, tmp_path / "adapter")

@@ -57,9 +57,8 @@ def test_a_gradient_that_is_not_finite_is_named_with_its_matrices(tmp_path: Path
         def backward(ctx, grad):
             return grad * float("inf")
 
-    run = trainer(tmp_path, algorithm="fomaml", **{**OPTIONS, "max_steps": 1})
-    query = lambda rows, call: not run.loss_fn.second_order and call % 3 == 0  # noqa: E731  # two inner steps, then it
-    spoil(run, query, Spoiled.apply)
+    run = trainer(tmp_path, algorithm="fomaml", query_size=3, **{**OPTIONS, "max_steps": 1})
+    spoil(run, lambda rows, call: len(rows.labels_BL) == 3 * rows.n_tasks, Spoiled.apply)
     with caplog.at_level(logging.WARNING, logger="meta_peft"):
         run.train()
     assert "its gradient at the query rows in" in caplog.text
@@ -84,13 +83,16 @@ def test_one_in_between_does_not_count_as_in_a_row(tmp_path: Path):
     assert run.state.global_step == 6
 
 
-def test_an_inner_loop_that_goes_uphill_is_named_once(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+def test_an_inner_loop_that_goes_uphill_is_named_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    monkeypatch.setattr("meta_peft.health.UPHILL", (1.05, 0.0))  # a loss of random weights cannot double
     options = {**OPTIONS, "inner_optimizer": "sgd", "inner_lr": 300.0, "learn_inner_lr": False, "learning_rate": 0.0}
     run = trainer(tmp_path, tasks=letter_tasks("abc"), **{**options, "max_steps": 4})
     with caplog.at_level(logging.WARNING, logger="meta_peft"):
         run.train()
     logged = [line["diverged_tasks"] for line in run.state.log_history if "loss" in line]
-    assert sum(logged) >= 4
+    assert sum(logged) >= 3
     named = [record.getMessage() for record in caplog.records if "goes uphill" in record.getMessage()]
     for letter in "abc":
         assert sum(f"'say {letter}'" in line for line in named) <= 1
