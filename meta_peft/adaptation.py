@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +18,12 @@ from meta_peft.adapter_loss import AdapterLoss
 from meta_peft.errors import MetaPeftError
 from meta_peft.fast_weights import FastWeights
 from meta_peft.inner_optimizers.rule import RATES, scaled
+from meta_peft.memory import or_out_of_memory
 from meta_peft.params import take_task
 from meta_peft.tasks.collate import EpisodeCollator
 from meta_peft.types import Params
+
+logger = logging.getLogger("meta_peft")
 
 Examples = Iterable[Mapping[str, Any]]
 
@@ -78,7 +83,8 @@ def adapt_many(
         model: from `meta_peft.load`, or trained by `MetaTrainer`; it is left unchanged.
         tasks: support rows by task name.
         steps: gradient steps; by default as many as in meta-training.
-        tasks_per_forward: how many tasks with equally many rows go through the model at once.
+        tasks_per_forward: how many tasks with equally many rows go through the model at once. Where memory runs out,
+            fewer are tried.
         progress: called with the number of tasks just finished.
     """
     learned = hub.meta_learned(model)
@@ -99,7 +105,7 @@ def adapt_many(
         loss_fn = AdapterLoss(model, second_order=False)
         results: dict[str, Adapted] = {}
         for names in _stacks(encoded, tasks_per_forward):
-            results.update(_adapt_stack(loss_fn, learned, {name: encoded[name] for name in names}, steps))
+            results.update(_adapt_what_fits(loss_fn, learned, {name: encoded[name] for name in names}, steps))
             progress(len(names))
     finally:
         model.set_adapter(active[0] if len(active) == 1 else active)
@@ -112,6 +118,23 @@ def _stacks(encoded: Mapping[str, list[Any]], size: int) -> list[list[str]]:
     for name in sorted(encoded, key=lambda name: max(len(row["input_ids"]) for row in encoded[name])):
         by_rows[len(encoded[name])].append(name)
     return [names[i : i + size] for names in by_rows.values() for i in range(0, len(names), size)]
+
+
+def _adapt_what_fits(
+    loss_fn: AdapterLoss, learned: hub.MetaLearned, tasks: dict[str, list[dict[str, Any]]], steps: int
+) -> dict[str, Adapted]:
+    """All tasks at once, or half of them and the other half, where memory runs out."""
+    found = or_out_of_memory(partial(_adapt_stack, loss_fn, learned, tasks, steps))
+    if not isinstance(found, BaseException):
+        return found
+    if len(tasks) == 1:
+        raise MetaPeftError(
+            f"Memory ran out on task {next(iter(tasks))!r} alone: give it fewer or shorter rows, or quantise the base."
+        ) from found
+    items, half = list(tasks.items()), len(tasks) // 2
+    logger.warning("Memory ran out with %d tasks at once; going on with %d of them.", len(tasks), half)
+    halves = (dict(items[:half]), dict(items[half:]))
+    return {name: result for part in halves for name, result in _adapt_what_fits(loss_fn, learned, part, steps).items()}
 
 
 def _adapt_stack(

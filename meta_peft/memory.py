@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import psutil
 import torch
 
 CGROUP = Path("/sys/fs/cgroup")
+Result = TypeVar("Result")
 
 
 def available(device: torch.device) -> int:
@@ -30,3 +33,16 @@ def ran_out(error: BaseException) -> bool:
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
     return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+
+
+def or_out_of_memory(compute: Callable[[], Result]) -> Result | BaseException:
+    """What `compute` returns, or the error that says memory ran out, without the frames that hold the memory."""
+    try:
+        return compute()
+    except (RuntimeError, MemoryError) as error:
+        if not ran_out(error):
+            raise
+        failure = error.with_traceback(None)
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return failure

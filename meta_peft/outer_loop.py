@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
-from typing import TypeVar
 
 import torch
 from peft import PeftModel
@@ -18,13 +16,11 @@ from meta_peft.algorithms import MAML
 from meta_peft.errors import MetaPeftError
 from meta_peft.fast_weights import FastWeights
 from meta_peft.inner_optimizers.rule import RATES, InnerRule
-from meta_peft.memory import ran_out
+from meta_peft.memory import or_out_of_memory
 from meta_peft.memory_plan import MemoryPlan
 from meta_peft.params import weighted_sum
 from meta_peft.schedule import AnyAlgorithm
 from meta_peft.types import Algorithm, EpisodeBatch, LossFn, Meta, MetaGradient, Params
-
-Result = TypeVar("Result")
 
 
 class LearnedRates(nn.Module):
@@ -91,7 +87,7 @@ def in_chunks(algorithm: Algorithm, loss_fn: LossFn, meta: Meta, batch: EpisodeB
     parts: list[MetaGradient] = []
     done, order = 0, None
     while done < batch.n_tasks:
-        plan_found = _or_out_of_memory(partial(plan.settle, algorithm, loss_fn, meta, batch))
+        plan_found = or_out_of_memory(partial(plan.settle, algorithm, loss_fn, meta, batch))
         if isinstance(plan_found, BaseException):  # it measures a single task
             raise _nothing_fits(algorithm) from plan_found
         settled, size = plan_found
@@ -99,7 +95,7 @@ def in_chunks(algorithm: Algorithm, loss_fn: LossFn, meta: Meta, batch: EpisodeB
             batch, order = batch.by_length()
         chunk = batch.part(done, min(done + size, batch.n_tasks))
         with loss_fn.dense_copies(plan.spare) if isinstance(loss_fn, AdapterLoss) else nullcontext():
-            part = _or_out_of_memory(partial(settled, loss_fn, meta, chunk))
+            part = or_out_of_memory(partial(settled, loss_fn, meta, chunk))
         if not isinstance(part, BaseException):
             parts.append(part)
             done += chunk.n_tasks
@@ -114,19 +110,6 @@ def in_chunks(algorithm: Algorithm, loss_fn: LossFn, meta: Meta, batch: EpisodeB
     if order is not None:
         metrics = {name: values[order.argsort().to(values.device)] for name, values in metrics.items()}
     return MetaGradient(grads, batch.n_tasks, metrics)
-
-
-def _or_out_of_memory(compute: Callable[[], Result]) -> Result | BaseException:
-    """What `compute` returns, or the error that says memory ran out, without the frames that hold the memory."""
-    try:
-        return compute()
-    except (RuntimeError, MemoryError) as error:
-        if not ran_out(error):
-            raise
-        failure = error.with_traceback(None)
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    return failure
 
 
 def _nothing_fits(algorithm: Algorithm) -> MetaPeftError:

@@ -97,10 +97,8 @@ class MetaTrainer(Trainer):
         self._results: dict[str, Any] = {}
         self.interrupted: int | None = None
         self._signal = StopSignal()
-        self._skipped, self._diverged = (
-            0,
-            0,
-        )  # updates in a row that were not made, tasks since the last line of the log
+        self._skipped = 0  # updates in a row that were not made
+        self._diverged = 0  # tasks since the last line of the log
         self._failure: MetaPeftError | None = None
         tokenizer = processing_class or load_tokenizer(self._identity.name)
         if tokenizer.pad_token_id is None:

@@ -203,6 +203,29 @@ def test_many_leave_another_active_adapter_active(model: PeftModel):
     assert bits(first.weights) == bits(adapt_many(model, {"m": MANY["m"]})["m"].weights)
 
 
+def test_where_memory_runs_out_fewer_go_at_once_and_none_is_left_out(
+    model: PeftModel, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    tasks = {letter: letter_rows(letter)[:2] for letter in "ponml"}
+    expected = adapt_many(model, tasks, tasks_per_forward=1)
+    measured, most = AdapterLoss._measured, 2
+
+    def little_memory(self, measure, adapter, rows):
+        if rows.n_tasks > most:
+            raise MemoryError
+        return measured(self, measure, adapter, rows)
+
+    monkeypatch.setattr(AdapterLoss, "_measured", little_memory)
+    found = adapt_many(model, tasks, tasks_per_forward=5)
+    assert list(found) == list(tasks)
+    for name, result in expected.items():
+        assert_equal(found[name].weights, result.weights, 1e-4)
+    assert "Memory ran out with 5 tasks at once; going on with 2 of them." in caplog.text
+    most = 0
+    with pytest.raises(MetaPeftError, match=r"Memory ran out on task '.' alone"):
+        adapt_many(model, tasks)
+
+
 def test_no_tasks(model: PeftModel):
     assert adapt_many(model, {}) == {}
 
