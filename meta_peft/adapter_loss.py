@@ -14,7 +14,7 @@ from typing import TypeVar
 
 import torch
 from peft import PeftModel
-from torch import Tensor, nn
+from torch import Tensor
 
 from meta_peft import preflight
 from meta_peft.checkpointing import checkpointed
@@ -23,7 +23,7 @@ from meta_peft.fast_forwards import fast_forwards
 from meta_peft.fast_weights import FastWeights, lora_layers
 from meta_peft.forwards import replaced_forwards
 from meta_peft.frozen_linear import dense_copies, quantised_layers
-from meta_peft.frozen_prefix import FrozenPrefix, layer_list
+from meta_peft.frozen_prefix import FrozenPrefix, layers_of
 from meta_peft.objectives import objective_for
 from meta_peft.objectives.labelled_tokens import TaskScores
 from meta_peft.task_rows import RowsRearrangedError, TasksApart, rows_in_place
@@ -83,13 +83,7 @@ class AdapterLoss:
 
     def layers(self) -> tuple[int, int]:
         """How many layers the model has, and how many of them are run once per stack instead of at every step."""
-        return len(self._layers()), self._prefix.n_layers
-
-    def _layers(self) -> list[nn.Module]:
-        halves = [self._base.get_decoder()]
-        if self._base.config.is_encoder_decoder:
-            halves.insert(0, self._base.get_encoder())
-        return [layer for half in halves for layer in layer_list(half)]
+        return len(layers_of(self._base)), self._prefix.n_layers
 
     def _measured(self, measure: Callable[[Rows], Measured], adapter: Params, rows: Rows) -> list[Measured]:
         """What `measure` returns for all tasks at once, or for one after the other."""
@@ -115,7 +109,7 @@ class AdapterLoss:
             stack.enter_context(self._forwards_in_place(adapter))
             if self._checkpoint:
                 again = partial(self._forwards_in_place, adapter)
-                stack.enter_context(replaced_forwards(checkpointed(self._layers(), again)))
+                stack.enter_context(replaced_forwards(checkpointed(layers_of(self._base), again)))
             stack.enter_context(self._prefix.reused(rows))
             if at_once:
                 stack.enter_context(rows_in_place(self._adapted, rows.labels_BL.shape[0]))

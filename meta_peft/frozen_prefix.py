@@ -105,6 +105,12 @@ def layer_list(module: nn.Module) -> list[nn.Module]:
     return next((list(part) for part in parts if isinstance(part, nn.ModuleList)), [])
 
 
+def layers_of(base: Any) -> list[nn.Module]:
+    """All layers of a model, those of an encoder first."""
+    halves = [base.get_encoder()] if base.config.is_encoder_decoder else []
+    return [layer for half in (*halves, base.get_decoder()) for layer in layer_list(half)]
+
+
 def _constant_runs(model: Any, adapted: list[str]) -> list[Run]:
     base = model.get_base_model()
     if not base.config.is_encoder_decoder:

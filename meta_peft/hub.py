@@ -16,7 +16,7 @@ from peft import PeftModel
 from safetensors.torch import save_file
 
 from meta_peft import preflight
-from meta_peft.adapter_files import load_adapter, undone_on_error
+from meta_peft.adapter_files import CONFIG, WEIGHTS, load_adapter, undone_on_error
 from meta_peft.base_model import BaseIdentity, load_base, load_tokenizer
 from meta_peft.config import ModelArguments
 from meta_peft.errors import MetaPeftError
@@ -24,8 +24,6 @@ from meta_peft.fast_weights import FastWeights, active_adapter
 from meta_peft.inner_optimizers.rule import RATES
 from meta_peft.sidecar import JSON, TENSORS, Sidecar
 from meta_peft.types import Params
-
-ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
 @dataclass(frozen=True)
@@ -62,7 +60,7 @@ def write_adapter(weights: Params, config: Any, base_name: str, folder: Path) ->
         written.target_modules = sorted(written.target_modules)
     written.save_pretrained(str(folder))
     tensors = {name: value.detach().cpu().contiguous() for name, value in weights.items()}
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
 
 
 def load(
@@ -139,7 +137,7 @@ def fetch(adapter: str | Path, revision: str | None = None) -> Path:
     try:
         if Path(adapter).is_dir():
             return Path(adapter)
-        files = [*ADAPTER_FILES, JSON, TENSORS]
+        files = [CONFIG, WEIGHTS, JSON, TENSORS]
         return Path(snapshot_download(str(adapter), revision=revision, allow_patterns=files))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise MetaPeftError(f"{str(adapter)!r} is neither a folder nor an adapter the hub gives ({error}).") from error

@@ -24,7 +24,7 @@ from transformers.trainer_callback import ExportableState, ProgressCallback
 from transformers.trainer_utils import rotate_checkpoints
 
 from meta_peft import hub
-from meta_peft.adapter_files import tensor_shapes
+from meta_peft.adapter_files import WEIGHTS, tensor_shapes
 from meta_peft.base_model import BaseIdentity, load_base, load_tokenizer, with_adapter
 from meta_peft.card import model_card
 from meta_peft.config import MetaLoraConfig, ModelArguments
@@ -401,7 +401,7 @@ class MetaTrainer(Trainer):
                 " inner_lr_per_entry and fast_weights."
             )
         tensor_shapes(folder, tuple(self.loss_fn.weights.parameters()))
-        self.loss_fn.weights.load_(load_file(folder / "adapter_model.safetensors"))
+        self.loss_fn.weights.load_(load_file(folder / WEIGHTS))
         with torch.no_grad():
             self.rates.log_rates.copy_(sidecar.log_rates)
 

@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from meta_peft.errors import MetaPeftError
 from meta_peft.frozen_linear import EIGHT_BIT, FOUR_BIT
-from meta_peft.frozen_prefix import layer_list
+from meta_peft.frozen_prefix import layers_of
 from meta_peft.sharding.asked import Sharding, asked_for
 from meta_peft.sharding.lockstep import check_even
 from meta_peft.sharding.table import check_sharding
@@ -130,14 +130,9 @@ def _fsdp2(base: Any, weights: list[nn.Parameter], *, offload: bool) -> None:
         options["offload_policy"] = CPUOffloadPolicy()
     # FSDP2 warns that its hook on the logits is lost if they are changed in place. Products do not depend on its hooks.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
-    for layer in _layers(base):
+    for layer in layers_of(base):
         fully_shard(layer, **options)
     fully_shard(base, **options)
-
-
-def _layers(base: Any) -> list[nn.Module]:
-    halves = [base.get_encoder()] if base.config.is_encoder_decoder else []
-    return [layer for half in (*halves, base.get_decoder()) for layer in layer_list(half)]
 
 
 def _zero3(weights: list[nn.Parameter], sharding: Sharding) -> None:
