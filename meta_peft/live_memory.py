@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 from weakref import finalize
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
@@ -38,6 +39,16 @@ class LiveMemory(TorchDispatchMode):
         self._by_kind: Counter[str] = Counter()
         self._kind = kind
         self._known: dict[int, finalize[..., Any]] = {}
+        self._attention = _attention_as_a_kernel()
+
+    def __enter__(self) -> LiveMemory:
+        self._attention.__enter__()
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._attention.__exit__(None, None, None)
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -45,8 +56,6 @@ class LiveMemory(TorchDispatchMode):
         if any(t.device.type == "meta" for t in given):
             if function is torch.ops.aten._local_scalar_dense.default and given[0].dtype == torch.bool:
                 return True  # transformers asks whether no row is padded: none is
-            if function is torch.ops.aten._fused_sdp_choice.default:  # a kernel, where a device would be given one
-                return (SDPBackend.FLASH_ATTENTION if torch._C._get_flash_sdp_enabled() else SDPBackend.MATH).value
             if any(t.device.type == "cpu" for t in given):  # labels have values; among those that have none, shapes do
                 args, kwargs = _without_values(args), _without_values(kwargs)
         result = function(*args, **kwargs)
@@ -77,6 +86,41 @@ class LiveMemory(TorchDispatchMode):
         del self._known[key]
         self.now -= size
         self._by_kind[kind] -= size
+
+
+@contextmanager
+def _attention_as_a_kernel() -> Iterator[None]:
+    """Attention on the meta device as one kernel, which keeps no scores, where a device would be given one.
+
+    Torch chooses by device, and for one without values takes matrix products.
+    """
+    own = F.scaled_dot_product_attention
+
+    def attention(query: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        kernel = query.device.type == "meta" and torch._C._get_flash_sdp_enabled()
+        output: Tensor = (_fused if kernel else own)(query, *args, **kwargs)
+        return output
+
+    F.scaled_dot_product_attention = attention
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention = own
+
+
+def _fused(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    output, _ = kernel(query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)
+    return output
 
 
 def _tensors(values: Any) -> Iterator[Tensor]:

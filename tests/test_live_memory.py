@@ -42,3 +42,18 @@ def test_where_labels_meet_what_has_no_values():
         assert (logits == logits).all()  # transformers asks so whether rows are whole
         with pytest.raises(RuntimeError, match="meta"):
             float(logits[0, 0])
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_attention_without_values_is_the_kernel_that_a_device_would_run(grouped: bool):
+    def most(device: str) -> int:
+        q = torch.ones(2, 4, 64, 8, device=device, requires_grad=True)
+        k = torch.ones(2, 2 if grouped else 4, 64, 8, device=device)
+        own = torch.nn.functional.scaled_dot_product_attention
+        with LiveMemory() as memory:
+            attention = torch.nn.functional.scaled_dot_product_attention
+            torch.autograd.grad(attention(q, k, k, is_causal=True, enable_gqa=grouped).sum(), q)
+        assert torch.nn.functional.scaled_dot_product_attention is own
+        return sum(memory.fullest.values())
+
+    assert most("meta") == most("cpu") < 2 * 4 * 64 * 64 * 4  # less than the scores alone
