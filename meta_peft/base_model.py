@@ -100,8 +100,9 @@ def load_base(args: ModelArguments) -> Any:
         options["device_map"] = {"": PartialState().device}
     where = locate(args.model_name_or_path, args.model_revision)
     try:
-        model = auto_class(objective).from_pretrained(
+        model, found = auto_class(objective).from_pretrained(
             where,
+            output_loading_info=True,
             revision=args.model_revision,
             trust_remote_code=args.trust_remote_code,
             use_safetensors=True,  # weights in other files are pickles
@@ -109,12 +110,28 @@ def load_base(args: ModelArguments) -> Any:
         )
     except (OSError, ValueError) as error:
         raise MetaPeftError(f"The base model {args.model_name_or_path!r} cannot be loaded: {error}") from error
+    _check_complete(model, objective, found)
     if args.load_in_4bit + args.load_in_8bit and not quantised_layers(model):
         raise MetaPeftError("The base was loaded without quantisation, though it was asked for: leave device_map out.")
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     model.name_or_path = args.model_name_or_path  # what adapters name as their base: never a cache folder
     return model
+
+
+def _check_complete(model: Any, objective: str, found: dict[str, Any]) -> None:
+    """Raise if frozen weights start at random: the next one who loads the base would have others."""
+    absent = [*found["missing_keys"], *(key if isinstance(key, str) else key[0] for key in found["mismatched_keys"])]
+    parts = {name for name, _ in model.named_parameters()} & set(absent)
+    if objective in CLASSIFYING:  # the head is learned, and saved with the adapter
+        parts = {name for name in parts if not name.split(".")[0].endswith(HEADS)}
+    if parts:
+        raise MetaPeftError(
+            f"The checkpoint of the base has no weights for {len(parts)} parts of {type(model).__name__}"
+            f" ({sorted(parts)[0]!r} for one), which would be random, and others for each who loads it. Choose a base that"
+            f" was trained for {objective}, or another objective; or load the model, train or initialise these parts,"
+            " and save it with save_pretrained."
+        )
 
 
 def _quant_storage(args: ModelArguments, sharding: Sharding | None) -> str:

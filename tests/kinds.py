@@ -15,6 +15,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 from transformers import (
     AutoConfig,
     AutoModel,
+    AutoModelForMaskedLM,
     AutoModelForSeq2SeqLM,
     AutoModelForSpeechSeq2Seq,
     PreTrainedTokenizerFast,
@@ -65,7 +66,14 @@ KINDS = {
         ("q_proj", "v_proj", "fc1"),
         AutoModelForSpeechSeq2Seq,
     ),
-    "masked_lm": Kind("masked_lm", "bert", BERT, ("query", "value"), options={"prompt_template": "{input} <mask>"}),
+    "masked_lm": Kind(
+        "masked_lm",
+        "bert",
+        BERT,
+        ("query", "value"),
+        AutoModelForMaskedLM,
+        options={"prompt_template": "{input} <mask>"},
+    ),
     HEAD: Kind(HEAD, "bert", BERT, ("query", "value", "dense"), num_labels=3),
     "two-layer head": Kind(HEAD, "roberta", BERT, ("query", "value"), num_labels=3),
     "head of a decoder": Kind(
@@ -153,7 +161,7 @@ def rows(kind: str, letter: str, n: int = 6) -> list[dict[str, Any]]:
     if how.objective == "token_classification":
         return [{"tokens": [t, t[::-1], letter], "tags": ["x", "y", "z"]} for t in texts]
     if how.objective == HEAD:
-        return [{"text": t, "label": "yes" if letter in t or t < "h" else "no"} for t in texts]
+        return [{"text": t, "label": "yes" if i % 2 else "no"} for i, t in enumerate(texts)]
     return [{"input": t, "target": letter * (1 + i % 2)} for i, t in enumerate(texts)]
 
 
