@@ -118,7 +118,11 @@ def folder(kind: str) -> Path:
         processor = whisper_processor()
         words = processor.tokenizer
         start = words.convert_tokens_to_ids("<|startoftranscript|>")
-        ids = {"bos_token_id": words.eos_token_id, "eos_token_id": words.eos_token_id, "pad_token_id": words.pad_token_id}
+        ids = {
+            "bos_token_id": words.eos_token_id,
+            "eos_token_id": words.eos_token_id,
+            "pad_token_id": words.pad_token_id,
+        }
         ids |= {"vocab_size": len(words), "decoder_start_token_id": start}
     else:
         processor = tokenizer(before="" if how.objective == "seq2seq_lm" else "<s>")
@@ -157,7 +161,10 @@ def rows(kind: str, letter: str, n: int = 6) -> list[dict[str, Any]]:
     if how.objective == "speech_seq2seq":
         rng = np.random.default_rng(ord(letter))
         sounds = rng.normal(size=(n, 1000)).astype(np.float32)
-        return [{"audio": {"array": s.tolist(), "sampling_rate": 16000}, "text": f"{letter}{i}"} for i, s in enumerate(sounds)]
+        return [
+            {"audio": {"array": s.tolist(), "sampling_rate": 16000}, "text": f"{letter}{i}"}
+            for i, s in enumerate(sounds)
+        ]
     if how.objective == "token_classification":
         return [{"tokens": [t, t[::-1], letter], "tags": ["x", "y", "z"]} for t in texts]
     if how.objective == HEAD:

@@ -38,7 +38,9 @@ def test_from_training_to_stock_peft(kind: str, tmp_path: Path):
         moved = [n for n, value in result.weights.items() if not torch.equal(value, learned[n])]
         assert moved == list(learned)
     adapted["other"].save(tmp_path / "adapted")
-    batch = model.meta_peft.encoding.collator().rows([[model.meta_peft.encoding.of_task(support["other"])(row) for row in support["other"]]])
+    batch = model.meta_peft.encoding.collator().rows(
+        [[model.meta_peft.encoding.of_task(support["other"])(row) for row in support["other"]]]
+    )
     model, metrics = meta_peft.adapt(model, support["other"], name="again")
     assert metrics["support_loss_after"] == pytest.approx(adapted["other"].metrics["support_loss_after"], rel=1e-4)
 
