@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from meta_peft.fast_weights import FastWeights
 from meta_peft.inner_optimizers.rule import RATES, scaled
 from meta_peft.memory import or_out_of_memory
 from meta_peft.params import take_task
-from meta_peft.tasks.collate import EpisodeCollator
+from meta_peft.tasks.collate import row_length
 from meta_peft.types import Params
 
 logger = logging.getLogger("meta_peft")
@@ -30,16 +31,20 @@ Examples = Iterable[Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class Adapted:
-    """One task's adapted LoRA weights, and its support loss ``before`` and ``after`` adaptation."""
+    """One task's adapted weights, and its support loss ``before`` and ``after`` adaptation.
+
+    `label_names` are the names of the classes, by number, of a task whose labels have names.
+    """
 
     weights: Params
     metrics: dict[str, float]
     config: Any
     base_name: str
+    label_names: tuple[str, ...] = ()
 
     def save(self, folder: str | Path) -> None:
-        """Write an ordinary PEFT adapter."""
-        hub.save_adapted(self.weights, self.config, self.base_name, folder)
+        """Write an ordinary PEFT adapter; names of classes go into ``label_names.json`` beside it."""
+        hub.save_adapted(self.weights, self.config, self.base_name, folder, label_names=self.label_names)
 
 
 def adapt(
@@ -51,7 +56,7 @@ def adapt(
 
     Args:
         model: from `meta_peft.load`, or trained by `MetaTrainer`.
-        support: a handful of rows, in any form that `PromptFormat` reads.
+        support: a handful of rows, in any form that the model's objective reads.
         steps: gradient steps; by default as many as in meta-training.
         name: of the new adapter.
 
@@ -63,7 +68,7 @@ def adapt(
         raise MetaPeftError(f"name={name!r} is empty, taken by the meta-learned adapter or has a dot: choose another.")
     result = adapt_many(model, {name: support}, steps=steps)[name]
     if name not in model.peft_config:
-        model.add_adapter(name, result.config)
+        model.add_adapter(name, copy.deepcopy(result.config))  # PEFT changes its list of heads
     FastWeights(model, name).load_(result.weights)
     model.set_adapter(name)
     return model, result.metrics
@@ -88,16 +93,18 @@ def adapt_many(
         progress: called with the number of tasks just finished.
     """
     learned = hub.meta_learned(model)
-    sidecar, tokenizer = learned.sidecar, learned.tokenizer
+    sidecar, encoding = learned.sidecar, learned.encoding
     steps = sidecar.inner.steps if steps is None else steps
     if steps < 0:
         raise MetaPeftError(f"steps must be 0 or more, got {steps}.")
     encoded: dict[str, list[dict[str, Any]]] = {}
+    label_names: dict[str, tuple[str, ...]] = {}
     for name, support in tasks.items():
         rows = list(support)
         if not rows:
             raise MetaPeftError(f"Task {name!r} has no support rows.")
-        encoded[name] = [sidecar.prompt_format.encode(row, tokenizer, sidecar.max_length) for row in rows]
+        of_task = encoding.of_task(rows)
+        encoded[name], label_names[name] = [of_task(row) for row in rows], of_task.facts.label_names
 
     active = list(model.active_adapters)
     model.set_adapter(learned.adapter)
@@ -109,13 +116,13 @@ def adapt_many(
             progress(len(names))
     finally:
         model.set_adapter(active[0] if len(active) == 1 else active)
-    return {name: results[name] for name in tasks}
+    return {name: replace(results[name], label_names=label_names[name]) for name in tasks}
 
 
 def _stacks(encoded: Mapping[str, list[Any]], size: int) -> list[list[str]]:
     """Names of tasks that can be stacked: equally many rows, of about the same length."""
     by_rows: dict[int, list[str]] = defaultdict(list)
-    for name in sorted(encoded, key=lambda name: max(len(row["input_ids"]) for row in encoded[name])):
+    for name in sorted(encoded, key=lambda name: max(map(row_length, encoded[name]))):
         by_rows[len(encoded[name])].append(name)
     return [names[i : i + size] for names in by_rows.values() for i in range(0, len(names), size)]
 
@@ -143,7 +150,7 @@ def _adapt_stack(
     sidecar, model = learned.sidecar, loss_fn.model
     own: Params = dict(loss_fn.weights.parameters())
     device = next(iter(own.values())).device
-    rows = EpisodeCollator(learned.tokenizer.pad_token_id).rows(list(tasks.values())).to(device)
+    rows = learned.encoding.collator().rows(list(tasks.values())).to(device)
     hyper = scaled({RATES: sidecar.log_rates.to(device)}, sidecar.rate_factor(steps))
     before: list[Tensor] = []
 

@@ -14,15 +14,17 @@ from typing import Any
 
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
+from peft.utils.other import ModulesToSaveWrapper
 from safetensors import SafetensorError, safe_open
 
 from meta_peft.checked import flag, is_number, read_object, shown, whole
 from meta_peft.errors import MetaPeftError
-from meta_peft.fast_weights import FastWeights
+from meta_peft.fast_weights import HEADS, FastWeights, is_lora
 from meta_peft.patterns import matches
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-TASK_TYPES = (None, "CAUSAL_LM", "SEQ_2_SEQ_LM", "FEATURE_EXTRACTION")
+WITH_HEAD = ("SEQ_CLS", "TOKEN_CLS")
+TASK_TYPES = (None, "CAUSAL_LM", "SEQ_2_SEQ_LM", "FEATURE_EXTRACTION", *WITH_HEAD)
 INITS = (True, False, "true", "false", "gaussian", "orthogonal")
 FLAGS = ("use_rslora", "use_dora", "fan_in_fan_out", "inference_mode")
 TEXTS = ("base_model_name_or_path", "revision", "peft_version")
@@ -40,6 +42,7 @@ def load_adapter(base: Any, folder: Path, names: Sequence[str]) -> PeftModel:
     shapes = tensor_shapes(folder, names)
     config = read_config(folder, shapes)
     _check_patterns(base, config)
+    _check_head(base, config, shapes, folder)
     try:
         model = PeftModel.from_pretrained(base, str(folder), is_trainable=True, config=config)
     except Exception as error:  # whatever PEFT makes of fields that do not go together
@@ -106,6 +109,9 @@ def read_config(folder: Path, shapes: dict[str, list[int]]) -> LoraConfig:
             _expect(option, value, value is None or _is_name(value), "a text or null")
         elif key == "task_type":
             _expect(option, value, _one_of(value, TASK_TYPES), f"one of {TASK_TYPES}")
+        elif key == "modules_to_save" and _one_of(values.get("task_type"), WITH_HEAD):
+            right = value is None or (_are_names(value) and set(value) <= set(HEADS))
+            _expect(option, value, right, f"null or some of {HEADS}: nothing else is supported")
         elif key == "init_lora_weights":
             _expect(option, value, _one_of(value, INITS), f"one of {INITS}")
         elif key in ("target_modules", "exclude_modules"):
@@ -137,15 +143,17 @@ def read_config(folder: Path, shapes: dict[str, list[int]]) -> LoraConfig:
 
 @contextmanager
 def undone_on_error(base: Any) -> Iterator[None]:
-    """If what runs inside raises, LoRA layers that were put around layers of `base` meanwhile are taken off again."""
+    """If what runs inside raises, what PEFT put around layers of `base` meanwhile is taken off again."""
     before, had_config = set(map(id, base.modules())), hasattr(base, "peft_config")
     try:
         yield
     except Exception:
-        put_on = [(p, m) for p, m in base.named_modules() if isinstance(m, LoraLayer) and id(m) not in before]
+        around = (LoraLayer, ModulesToSaveWrapper)
+        put_on = [(p, m) for p, m in base.named_modules() if isinstance(m, around) and id(m) not in before]
         for path, layer in put_on:
             parent, _, name = path.rpartition(".")
-            setattr(base.get_submodule(parent), name, layer.get_base_layer())
+            inside = layer.get_base_layer() if isinstance(layer, LoraLayer) else layer.original_module
+            setattr(base.get_submodule(parent), name, inside)
         if not had_config and hasattr(base, "peft_config"):
             del base.peft_config
         raise
@@ -162,6 +170,25 @@ def _check_patterns(base: Any, config: LoraConfig) -> None:
         keys = list(getattr(config, option))
         if keys:  # all in one go, since each would need a process of its own
             matches(option, "|".join(rf"(?:(.*\.)?({key})$)" for key in keys), modules, "match")
+
+
+def _check_head(base: Any, config: LoraConfig, shapes: dict[str, list[int]], folder: Path) -> None:
+    """Raise unless the tensors that are no LoRA matrices are the weights of the head that PEFT will copy, and all of them.
+
+    It would write any other over the base's own weights.
+    """
+    own: dict[str, list[int]] = {}
+    if config.task_type in WITH_HEAD:
+        for path, module in base.named_modules():
+            if path.endswith(HEADS) and "modules_to_save" not in path and "original_module" not in path:
+                module = getattr(module, "original_module", module)
+                own |= {f"base_model.model.{path}.{name}": list(p.shape) for name, p in module.named_parameters()}
+    found = {name: shape for name, shape in shapes.items() if not is_lora(name)}
+    if found != own:
+        raise MetaPeftError(
+            f"The head in {folder / WEIGHTS} has weights {shown(found)}, that of {type(base).__name__} {shown(own)}: load"
+            " the base with the objective and the num_labels that the adapter was learned with."
+        )
 
 
 def _values(option: str, value: Any) -> list[Any]:

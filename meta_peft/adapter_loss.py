@@ -14,18 +14,19 @@ from typing import TypeVar
 
 import torch
 from peft import PeftModel
-from torch import Tensor
+from torch import Tensor, nn
 
 from meta_peft import preflight
 from meta_peft.checkpointing import checkpointed
 from meta_peft.fast_attention import twice_differentiable_attention
 from meta_peft.fast_forwards import fast_forwards
-from meta_peft.fast_weights import FastWeights, lora_layers
+from meta_peft.fast_weights import FastWeights, head_modules, is_lora, lora_layers
 from meta_peft.forwards import replaced_forwards
 from meta_peft.frozen_linear import dense_copies, quantised_layers
 from meta_peft.frozen_prefix import FrozenPrefix, layers_of
 from meta_peft.objectives import objective_for
 from meta_peft.objectives.labelled_tokens import TaskScores
+from meta_peft.ops.lora_linear import is_plain
 from meta_peft.task_rows import RowsRearrangedError, TasksApart, rows_in_place
 from meta_peft.types import Params, Rows
 
@@ -39,7 +40,7 @@ class AdapterLoss:
     go one after the other, with the same results: this is found out at the first call and said in the log.
 
     Args:
-        model: a `PeftModel` with LoRA layers and a language-modelling head; its base is never written to.
+        model: a `PeftModel` with LoRA layers and a head, over words or over classes; its base is never written to.
         second_order: whether losses will be differentiated twice. Then attention runs as ordinary matrix products.
         objective: a name of `meta_peft.objectives.OBJECTIVES`; by default what the model is made for.
         checkpoint: whether backward computes each layer's activations again instead of keeping them. Exact, also in
@@ -59,11 +60,15 @@ class AdapterLoss:
         self._base = base = model.get_base_model()  # PEFT's own wrapper would want inputs of certain names
         self._objective = objective_for(base, objective)
         self._head = base.get_output_embeddings()
-        self._forwards = fast_forwards(model, self.weights.adapter)
+        adapter = self.weights.adapter
+        self._forwards = fast_forwards(model, adapter)
         self._checkpoint = checkpoint
-        self._prefix = FrozenPrefix(model, base.config.model_type, list(self.weights.parameters()))
-        self._adapted = list(lora_layers(model, self.weights.adapter))
-        self._at_once = True
+        below_head = [name for name in self.weights.parameters() if is_lora(name)]
+        self._prefix = FrozenPrefix(model, base.config.model_type, below_head)
+        layers, heads = list(lora_layers(model, adapter)), list(head_modules(model, adapter))
+        self._adapted: list[tuple[str, nn.Module]] = [*layers, *heads]
+        self._pooled = frozenset([p for p, layer in layers if is_plain(layer, adapter)] + [p for p, _ in heads])
+        self._at_once = all(map(_is_stackable, (head for _, head in heads)))
         self._apart = TasksApart()
 
     def __call__(self, adapter: Params, rows: Rows) -> Tensor:
@@ -112,7 +117,7 @@ class AdapterLoss:
                 stack.enter_context(replaced_forwards(checkpointed(layers_of(self._base), again)))
             stack.enter_context(self._prefix.reused(rows))
             if at_once:
-                stack.enter_context(rows_in_place(self._adapted, rows.labels_BL.shape[0]))
+                stack.enter_context(rows_in_place(self._adapted, rows.labels_BL.shape[0], self._pooled))
             yield
 
     @contextmanager
@@ -124,6 +129,11 @@ class AdapterLoss:
             if self.second_order and torch.is_grad_enabled():
                 stack.enter_context(twice_differentiable_attention())
             yield
+
+
+def _is_stackable(head: nn.Module) -> bool:
+    """Whether all weights of a head are those of linear layers, which take a stack of them."""
+    return all(type(module) is nn.Linear for module in head.modules() if list(module.parameters(recurse=False)))
 
 
 @contextmanager

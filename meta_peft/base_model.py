@@ -14,10 +14,13 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from meta_peft.checked import is_number, shown, text, whole
 from meta_peft.config import ModelArguments
 from meta_peft.errors import MetaPeftError
-from meta_peft.fast_weights import lora_layers
+from meta_peft.fast_weights import HEADS, lora_layers
 from meta_peft.frozen_linear import quantised_layers
+from meta_peft.model_kinds import KINDS, auto_class, objective_of_config
+from meta_peft.objectives import CLASSIFYING
 from meta_peft.registry_models import REGISTRY_MODELS
 from meta_peft.sharding import Sharding, asked_for, refusal
+from meta_peft.tasks.encoding import tokenizer_of
 from meta_peft.whole_weights import whole_weight
 
 logger = logging.getLogger("meta_peft")
@@ -25,30 +28,66 @@ logger = logging.getLogger("meta_peft")
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
-def load_tokenizer(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
-    """The tokenizer of `name`, with a padding token."""
-    from transformers import AutoTokenizer
+def load_tokenizer(
+    name: str,
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    objective: str | None = None,
+    speech_language: str | None = None,
+) -> Any:
+    """The tokenizer of `name`, with a padding token; for speech the processor, which has one and makes features of sound.
 
-    where = locate(name, revision)
+    Args:
+        name, revision, trust_remote_code: as in `from_pretrained`.
+        objective: what the model is for; by default to write text.
+        speech_language: in which a speech model is to write.
+    """
+    from transformers import AutoProcessor, AutoTokenizer
+
+    where, kind = locate(name, revision), AutoProcessor if objective == "speech_seq2seq" else AutoTokenizer
     try:
-        tokenizer = AutoTokenizer.from_pretrained(where, revision=revision, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
+        processor = kind.from_pretrained(where, revision=revision, trust_remote_code=trust_remote_code)
+        tokenizer = tokenizer_of(processor)
+        if speech_language is not None:
+            tokenizer.set_prefix_tokens(language=speech_language, task="transcribe")
+    except (OSError, ValueError, AttributeError) as error:
         raise MetaPeftError(f"The tokenizer of {name!r} cannot be loaded: {error}") from error
-    if tokenizer.eos_token_id is None:
+    if tokenizer.eos_token_id is None and objective not in ("masked_lm", *CLASSIFYING):
         raise MetaPeftError(f"The tokenizer of {name} has no end-of-sequence token, so no completion could end.")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
+    return processor
+
+
+def base_config(args: ModelArguments) -> Any:
+    """The config of the base."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(
+            locate(args.model_name_or_path, args.model_revision),
+            revision=args.model_revision,
+            trust_remote_code=args.trust_remote_code,
+        )
+    except (OSError, ValueError) as error:
+        raise MetaPeftError(f"The base model {args.model_name_or_path!r} cannot be loaded: {error}") from error
+
+
+def objective_of(args: ModelArguments) -> str:
+    """The objective that `args` name, or else the one that their base is made for."""
+    return args.objective or objective_of_config(base_config(args))
 
 
 def load_base(args: ModelArguments) -> Any:
-    """The base model of `args`, frozen."""
-    from transformers import AutoModelForCausalLM
-
+    """The base model of `args`, frozen, with the head that its objective needs."""
+    objective = objective_of(args)
     sharding = asked_for()
     options: dict[str, Any] = {"dtype": getattr(torch, args.dtype)}
-    if (how := quantisation(args, sharding)) is not None:
+    if (how := quantisation(args, sharding, objective)) is not None:
         options["quantization_config"] = how
+    if objective in CLASSIFYING and args.num_labels is not None:
+        options |= {"num_labels": args.num_labels, "ignore_mismatched_sizes": True}
     if args.attn_implementation:
         options["attn_implementation"] = args.attn_implementation
     if args.device_map:
@@ -61,8 +100,9 @@ def load_base(args: ModelArguments) -> Any:
         options["device_map"] = {"": PartialState().device}
     where = locate(args.model_name_or_path, args.model_revision)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model, found = auto_class(objective).from_pretrained(
             where,
+            output_loading_info=True,
             revision=args.model_revision,
             trust_remote_code=args.trust_remote_code,
             use_safetensors=True,  # weights in other files are pickles
@@ -70,12 +110,28 @@ def load_base(args: ModelArguments) -> Any:
         )
     except (OSError, ValueError) as error:
         raise MetaPeftError(f"The base model {args.model_name_or_path!r} cannot be loaded: {error}") from error
+    _check_complete(model, objective, found)
     if args.load_in_4bit + args.load_in_8bit and not quantised_layers(model):
         raise MetaPeftError("The base was loaded without quantisation, though it was asked for: leave device_map out.")
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     model.name_or_path = args.model_name_or_path  # what adapters name as their base: never a cache folder
     return model
+
+
+def _check_complete(model: Any, objective: str, found: dict[str, Any]) -> None:
+    """Raise if frozen weights start at random: the next one who loads the base would have others."""
+    absent = [*found["missing_keys"], *(key if isinstance(key, str) else key[0] for key in found["mismatched_keys"])]
+    parts = {name for name, _ in model.named_parameters()} & set(absent)
+    if objective in CLASSIFYING:  # the head is learned, and saved with the adapter
+        parts = {name for name in parts if not name.split(".")[0].endswith(HEADS)}
+    if parts:
+        raise MetaPeftError(
+            f"The checkpoint of the base has no weights for {len(parts)} parts of {type(model).__name__}"
+            f" ({sorted(parts)[0]!r} for one), which would be random, and others for each who loads it. Choose a base that"
+            f" was trained for {objective}, or another objective; or load the model, train or initialise these parts,"
+            " and save it with save_pretrained."
+        )
 
 
 def _quant_storage(args: ModelArguments, sharding: Sharding | None) -> str:
@@ -109,10 +165,11 @@ def _device_map(args: ModelArguments, sharding: Sharding | None) -> dict[str, An
     return {"device_map": devices, "offload_folder": args.offload_folder}
 
 
-def quantisation(args: ModelArguments, sharding: Sharding | None = None) -> Any:
-    """How `args` quantise the base: a `BitsAndBytesConfig`, or None."""
+def quantisation(args: ModelArguments, sharding: Sharding | None = None, objective: str = "causal_lm") -> Any:
+    """How `args` quantise the base: a `BitsAndBytesConfig`, or None. A classification head is left whole: it is learned."""
     from transformers import BitsAndBytesConfig
 
+    whole = {"llm_int8_skip_modules": list(HEADS)} if objective in CLASSIFYING else {}
     if args.load_in_4bit:
         return BitsAndBytesConfig(
             load_in_4bit=True,
@@ -120,14 +177,17 @@ def quantisation(args: ModelArguments, sharding: Sharding | None = None) -> Any:
             bnb_4bit_use_double_quant=args.use_bnb_nested_quant,
             bnb_4bit_compute_dtype=getattr(torch, args.dtype),
             bnb_4bit_quant_storage=_quant_storage(args, sharding),
+            **whole,
         )
-    return BitsAndBytesConfig(load_in_8bit=True) if args.load_in_8bit else None
+    return BitsAndBytesConfig(load_in_8bit=True, **whole) if args.load_in_8bit else None
 
 
-def lora_config(args: ModelArguments) -> LoraConfig:
-    """The LoRA placement of `args`."""
+def lora_config(args: ModelArguments, objective: str | None = None) -> LoraConfig:
+    """The LoRA placement of `args`, for a model with the given objective; by default the one that `args` name."""
+    objective = objective or args.objective or "causal_lm"
     return LoraConfig(
-        task_type="CAUSAL_LM",
+        task_type=KINDS[objective].task_type,
+        modules_to_save=list(HEADS) if objective in CLASSIFYING else None,
         r=args.lora_r,
         lora_alpha=args.lora_alpha,
         lora_dropout=args.lora_dropout,
@@ -153,8 +213,26 @@ def with_adapter(base: Any, config: LoraConfig) -> PeftModel:
             f"lora_target_modules={targets} with lora_layers={config.layers_to_transform} match"
             f" no layer of {type(base).__name__}, whose linear layers are called {names} in layers 0 to {n_layers} - 1."
         ) from error
+    if config.modules_to_save:  # PEFT adds the names of heads to those that are there
+        config.modules_to_save = list(dict.fromkeys(config.modules_to_save))
     _materialise(model, config)
     return model
+
+
+def agree_on_padding(base: Any, objective: str, tokenizer: Any) -> None:
+    """See to it that the config of `base` says what the tokenizer pads with.
+
+    A decoder under a classification head reads the last token of a row that is none of these.
+    """
+    config = base.config.get_text_config()
+    if objective != "sequence_classification" or config.pad_token_id == tokenizer.pad_token_id:
+        return
+    if config.pad_token_id is not None:
+        raise MetaPeftError(
+            f"The tokenizer pads with token {tokenizer.pad_token_id}, the config of {type(base).__name__} says"
+            f" pad_token_id={config.pad_token_id}: set one of them to the other."
+        )
+    config.pad_token_id = tokenizer.pad_token_id
 
 
 def _materialise(model: PeftModel, config: LoraConfig) -> None:

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+from meta_peft.model_kinds import KINDS
 from meta_peft.sidecar import Sidecar
+
+EXAMPLES = {
+    "causal_lm": '{"input": "...", "target": "..."}',
+    "speech_seq2seq": '{"audio": "sound.wav", "text": "..."}',
+    "sequence_classification": '{"text": "...", "label": "..."}',
+    "token_classification": '{"tokens": ["..."], "tags": ["..."]}',
+}
 
 
 def model_card(sidecar: Sidecar, repo_id: str | None, results: dict[str, Any]) -> str:
@@ -18,7 +26,7 @@ def model_card(sidecar: Sidecar, repo_id: str | None, results: dict[str, Any]) -
     return f"""---
 base_model: {sidecar.base.name}
 library_name: peft
-pipeline_tag: text-generation
+pipeline_tag: {KINDS[sidecar.objective].pipeline}
 tags:
 - lora
 - peft
@@ -38,7 +46,7 @@ task in a few gradient steps on about {sidecar.shots} examples. Inner loop: {inn
 import meta_peft
 
 model = meta_peft.load("{sidecar.base.name}", "{where}")
-model, metrics = meta_peft.adapt(model, [{{"input": "...", "target": "..."}}])
+model, metrics = meta_peft.adapt(model, [{EXAMPLES.get(sidecar.objective, EXAMPLES["causal_lm"])}])
 ```
 
 It is an ordinary PEFT adapter too: `PeftModel.from_pretrained(base, "{where}")` loads it, not yet adapted to any task.

@@ -153,7 +153,7 @@ def evaluate_command(options: argparse.Namespace) -> int:
     from meta_peft.hub import meta_learned
     from meta_peft.inner_optimizers.rule import RATES
     from meta_peft.report import Report
-    from meta_peft.tasks import EpisodeCollator, EpisodeDataset, TaskSet
+    from meta_peft.tasks import EpisodeDataset, TaskSet
 
     for option, values, least in (
         ("--shots", [] if options.shots is None else [options.shots], 1),
@@ -169,9 +169,9 @@ def evaluate_command(options: argparse.Namespace) -> int:
     shots = sidecar.shots if options.shots is None else options.shots
     tasks.check_rows(shots, 1)
     query_size = min(len(rows) for rows in tasks.rows_of.values()) - shots
-    encoded = tasks.encoded(sidecar.prompt_format, learned.tokenizer, sidecar.max_length)
+    encoded = tasks.encoded(learned.encoding)
     episodes = EpisodeDataset(encoded, shots=shots, query_size=query_size, shuffle=False)
-    collate = EpisodeCollator(learned.tokenizer.pad_token_id)
+    collate = learned.encoding.collator()
     loss_fn = AdapterLoss(model, second_order=False)
     weights = {name: p.detach() for name, p in loss_fn.weights.parameters().items()}
     device = next(iter(weights.values())).device
@@ -196,6 +196,8 @@ def inspect_command(options: argparse.Namespace) -> int:
     print(f"base model      {sidecar.base.name}  {sidecar.base.sizes}")
     print(f"algorithm       {sidecar.algorithm}, {sidecar.shots} shots, {sidecar.inner.steps} inner steps")
     print(f"inner optimizer {sidecar.inner.to_dict()['optimizer']}")
+    if sidecar.objective != "causal_lm":
+        print(f"objective       {sidecar.objective}  {' '.join(sidecar.facts.label_names)}".rstrip())
     print(f"LoRA matrices   {len(sidecar.names)}")
     print(
         f"inner rates     {rates.min():.2e} to {rates.max():.2e}, {'learned' if sidecar.inner.learn_rates else 'fixed'}"

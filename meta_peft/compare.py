@@ -74,7 +74,7 @@ def compare(
     steps = sorted(set(arguments.adaptation_steps))
     curves = {s.name: _curve(trainer, s, validation, test, steps, arguments.rate_factors) for s in starts}
     in_context = None
-    if arguments.compare == "full":
+    if arguments.compare == "full" and trainer.encoding.objective == "causal_lm":  # others read no other rows' answers
         in_context = in_context_scores(
             trainer.loss_fn, starts[0].adapter, episodes, trainer.data_collator, trainer.processing_class
         )

@@ -11,13 +11,16 @@ from transformers import TrainingArguments
 from meta_peft.algorithms import MAML, ImplicitMAML, MultiTask, Reptile
 from meta_peft.algorithms.implicit import SOLVERS
 from meta_peft.checked import at_least as _at_least
+from meta_peft.checked import whole
 from meta_peft.errors import MetaPeftError, did_you_mean
 from meta_peft.inner_optimizers import SGD, Adam, InnerRule
 from meta_peft.inner_path import check_memory
 from meta_peft.memory_plan import MemoryPlan
+from meta_peft.objectives import OBJECTIVES
 from meta_peft.processes import check_launch, join
 from meta_peft.schedule import AnyAlgorithm, Schedule
 from meta_peft.sharding import LockstepPlan, asked_for
+from meta_peft.tasks.encoding.facts import MOST_CLASSES
 from meta_peft.tasks.prompt import PromptFormat
 
 ALGORITHMS = ("maml", "fomaml", "imaml", "reptile", "multitask")
@@ -49,6 +52,19 @@ class ModelArguments:
 
     model_name_or_path: str = field(
         default="HuggingFaceTB/SmolLM2-135M-Instruct", metadata={"help": "Base model: a hub id or a local folder."}
+    )
+    objective: str | None = field(
+        default=None,
+        metadata={
+            "help": "What the model is for: causal_lm, seq2seq_lm, speech_seq2seq, masked_lm, sequence_classification or"
+            " token_classification. By default what its config says it is made for."
+        },
+    )
+    num_labels: int | None = field(
+        default=None, metadata={"help": "Classes of a classification head: the most that a task has. Else the base's."}
+    )
+    speech_language: str | None = field(
+        default=None, metadata={"help": "Language that a speech model is told to write, such as spanish."}
     )
     model_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the base model."})
     trust_remote_code: bool = field(default=False, metadata={"help": "Run model code that comes with the base model."})
@@ -92,6 +108,10 @@ class ModelArguments:
     )
 
     def __post_init__(self) -> None:
+        if self.objective is not None:
+            _choice("objective", self.objective, tuple(OBJECTIVES))
+        if self.num_labels is not None:
+            whole("num_labels", self.num_labels, 2, MOST_CLASSES)
         _choice("bnb_4bit_quant_type", self.bnb_4bit_quant_type, ("nf4", "fp4"))
         if self.dtype == "float16":
             raise MetaPeftError(

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from meta_peft.adapter_loss import AdapterLoss
 from meta_peft.algorithms import MAML
+from meta_peft.base_model import base_config
 from meta_peft.config import MetaLoraConfig, ModelArguments
 from meta_peft.errors import MetaPeftError
 from meta_peft.fast_weights import lora_layers
@@ -28,7 +29,7 @@ from meta_peft.live_memory import LiveMemory
 from meta_peft.memory_plan import SHARE, MemoryPlan
 from meta_peft.outer_loop import LearnedRates, bind, in_chunks
 from meta_peft.types import EpisodeBatch, Meta, Params, Rows
-from meta_peft.weightless import base_config, weightless_model
+from meta_peft.weightless import weightless_model
 
 SUPPORT, QUERY, BACK = "support rows, forward", "query rows, forward", "gradients on the way back"
 SCORES, LOGITS, DENSE, FAST = "attention scores", "logits", "dequantised weights", "fast weights"

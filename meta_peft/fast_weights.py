@@ -4,6 +4,8 @@ PEFT's own layers do the forward. For its duration the `nn.Linear` that holds a 
 dict it is given, ``[out, in]`` for weights that all rows share or ``[T, out, in]`` for a stack over tasks, so that T
 tasks, each with its own weights, go through the frozen base model in one pass. The matrices of an embedding are bare
 parameters, which PEFT multiplies itself: they cannot be stacked. The magnitudes of DoRA, ``[out]``, are fast weights too.
+
+So is the head of a classifier, which PEFT copies for each adapter (`modules_to_save`): its matrices and its biases.
 """
 
 from __future__ import annotations
@@ -16,18 +18,22 @@ import torch
 import torch.nn.functional as F
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
+from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from meta_peft.errors import MetaPeftError
 from meta_peft.types import Params
 
+# What PEFT puts into `modules_to_save` of a classifier: endings of names, so that DistilBERT's `pre_classifier` is one.
+HEADS = ("classifier", "score")
+
 
 class FastWeights:
-    """The LoRA matrices of one adapter of a `PeftModel`.
+    """The LoRA matrices of one adapter of a `PeftModel`, and its classification head if it has one.
 
     Names are those that PEFT writes to ``adapter_model.safetensors``, so a dict of values is a state dict of the
-    adapter. Matrices are found by LoRA layer, never by `requires_grad`: what else an adapter may train
-    (`modules_to_save`, say) is no fast weight.
+    adapter. They are found by layer, never by `requires_grad`: what else an adapter may train (an embedding in
+    `modules_to_save`, say) is no fast weight.
     """
 
     def __init__(self, model: PeftModel, adapter: str | None = None):
@@ -47,6 +53,10 @@ class FastWeights:
                 f"The model has no LoRA layer with an adapter called {self.adapter!r}. Make one with"
                 " peft.get_peft_model(model, LoraConfig(target_modules=...)) whose targets match layers of the model."
             )
+        for path, head in head_modules(model, self.adapter):
+            for name, _ in head.named_parameters():
+                inside, _, attribute = name.rpartition(".")
+                self._places[f"{path}.{name}"] = head.get_submodule(inside), attribute
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """The model's own parameters, by name."""
@@ -63,13 +73,14 @@ class FastWeights:
         """Forwards of the model inside this context use `values`, and gradients flow to them."""
         places = {place: values[name] for name, place in self._places.items()}
         own = {(module, attribute): module._parameters[attribute] for module, attribute in places}
+        in_heads = {id(module) for name, (module, _) in self._places.items() if not is_lora(name)}
         linears = [module for module, _ in places if type(module) is nn.Linear]
         try:
             for (module, attribute), value in places.items():
                 module._parameters[attribute] = None
                 module.__dict__[attribute] = value
             for linear in linears:
-                linear.__class__ = _StackedLinear
+                linear.__class__ = _StackedHead if id(linear) in in_heads else _StackedLinear
             yield
         finally:
             for (module, attribute), parameter in own.items():
@@ -98,11 +109,37 @@ class _StackedLinear(nn.Linear):
         return torch.bmm(flat, weight.transpose(1, 2)).view(*x.shape[:-1], -1)
 
 
+class _StackedHead(nn.Linear):
+    """`nn.Linear` whose weight and bias may be stacks; rows ``[T * R, in]`` or ``[T * R, L, in]`` meet their own task's."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias = self.weight, self.bias
+        stacks = [p for p, shared in ((weight, 2), (bias, 1)) if p is not None and p.dim() > shared]
+        if not stacks:
+            return F.linear(x, weight, bias)
+        y = x.reshape(len(stacks[0]), -1, x.shape[-1]) @ weight.transpose(-1, -2)
+        if bias is not None:
+            y = y + (bias.unsqueeze(1) if bias.dim() == 2 else bias)
+        return y.view(*x.shape[:-1], -1)
+
+
 def lora_layers(model: nn.Module, adapter: str) -> Iterator[tuple[str, LoraLayer]]:
     """All LoRA layers of `model` that carry `adapter`, with their paths, in the model's own order."""
     for path, module in model.named_modules():
         if isinstance(module, LoraLayer) and (adapter in module.lora_A or adapter in module.lora_embedding_A):
             yield path, module
+
+
+def head_modules(model: nn.Module, adapter: str) -> Iterator[tuple[str, nn.Module]]:
+    """The classification heads of `model` that belong to `adapter`, with the paths that PEFT saves them by."""
+    for path, module in model.named_modules():
+        if isinstance(module, ModulesToSaveWrapper) and path.endswith(HEADS) and adapter in module.modules_to_save:
+            yield path, module.modules_to_save[adapter]
+
+
+def is_lora(name: str) -> bool:
+    """Whether this is the name of a LoRA matrix (or of the magnitudes of DoRA), not of a head's weight."""
+    return "lora_" in name.removesuffix(".weight").rpartition(".")[2]
 
 
 def active_adapter(model: PeftModel) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 import shutil
 import tempfile
@@ -17,22 +18,34 @@ from safetensors.torch import save_file
 
 from meta_peft import preflight
 from meta_peft.adapter_files import CONFIG, WEIGHTS, load_adapter, undone_on_error
-from meta_peft.base_model import BaseIdentity, load_base, load_tokenizer
+from meta_peft.base_model import BaseIdentity, agree_on_padding, load_base, load_tokenizer
 from meta_peft.config import ModelArguments
 from meta_peft.errors import MetaPeftError
 from meta_peft.fast_weights import FastWeights, active_adapter
 from meta_peft.inner_optimizers.rule import RATES
+from meta_peft.objectives import CLASSIFYING, objective_name
 from meta_peft.sidecar import JSON, TENSORS, Sidecar
+from meta_peft.tasks.encoding import Encoding, tokenizer_of
 from meta_peft.types import Params
+
+LABELS = "label_names.json"  # names of classes, which neither PEFT nor transformers reads by itself
 
 
 @dataclass(frozen=True)
 class MetaLearned:
-    """What a loaded or trained model carries as ``model.meta_peft``: the sidecar, the tokenizer and the adapter's name."""
+    """What a loaded or trained model carries as ``model.meta_peft``: the sidecar, the tokenizer and the adapter's name.
+
+    For speech `tokenizer` is a processor, which has one.
+    """
 
     sidecar: Sidecar
     tokenizer: Any
     adapter: str
+
+    @property
+    def encoding(self) -> Encoding:
+        """How rows of this adapter's tasks are encoded."""
+        return self.sidecar.encoding(self.tokenizer)
 
 
 def save(model: PeftModel, sidecar: Sidecar, folder: str | Path, *, card: str | None = None) -> None:
@@ -46,10 +59,15 @@ def save(model: PeftModel, sidecar: Sidecar, folder: str | Path, *, card: str | 
             (partial / "README.md").write_text(card, encoding="utf-8")
 
 
-def save_adapted(weights: Params, config: Any, base_name: str, folder: str | Path) -> None:
-    """Write adapted weights as an ordinary PEFT adapter."""
+def save_adapted(
+    weights: Params, config: Any, base_name: str, folder: str | Path, *, label_names: tuple[str, ...] = ()
+) -> None:
+    """Write adapted weights as an ordinary PEFT adapter, and names of classes beside it as `transformers` calls them."""
     with _replacing_files(Path(folder)) as partial:
         write_adapter(weights, config, base_name, partial)
+        if label_names:
+            names = {"id2label": dict(enumerate(label_names)), "label2id": {n: i for i, n in enumerate(label_names)}}
+            (partial / LABELS).write_text(json.dumps(names, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def write_adapter(weights: Params, config: Any, base_name: str, folder: Path) -> None:
@@ -58,6 +76,8 @@ def write_adapter(weights: Params, config: Any, base_name: str, folder: Path) ->
     written.base_model_name_or_path, written.inference_mode = base_name, True
     if isinstance(written.target_modules, set):  # the order of a set differs from run to run
         written.target_modules = sorted(written.target_modules)
+    if written.modules_to_save:  # to which PEFT adds the names of heads each time
+        written.modules_to_save = list(dict.fromkeys(written.modules_to_save))
     written.save_pretrained(str(folder))
     tensors = {name: value.detach().cpu().contiguous() for name, value in weights.items()}
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
@@ -87,11 +107,20 @@ def load(
         )
     if base is None or isinstance(base, (str, Path)):
         name = str(base or sidecar.base.name)
-        base = load_base(ModelArguments(model_name_or_path=name, **model_options))
+        made: dict[str, Any] = {"objective": sidecar.objective}
+        if sidecar.objective in CLASSIFYING:
+            made["num_labels"] = sidecar.facts.num_labels
+        base = load_base(ModelArguments(model_name_or_path=name, **{**made, **model_options}))
     elif model_options:
         raise MetaPeftError(f"{sorted(model_options)} say how to load a base model, but a loaded one was given.")
     sidecar.base.check(BaseIdentity.of(base))
-    tokenizer = tokenizer or load_tokenizer(base.name_or_path)
+    if objective_name(base) != sidecar.objective:
+        raise MetaPeftError(
+            f"The adapter was learned for {sidecar.objective}, and {type(base).__name__} is made for"
+            f" {objective_name(base)}: load the base with the class that fits, or name it."
+        )
+    tokenizer = tokenizer or load_tokenizer(base.name_or_path, objective=sidecar.objective)
+    agree_on_padding(base, sidecar.objective, tokenizer_of(tokenizer))
     training = base.training
     with undone_on_error(base):
         model = load_adapter(base, folder, sidecar.names)

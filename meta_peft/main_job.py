@@ -12,9 +12,10 @@ from typing import Any
 from peft import PeftModel
 from transformers.trainer_utils import set_seed
 
-from meta_peft.base_model import load_base, load_tokenizer, lora_config, with_adapter
+from meta_peft.base_model import load_base, load_tokenizer, lora_config, objective_of, with_adapter
 from meta_peft.compare import CompareArguments, compare, multitask_start
 from meta_peft.config import MetaLoraConfig, ModelArguments, TaskArguments
+from meta_peft.objectives import objective_name
 from meta_peft.report import Report
 from meta_peft.sharding import asked_for, check_sharding
 from meta_peft.tasks import TaskSet
@@ -41,6 +42,8 @@ def run(
         model_args.model_name_or_path,
         revision=model_args.model_revision,
         trust_remote_code=model_args.trust_remote_code,
+        objective=objective_of(model_args),
+        speech_language=model_args.speech_language,
     )
     trainer = MetaTrainer(
         _new_model(model_args, args.seed),
@@ -106,9 +109,10 @@ def _check_base(model_args: ModelArguments, args: MetaLoraConfig) -> None:
 
 
 def _new_model(model_args: ModelArguments, seed: int) -> PeftModel:
+    set_seed(seed)  # a new head starts at random
     base = load_base(model_args)
-    set_seed(seed)  # the LoRA A matrices start at random
-    return with_adapter(base, lora_config(model_args))
+    set_seed(seed)  # as the LoRA A matrices do
+    return with_adapter(base, lora_config(model_args, objective_name(base)))
 
 
 def _about(

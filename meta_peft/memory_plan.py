@@ -114,7 +114,7 @@ class MemoryPlan:
         return self.budget
 
     def _of_one_task(self, algorithm: Any, loss_fn: LossFn, meta: Meta, batch: EpisodeBatch) -> _Needs:
-        support, query = (math.prod(rows.labels_BL.shape) // rows.n_tasks for rows in (batch.support, batch.query))
+        support, query = batch.support.positions_per_task, batch.query.positions_per_task
         kind = (bool(algorithm.second_order), algorithm.inner)
         known = self._needs.get(kind)
         if known is None or known.tokens < support or known.query_tokens < query:

@@ -15,7 +15,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from meta_peft.errors import MetaPeftError
-from meta_peft.fast_weights import FastWeights, active_adapter, lora_layers
+from meta_peft.fast_weights import HEADS, FastWeights, active_adapter, head_modules, is_lora, lora_layers
 from meta_peft.frozen_linear import quant_state
 
 logger = logging.getLogger("meta_peft")
@@ -24,6 +24,7 @@ _said: set[str] = set()
 BASE_CHANGING_INITS = ("pissa", "olora", "loftq", "corda", "eva", "lora_ga")
 VARIANTS = ("NoneType", "DoraLinearVariant")
 ADAPTABLE = (nn.Linear, nn.Embedding, Conv1D)
+CLASSIFIERS = ("ForSequenceClassification", "ForTokenClassification")
 FUSED_ATTENTION = ("flash_attention", "flash", "flex_attention", "paged", "kernels")
 # Mixtures of experts whose tokens are routed one by one, without a capacity that they would share; each is tested.
 ROUTED_BY_TOKEN = frozenset({"mixtral", "olmoe", "qwen2_moe", "qwen3_moe"})
@@ -40,6 +41,7 @@ def check_model(model: Any, *, second_order: bool) -> None:
     adapter = active_adapter(model)
     _check_adapter(model, adapter)
     _check_layers(model, adapter)
+    _check_head(model, adapter)
     _check_base(model.get_base_model(), second_order=second_order)
     _check_quantised(model)
 
@@ -61,9 +63,13 @@ def _check_adapter(model: PeftModel, adapter: str) -> None:
             f"init_lora_weights={init!r} changes the base weights, so what is learned would not fit the original base"
             " model. Use init_lora_weights=True (the default), 'gaussian' or 'orthogonal'."
         )
-    for option in ("modules_to_save", "trainable_token_indices"):
-        if getattr(config, option, None):
-            raise MetaPeftError(f"{option} is set, but only LoRA matrices are meta-learned: remove it from LoraConfig.")
+    others = [name for name in config.modules_to_save or () if name not in HEADS]
+    for option, found in (("modules_to_save", others), ("trainable_token_indices", config.trainable_token_indices)):
+        if found:
+            raise MetaPeftError(
+                f"{option} is set, but only LoRA matrices are meta-learned: remove it from LoraConfig. Of modules_to_save,"
+                f" the classification heads {' and '.join(HEADS)} may stay."
+            )
     if getattr(config, "target_parameters", None):
         raise MetaPeftError(
             f"target_parameters={sorted(config.target_parameters)} adapts bare parameters, such as the experts and routers"
@@ -106,9 +112,16 @@ def _check_layers(model: PeftModel, adapter: str) -> None:
             )
     for name, parameter in FastWeights(model, adapter).parameters().items():
         if parameter.dtype in (torch.float16, torch.bfloat16):
+            remedy = (
+                "Keep LoRA weights in float32 (get_peft_model does, with autocast_adapter_dtype=True)."
+                if is_lora(name)
+                else "A head has the precision of its base: load the base in float32, in 4-bit or 8-bit if it is large."
+            )
+            raise MetaPeftError(f"{name} is in {parameter.dtype}, which swallows small inner steps. {remedy}")
+        if not parameter.is_floating_point():
             raise MetaPeftError(
-                f"{name} is in {parameter.dtype}, which swallows small inner steps. Keep LoRA weights in float32"
-                " (get_peft_model does, with autocast_adapter_dtype=True)."
+                f"{name} is quantised, and a head is learned whole: load the base with load_base, or give"
+                f" BitsAndBytesConfig llm_int8_skip_modules={list(HEADS)}."
             )
     for path, module in model.named_modules():
         if hasattr(module, "_orig_mod") or module._compiled_call_impl is not None:
@@ -122,12 +135,28 @@ def _check_layers(model: PeftModel, adapter: str) -> None:
             )
 
 
-def _check_base(base: Any, *, second_order: bool) -> None:
-    if not hasattr(base, "get_output_embeddings") or base.get_output_embeddings() is None:
+def _check_head(model: PeftModel, adapter: str) -> None:
+    base: Any = model.get_base_model()
+    heads = list(head_modules(model, adapter))
+    if type(base).__name__.endswith(CLASSIFIERS):
+        if not heads:
+            raise MetaPeftError(
+                f"The classification head of {type(base).__name__} is not part of the adapter, so no task could have one of"
+                f" its own: give LoraConfig a task_type of SEQ_CLS or TOKEN_CLS. The head has to be called"
+                f" {' or '.join(HEADS)}."
+            )
+    elif heads:
+        raise MetaPeftError(
+            f"modules_to_save holds {[path for path, _ in heads]}, but {type(base).__name__} is no classifier: remove it."
+        )
+    elif not hasattr(base, "get_output_embeddings") or base.get_output_embeddings() is None:
         raise MetaPeftError(
             f"{type(base).__name__} has no language-modelling head, so it has no loss: load it with AutoModelForCausalLM,"
-            " AutoModelForSeq2SeqLM, AutoModelForSpeechSeq2Seq or AutoModelForMaskedLM."
+            " AutoModelForSeq2SeqLM, AutoModelForSpeechSeq2Seq or AutoModelForMaskedLM, or with a classification head."
         )
+
+
+def _check_base(base: Any, *, second_order: bool) -> None:
     _check_experts(base, second_order=second_order)
     attention = str(getattr(base.config, "_attn_implementation", None) or "")
     if second_order and (

@@ -20,24 +20,30 @@ from meta_peft.base_model import BaseIdentity
 from meta_peft.checked import is_number, read_object, shown, whole
 from meta_peft.config import ALGORITHMS
 from meta_peft.errors import MetaPeftError
+from meta_peft.fast_weights import HEADS
 from meta_peft.inner_optimizers import InnerRule
 from meta_peft.inner_optimizers.rule import RATES
+from meta_peft.objectives import CLASSIFYING, OBJECTIVES
+from meta_peft.tasks.encoding import Encoding, Facts
 from meta_peft.tasks.prompt import PromptFormat
 
 JSON, TENSORS = "meta_peft.json", "meta_peft.safetensors"
-FORMAT = 1
+FORMAT, OLDEST = 2, 1  # before 2, all models were causal language models
 LARGEST = 10**8  # of tokens, shots, steps and factors
 # What a LoRA matrix is called in adapter_model.safetensors; a weight of the base model is never called so.
 LORA_NAME = re.compile(r"[\w.-]+\.(lora_[AB]\.weight|lora_embedding_[AB]|lora_magnitude_vector(\.weight)?)")
+# And what the weights of a classification head are called. A base has weights of the same names, which PEFT leaves alone
+# only if they are its copies that are loaded: `adapter_files` sees to that.
+HEAD_NAME = re.compile(rf"base_model\.model\.[\w.]*({'|'.join(HEADS)})(\.\w+)*\.(weight|bias)")
 
 
 @dataclass(frozen=True)
 class Sidecar:
     """How an adapter was meta-learned, and how it is to be adapted.
 
-    `names` are all LoRA matrices; those of them that are fast weights have the columns of `log_rates` ``[S, n]``, one
-    each or one for each entry. `rate_factors` holds, for numbers of adaptation steps, what the rates are best multiplied
-    by, as found on validation tasks.
+    `names` are all LoRA matrices, and behind them the weights of a classification head; those of them that are fast
+    weights have the columns of `log_rates` ``[S, n]``, one each or one for each entry. `rate_factors` holds, for numbers of
+    adaptation steps, what the rates are best multiplied by, as found on validation tasks.
     """
 
     algorithm: str
@@ -49,6 +55,12 @@ class Sidecar:
     base: BaseIdentity
     shots: int
     rate_factors: dict[int, float] = field(default_factory=dict)
+    objective: str = "causal_lm"
+    facts: Facts = field(default_factory=Facts)
+
+    def encoding(self, processor: Any) -> Encoding:
+        """How rows are encoded, with the base's tokenizer, or its processor for speech."""
+        return Encoding(self.objective, self.prompt_format, processor, self.max_length, self.facts)
 
     def rate_factor(self, steps: int) -> float:
         """The factor found for the largest number of steps up to `steps`; 1 if none was."""
@@ -58,7 +70,7 @@ class Sidecar:
     def write(self, folder: Path) -> None:
         """Write both files into `folder`."""
         values: dict[str, Any] = {
-            "format": FORMAT,
+            "format": OLDEST if self.objective == "causal_lm" else FORMAT,
             "algorithm": self.algorithm,
             "inner": self.inner.to_dict(),
             "names": list(self.names),
@@ -68,6 +80,8 @@ class Sidecar:
             "shots": self.shots,
             "rate_factors": {str(steps): factor for steps, factor in self.rate_factors.items()},
         }
+        if self.objective != "causal_lm":
+            values |= {"objective": self.objective, "facts": asdict(self.facts)}
         (folder / JSON).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
         save_file({RATES: self.log_rates.detach().cpu().contiguous()}, folder / TENSORS)
 
@@ -84,11 +98,12 @@ class Sidecar:
                 " were not copied. Adapters that meta_peft has trained have both; for a plain one use PEFT itself."
             )
         values = read_object(folder / JSON, "a sidecar of meta_peft")
-        if values.get("format") != FORMAT or isinstance(values["format"], bool):
+        if values.get("format") not in (OLDEST, FORMAT) or type(values["format"]) is not int:
             if "format" not in values:
                 raise MetaPeftError(f"{folder / JSON} is damaged or not a sidecar of meta_peft (it has no format).")
             raise MetaPeftError(
-                f"{folder / JSON} has format {shown(values['format'])}; this version of meta_peft reads format {FORMAT}."
+                f"{folder / JSON} has format {shown(values['format'])}; this version of meta_peft reads formats"
+                f" {OLDEST} and {FORMAT}."
             )
         try:
             base = values["base"]
@@ -102,6 +117,8 @@ class Sidecar:
                 base=BaseIdentity(base["name"], base["sizes"], tuple(base["embedding"])),
                 shots=values["shots"],
                 rate_factors={int(steps): factor for steps, factor in values["rate_factors"].items()},
+                objective=values["objective"] if values["format"] == FORMAT else "causal_lm",
+                facts=_facts(values["facts"]) if values["format"] == FORMAT else Facts(),
             )
             sidecar._check_values()
         except (KeyError, TypeError, AttributeError, ValueError, SafetensorError, OSError) as error:
@@ -123,10 +140,14 @@ class Sidecar:
         """Raise unless each value is one that training can have written."""
         if self.algorithm not in ALGORITHMS:
             raise MetaPeftError(f"algorithm must be one of {', '.join(ALGORITHMS)}; got {shown(self.algorithm)}")
+        if not isinstance(self.objective, str) or self.objective not in OBJECTIVES:
+            raise MetaPeftError(f"objective must be one of {', '.join(OBJECTIVES)}; got {shown(self.objective)}")
         if not self.names or len(set(self.names)) < len(self.names):
             raise MetaPeftError(f"names must be those of some LoRA matrices, each once; got {shown(self.names)}")
         for name in self.names:
-            if not isinstance(name, str) or len(name) > 1000 or not LORA_NAME.fullmatch(name):
+            known = isinstance(name, str) and len(name) <= 1000 and LORA_NAME.fullmatch(name)
+            of_head = self.objective in CLASSIFYING and isinstance(name, str) and HEAD_NAME.fullmatch(name)
+            if not known and not (of_head and len(name) <= 1000):
                 raise MetaPeftError(f"names must be those of LoRA matrices; got {shown(name)}")
         whole("max_length", self.max_length, 1, LARGEST)
         whole("shots", self.shots, 1, LARGEST)
@@ -134,6 +155,11 @@ class Sidecar:
             whole("rate_factors", steps, 0, LARGEST)
             if not (is_number(factor) and 0 < factor <= LARGEST):
                 raise MetaPeftError(f"rate_factors must be positive numbers; got {shown(factor)} for {steps} steps")
+
+
+def _facts(values: dict[str, Any]) -> Facts:
+    lists = {name: tuple(values[name]) for name in ("decoder_prefix", "label_names")}
+    return Facts(**{**values, **lists})
 
 
 def _log_rates(path: Path) -> Tensor:

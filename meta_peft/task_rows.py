@@ -23,11 +23,16 @@ class RowsRearrangedError(MetaPeftError):
 
 
 @contextmanager
-def rows_in_place(layers: Iterable[tuple[str, nn.Module]], n_rows: int) -> Iterator[None]:
-    """Forwards inside this context raise `RowsRearrangedError` where a layer gets anything but ``[n_rows, L, H]``."""
+def rows_in_place(
+    layers: Iterable[tuple[str, nn.Module]], n_rows: int, pooled: frozenset[str] = frozenset()
+) -> Iterator[None]:
+    """Forwards inside this context raise `RowsRearrangedError` where a layer gets anything but ``[n_rows, L, H]``.
+
+    Those whose paths are in `pooled` may also get ``[n_rows, H]``, one vector of each row.
+    """
 
     def check(path: str, x: Tensor) -> None:
-        if x.dim() != 3 or x.shape[0] != n_rows:
+        if x.shape[0] != n_rows or not (x.dim() == 3 or (x.dim() == 2 and path in pooled)):
             raise RowsRearrangedError(
                 f"{path} gets activations of shape {list(x.shape)} instead of [{n_rows} rows, tokens, features]."
             )

@@ -25,11 +25,12 @@ from transformers.trainer_utils import rotate_checkpoints
 
 from meta_peft import hub
 from meta_peft.adapter_files import WEIGHTS, tensor_shapes
-from meta_peft.base_model import BaseIdentity, load_base, load_tokenizer, with_adapter
+from meta_peft.base_model import BaseIdentity, agree_on_padding, load_base, load_tokenizer, with_adapter
 from meta_peft.card import model_card
 from meta_peft.config import MetaLoraConfig, ModelArguments
 from meta_peft.errors import MetaPeftError
 from meta_peft.evaluate import Start, curve
+from meta_peft.objectives import CLASSIFYING, objective_name
 from meta_peft.outer_loop import LearnedRates, assign_gradient, bind
 from meta_peft.outer_step import OuterStep
 from meta_peft.processes import Share, StepShares, group, restarts
@@ -39,7 +40,9 @@ from meta_peft.sharding import shard_as_asked
 from meta_peft.sidecar import Sidecar
 from meta_peft.survival import checkpoints, training_state
 from meta_peft.survival.stop_signal import StopSignal
-from meta_peft.tasks import EpisodeCollator, EpisodeDataset, TaskSet
+from meta_peft.tasks import Encoding, EpisodeCollator, EpisodeDataset, TaskSet
+from meta_peft.tasks.encoding import tokenizer_of
+from meta_peft.tasks.prompt import example_columns
 from meta_peft.types import Episode, EpisodeBatch
 
 logger = logging.getLogger("meta_peft")
@@ -54,7 +57,7 @@ class MetaTrainer(Trainer):
         train_dataset: tasks to learn from: whatever `TaskSet.of` takes (a `datasets.Dataset` with a task column, a
             mapping of task names to rows, rows, the path of a JSONL file).
         eval_dataset: other tasks, to be evaluated on.
-        processing_class: the base model's tokenizer; found by the model's name if not given.
+        processing_class: the base model's tokenizer, or its processor for speech; found by the model's name if not given.
         peft_config: a `LoraConfig`, unless the model is a `PeftModel` already.
         callbacks, optimizers: as in `transformers.Trainer`.
 
@@ -100,18 +103,22 @@ class MetaTrainer(Trainer):
         self._skipped = 0  # updates in a row that were not made
         self._diverged = 0  # tasks since the last line of the log
         self._failure: MetaPeftError | None = None
-        tokenizer = processing_class or load_tokenizer(self._identity.name)
+        base = peft_model.get_base_model()
+        objective = objective_name(base)
+        processor = processing_class or load_tokenizer(self._identity.name, objective=objective)
+        tokenizer = tokenizer_of(processor)
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
-        self._prompt_format = args.prompt_format()
+        agree_on_padding(base, objective, tokenizer)
+        self.encoding = _encoding(base, objective, args, processor, [t for t in (tasks, eval_tasks) if t is not None])
 
         super().__init__(
             model=peft_model,
             args=args,
-            data_collator=EpisodeCollator(tokenizer.pad_token_id),
-            train_dataset=None if tasks is None else self._training_episodes(tasks, tokenizer, args),
-            eval_dataset=None if eval_tasks is None else self.evaluation_episodes(eval_tasks, tokenizer, args),
-            processing_class=tokenizer,
+            data_collator=self.encoding.collator(),
+            train_dataset=None if tasks is None else self._training_episodes(tasks, args),
+            eval_dataset=None if eval_tasks is None else self.evaluation_episodes(eval_tasks, args),
+            processing_class=processor,
             callbacks=callbacks,
             optimizers=optimizers,
         )
@@ -129,17 +136,17 @@ class MetaTrainer(Trainer):
 
     # ---- data
 
-    def _training_episodes(self, tasks: TaskSet, tokenizer: Any, args: MetaLoraConfig) -> EpisodeDataset:
-        encoded = tasks.encoded(self._prompt_format, tokenizer, args.max_length)
+    def _training_episodes(self, tasks: TaskSet, args: MetaLoraConfig) -> EpisodeDataset:
+        encoded = tasks.encoded(self.encoding)
         length = args.max_steps * args.tasks_in_a_step
         return EpisodeDataset(encoded, shots=args.shots, query_size=args.query_size, seed=args.seed, length=length)
 
-    def evaluation_episodes(self, tasks: TaskSet, tokenizer: Any = None, args: Any = None) -> EpisodeDataset:
+    def evaluation_episodes(self, tasks: TaskSet, args: Any = None) -> EpisodeDataset:
         """One fixed episode of each task, with as many query rows as its rows and `eval_query_size` allow."""
-        args, tokenizer = args or self.args, tokenizer or self.processing_class
+        args = args or self.args
         fewest = min(len(rows) for rows in tasks.rows_of.values())
         query_size = max(1, min(args.eval_query_size, fewest - args.shots))
-        encoded = tasks.encoded(self._prompt_format, tokenizer, args.max_length)
+        encoded = tasks.encoded(self.encoding)
         return EpisodeDataset(encoded, shots=args.shots, query_size=query_size, seed=args.seed + 1, shuffle=False)
 
     def batches(self, episodes: Sequence[Episode]) -> list[EpisodeBatch]:
@@ -317,11 +324,13 @@ class MetaTrainer(Trainer):
             inner=self.args.inner_rule(),
             names=tuple(self.loss_fn.weights.parameters()),
             log_rates=self.rates.log_rates.detach().cpu().clone(),
-            prompt_format=self._prompt_format,
+            prompt_format=self.encoding.prompt_format,
             max_length=self.args.max_length,
             base=self._identity,
             shots=self.args.shots,
             rate_factors=self._rate_factors,
+            objective=self.encoding.objective,
+            facts=self.encoding.facts,
         )
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
@@ -415,6 +424,15 @@ class LossInProgressBar(ProgressCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if state.is_world_process_zero and self.training_bar is not None and logs and "loss" in logs:
             self.training_bar.set_postfix(loss=f"{float(logs['loss']):.3f}")
+
+
+def _encoding(base: Any, objective: str, args: MetaLoraConfig, processor: Any, task_sets: list[TaskSet]) -> Encoding:
+    """How rows are encoded; names of classes get the same numbers in all tasks if the head has room for all of them."""
+    encoding = Encoding.of(base, objective, args.prompt_format(), processor, args.max_length)
+    if objective not in CLASSIFYING:
+        return encoding
+    columns = [(tasks.dataset, example_columns(tasks.dataset.column_names)[-1]) for tasks in task_sets]
+    return encoding.naming(label for dataset, column in columns for label in dataset[column])
 
 
 def _peft_model(model: Any, peft_config: LoraConfig | None) -> PeftModel:

@@ -31,8 +31,9 @@ class Rows:
     """The rows of T tasks as one stack of model inputs.
 
     `inputs` holds what the model is called with, rows first: tokens ``[B, L]``, for instance, or sound
-    ``[B, mel, frames]``; `labels_BL` the token ids to predict, -100 where nothing is to be predicted. Two `Rows` are
-    equal only if they are the same object: caches rely on that.
+    ``[B, mel, frames]``; `labels_BL` the tokens or the classes to predict, -100 where nothing is to be predicted, with a
+    length of its own where the model reads one thing and answers another. Two `Rows` are equal only if they are the same
+    object: caches rely on that.
     """
 
     inputs: dict[str, Tensor]
@@ -42,6 +43,12 @@ class Rows:
     def to(self, device: Any) -> Rows:
         inputs = {name: tensor.to(device) for name, tensor in self.inputs.items()}
         return Rows(inputs, self.labels_BL.to(device), self.n_tasks)
+
+    @property
+    def positions_per_task(self) -> int:
+        """How many positions of its longest input a model has to compute for one task."""
+        longest = max(tensor.shape[-1] for tensor in (*self.inputs.values(), self.labels_BL))
+        return longest * self.labels_BL.shape[0] // self.n_tasks
 
     def in_order(self, order: Tensor) -> Rows:
         """The rows of the same tasks in another order, ``[T]``."""

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 
-from meta_peft.base_model import locate, lora_config, quantisation, with_adapter
+from meta_peft.base_model import lora_config, objective_of, quantisation, with_adapter
 from meta_peft.config import ModelArguments
 from meta_peft.errors import MetaPeftError
 from meta_peft.frozen_linear import quantise_shapes, quantised_layers
@@ -23,24 +23,12 @@ def weightless_model(args: ModelArguments, config: Any) -> PeftModel:
         return with_adapter(_base(args, config), lora_config(args))
 
 
-def base_config(args: ModelArguments) -> Any:
-    """The config of the base, which is all that is read of it."""
-    from transformers import AutoConfig
-
-    try:
-        return AutoConfig.from_pretrained(
-            locate(args.model_name_or_path, args.model_revision),
-            revision=args.model_revision,
-            trust_remote_code=args.trust_remote_code,
-        )
-    except (OSError, ValueError) as error:
-        raise MetaPeftError(f"The config of {args.model_name_or_path!r} cannot be loaded: {error}") from error
-
-
 def _base(args: ModelArguments, config: Any) -> Any:
     from transformers import AutoModelForCausalLM
     from transformers.quantizers.auto import AutoHfQuantizer
 
+    if (objective := objective_of(args)) != "causal_lm":
+        raise MetaPeftError(f"An estimate is made of causal language models; the objective of this one is {objective}.")
     dtype = getattr(torch, args.dtype)
     chosen: dict[str, Any] = {"trust_remote_code": args.trust_remote_code}
     if args.attn_implementation:

@@ -37,7 +37,7 @@ FLOORS = [
     ],
     ["survival", "processes", "ops", "preflight", "dora", "inner_loop", "hessian"],
     ["objectives", "fast_forwards", "fast_attention", "inner_path", "health"],
-    ["tasks", "adapter_loss", "algorithms"],
+    ["tasks", "adapter_loss", "algorithms", "model_kinds"],
     ["memory_plan", "schedule"],
     ["sharding"],
     ["outer_loop", "config"],

@@ -13,7 +13,7 @@ import pytest
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from meta_peft import estimate as module
-from meta_peft.base_model import load_base, lora_config, with_adapter
+from meta_peft.base_model import base_config, load_base, lora_config, with_adapter
 from meta_peft.cli import main
 from meta_peft.config import MetaLoraConfig, ModelArguments
 from meta_peft.errors import MetaPeftError
@@ -21,7 +21,7 @@ from meta_peft.estimate import EstimateArguments, base_lines, count_alive, estim
 from meta_peft.memory_plan import _graph_bytes
 from meta_peft.outer_loop import LearnedRates, bind
 from meta_peft.types import Meta
-from meta_peft.weightless import base_config, weightless_model
+from meta_peft.weightless import weightless_model
 
 ROOT = Path(__file__).parents[1]
 GIVEN = EstimateArguments(row_tokens=24, labelled_tokens=5)
@@ -143,7 +143,7 @@ def test_impossible_questions(values: dict[str, Any], message: str):
 
 
 def test_a_model_that_is_not_there(tmp_path: Path):
-    with pytest.raises(MetaPeftError, match=r"The config of .* cannot be loaded"):
+    with pytest.raises(MetaPeftError, match=r"The base model .* cannot be loaded"):
         base_config(ModelArguments(str(tmp_path)))
 
 

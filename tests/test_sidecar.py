@@ -88,10 +88,10 @@ def test_missing(folder: Path, missing: str):
         Sidecar.read(folder)
 
 
-@pytest.mark.parametrize("number", [0, 2, "1", None])
+@pytest.mark.parametrize("number", [0, 3, "1", True, None])
 def test_another_format(folder: Path, number: object):
     edit(folder, lambda values: values.update(format=number))
-    with pytest.raises(MetaPeftError, match=f"has format {number!r}; this version of meta_peft reads format 1"):
+    with pytest.raises(MetaPeftError, match=f"has format {number!r}; this version of meta_peft reads formats 1 and 2"):
         Sidecar.read(folder)
 
 

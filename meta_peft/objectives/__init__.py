@@ -4,24 +4,60 @@ from __future__ import annotations
 
 from typing import Any
 
-from meta_peft.errors import MetaPeftError
+from meta_peft.errors import MetaPeftError, did_you_mean
 from meta_peft.objectives.causal_lm import CAUSAL_LM
 from meta_peft.objectives.labelled_tokens import LabelledTokens
 from meta_peft.objectives.masked_lm import MASKED_LM
 from meta_peft.objectives.seq2seq_lm import SEQ2SEQ_LM
+from meta_peft.objectives.sequence_classification import SEQUENCE_CLASSIFICATION
+from meta_peft.objectives.token_classification import TOKEN_CLASSIFICATION
 
-OBJECTIVES: dict[str, LabelledTokens] = {"causal_lm": CAUSAL_LM, "seq2seq_lm": SEQ2SEQ_LM, "masked_lm": MASKED_LM}
+OBJECTIVES: dict[str, LabelledTokens] = {
+    "causal_lm": CAUSAL_LM,
+    "seq2seq_lm": SEQ2SEQ_LM,
+    "speech_seq2seq": SEQ2SEQ_LM,  # the same loss; what differs is what a row is made of
+    "masked_lm": MASKED_LM,
+    "sequence_classification": SEQUENCE_CLASSIFICATION,
+    "token_classification": TOKEN_CLASSIFICATION,
+}
+CLASSIFYING = ("sequence_classification", "token_classification")
+_ENDINGS = {
+    "ForMaskedLM": "masked_lm",
+    "ForSequenceClassification": "sequence_classification",
+    "ForTokenClassification": "token_classification",
+}
+
+
+def made_for(config: Any, architecture: str) -> str:
+    """The name of the objective that an architecture, such as ``BertForMaskedLM``, with this config is made for."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES
+
+    for ending, name in _ENDINGS.items():
+        if architecture.endswith(ending):
+            return name
+    if not config.is_encoder_decoder:
+        return "causal_lm"
+    return "speech_seq2seq" if config.model_type in MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES else "seq2seq_lm"
+
+
+def objective_name(base: Any) -> str:
+    """The name of the objective that a `transformers` model is made for."""
+    return made_for(base.config, type(base).__name__.removeprefix("FSDP"))
+
+
+def check_objective(name: str) -> None:
+    """Raise `MetaPeftError` unless `name` is that of an objective."""
+    if name not in OBJECTIVES:
+        raise MetaPeftError(
+            f"Unknown objective {name!r}: expected one of {sorted(OBJECTIVES)}, or None to choose by the model."
+            f"{did_you_mean(name, OBJECTIVES)}"
+        )
 
 
 def objective_for(base: Any, name: str | None = None) -> LabelledTokens:
     """The objective called `name`, or the one that a `transformers` model is made for."""
-    if name is None:
-        masked = type(base).__name__.endswith("ForMaskedLM")
-        name = "seq2seq_lm" if base.config.is_encoder_decoder else "masked_lm" if masked else "causal_lm"
-    if name not in OBJECTIVES:
-        raise MetaPeftError(
-            f"Unknown objective {name!r}: expected one of {sorted(OBJECTIVES)}, or None to choose by the model."
-        )
+    name = objective_name(base) if name is None else name
+    check_objective(name)
     if name == "causal_lm" and _looks_ahead(base):
         raise MetaPeftError(
             f"{type(base).__name__} sees the tokens that it is to predict: its attention is not causal. Load it with"

@@ -49,12 +49,12 @@ class LabelledTokens:
     options: dict[str, Any] = field(default_factory=dict)
     causal: bool = False
 
-    def loss_per_task(self, model: nn.Module, head: nn.Module, rows: Rows) -> Tensor:
+    def loss_per_task(self, model: nn.Module, head: nn.Module | None, rows: Rows) -> Tensor:
         """One loss per task, ``[T]``."""
         logits_NV, labels_N, row_N = self.labelled_logits(model, head, rows)
         return _mean_per_task(cross_entropy(logits_NV, labels_N), row_N, rows)
 
-    def scores_per_task(self, model: nn.Module, head: nn.Module, rows: Rows) -> TaskScores:
+    def scores_per_task(self, model: nn.Module, head: nn.Module | None, rows: Rows) -> TaskScores:
         """Loss and exact match per task: a row matches if the most likely token is the label at all its positions."""
         logits_NV, labels_N, row_N = self.labelled_logits(model, head, rows)
         loss_T = _mean_per_task(cross_entropy(logits_NV, labels_N), row_N, rows)
@@ -64,7 +64,18 @@ class LabelledTokens:
         match_T = (wrong_B == 0).to(loss_T.dtype).view(rows.n_tasks, -1).mean(1)
         return TaskScores(loss_T, match_T)
 
-    def labelled_logits(self, model: nn.Module, head: nn.Module, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
+    def predicted(self, model: nn.Module, head: nn.Module | None, rows: Rows) -> Tensor:
+        """The most likely label where there is one, -100 elsewhere; in the shape of the rows' labels.
+
+        A token is predicted given the right ones before it, so for text this is not what the model would write.
+        """
+        logits_NV, _, _ = self.labelled_logits(model, head, rows)
+        predicted_BL = torch.full_like(rows.labels_BL, IGNORED)
+        of_targets = predicted_BL[:, rows.labels_BL.shape[1] - self.targets(rows.labels_BL).shape[1] :]
+        of_targets[self.targets(rows.labels_BL) != IGNORED] = logits_NV.argmax(-1)
+        return predicted_BL
+
+    def labelled_logits(self, model: nn.Module, head: nn.Module | None, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
         """Logits ``[N, V]``, labels ``[N]`` and row numbers ``[N]`` of the N labelled positions, and of no others.
 
         The head sees one contiguous ``[N, H]`` block: over a vocabulary, logits are the largest tensor there is. What a
@@ -72,14 +83,20 @@ class LabelledTokens:
         """
         targets_BL = self.targets(rows.labels_BL)
         row_N, position_N = (targets_BL != IGNORED).nonzero(as_tuple=True)
-        inputs = rows.inputs
+        inputs = in_precision_of(model, rows.inputs)
         with ExitStack() as stack:
             if self.causal:
                 inputs = _up_to(int(position_N.max()) + 1, inputs, rows.labels_BL.shape)
                 position_N = stack.enter_context(last_layer_at(model, row_N, position_N, targets_BL.shape[0]))
+            assert head is not None, "a language model has a head"
             stack.enter_context(_head_reads(head, row_N, position_N))
             logits_NV = model(**inputs, **self.options).logits.squeeze(0)
         return logits_NV, targets_BL[targets_BL != IGNORED], row_N
+
+
+def in_precision_of(model: Any, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Sound, for one, in the precision of the model's weights; numbers of tokens as they are."""
+    return {name: tensor.to(model.dtype) if tensor.is_floating_point() else tensor for name, tensor in inputs.items()}
 
 
 def _up_to(length: int, inputs: dict[str, Tensor], shape: torch.Size) -> dict[str, Tensor]:

@@ -1,8 +1,9 @@
 """Where episodes come from."""
 
 from meta_peft.tasks.collate import EpisodeCollator
+from meta_peft.tasks.encoding import Encoding
 from meta_peft.tasks.episodes import EpisodeDataset
 from meta_peft.tasks.prompt import PromptFormat
 from meta_peft.tasks.task_set import TaskSet
 
-__all__ = ["EpisodeCollator", "EpisodeDataset", "PromptFormat", "TaskSet"]
+__all__ = ["Encoding", "EpisodeCollator", "EpisodeDataset", "PromptFormat", "TaskSet"]

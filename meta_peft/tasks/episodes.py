@@ -9,6 +9,7 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from meta_peft.errors import MetaPeftError
+from meta_peft.tasks.collate import row_length
 from meta_peft.tasks.task_set import TaskSet
 from meta_peft.types import Episode
 
@@ -55,9 +56,7 @@ class EpisodeDataset(Dataset[Episode]):
 
     def by_length(self) -> list[Episode]:
         """All episodes, shortest support rows first, so that those stacked together need little padding."""
-        return sorted(
-            (self[i] for i in range(len(self))), key=lambda e: max(len(row["input_ids"]) for row in e.support)
-        )
+        return sorted((self[i] for i in range(len(self))), key=lambda e: max(map(row_length, e.support)))
 
     def _task_number(self, i: int) -> int:
         round_, place = divmod(i, len(self.tasks))

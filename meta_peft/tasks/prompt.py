@@ -12,14 +12,15 @@ from meta_peft.objectives.labelled_tokens import IGNORED
 
 LONGEST_TEMPLATE = 10_000
 INPUT_TARGET = [("input", "target"), ("text", "label"), ("question", "answer")]
+NOT_TEXT = [("audio", "text"), ("tokens", "tags")]  # which only the models read that are made for them
 
 
 def example_columns(columns: Collection[str]) -> tuple[str, ...]:
     """The columns that hold the example itself: the first known form that `columns` has."""
-    for form in [("prompt", "completion"), *INPUT_TARGET, ("messages",)]:
+    for form in [("prompt", "completion"), *NOT_TEXT, *INPUT_TARGET, ("messages",)]:
         if set(form) <= set(columns):
             return form
-    forms = "prompt + completion, " + ", ".join(" + ".join(pair) for pair in INPUT_TARGET) + ", or messages"
+    forms = "prompt + completion, " + ", ".join(" + ".join(pair) for pair in INPUT_TARGET + NOT_TEXT) + ", or messages"
     raise MetaPeftError(f"Expected columns {forms}; the columns are {sorted(columns)}. Rename yours to one of these.")
 
 
@@ -75,6 +76,13 @@ class PromptFormat:
             )
         room = max_length - len(completion)
         prompt = prompt if len(prompt) <= room else [prompt[0], *prompt[len(prompt) - room + 1 :]]
+        return {"input_ids": prompt + completion, "labels": [IGNORED] * len(prompt) + completion}
+
+    def with_label(self, features: Mapping[str, Any], label: str, tokenizer: Any) -> dict[str, list[int]]:
+        """Encoded rows with another target in the place of the completion."""
+        text = self.completion_template.replace("{target}", label)
+        completion = [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+        prompt = list(features["input_ids"])[: list(features["labels"]).count(IGNORED)]
         return {"input_ids": prompt + completion, "labels": [IGNORED] * len(prompt) + completion}
 
 

@@ -12,6 +12,7 @@ from pyarrow import ArrowException
 
 from meta_peft.checked import shown
 from meta_peft.errors import MetaPeftError
+from meta_peft.tasks.encoding import Encoding
 from meta_peft.tasks.prompt import PromptFormat, example_columns
 
 
@@ -85,13 +86,22 @@ class TaskSet:
                 " is measured on them is memory, not adaptation. Keep the sets apart."
             )
 
-    def encoded(self, prompt_format: PromptFormat, tokenizer: Any, max_length: int) -> TaskSet:
-        """The same tasks with columns `input_ids` and `labels` in place of text; tokenised once."""
+    def encoded(self, how: Encoding | PromptFormat, tokenizer: Any = None, max_length: int = 256) -> TaskSet:
+        """The same tasks with features, such as `input_ids` and `labels`, in place of text; encoded once.
+
+        `how` may be a `PromptFormat`, with the tokenizer and the longest row in tokens, where a causal language model is
+        to read the rows.
+        """
+        if isinstance(how, PromptFormat):
+            how = Encoding("causal_lm", how, tokenizer, max_length)
+        of_task = how.of_tasks(self.rows, self.names)
         encoded = self.dataset.map(
-            lambda row: prompt_format.encode(row, tokenizer, max_length),
+            lambda row: of_task[str(row[self.task_column])](row),
             remove_columns=[c for c in self.dataset.column_names if c != self.task_column],
-            desc="tokenising",
+            desc="encoding",
         )
+        if "input_features" in encoded.column_names:  # as lists of numbers they would be slow
+            encoded = encoded.with_format("numpy", columns=["input_features"], output_all_columns=True)
         copy = object.__new__(TaskSet)
         copy.__dict__.update(self.__dict__, dataset=encoded)
         return copy

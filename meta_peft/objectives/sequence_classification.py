@@ -1,0 +1,33 @@
+"""The class of a row: ``-log softmax(logits)[class]`` over all classes that the head has.
+
+`Rows.labels_BL` is ``[B, 1]``, the number of each row's class. Exact match is accuracy. A head has as many classes as the
+task with the most; in a task with fewer, the logits of the others are not masked. So what is learned and scored is what
+the saved adapter answers in stock PEFT, which knows of no mask: adapting pushes classes without examples down.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from meta_peft.objectives.labelled_tokens import LabelledTokens, in_precision_of
+from meta_peft.types import Rows
+
+
+class SequenceClassification(LabelledTokens):
+    """Logits ``[B, C]`` are those of the model's own head, one row of them for each row."""
+
+    def labelled_logits(self, model: nn.Module, head: nn.Module | None, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
+        logits_BC: Tensor = model(**in_precision_of(model, rows.inputs), **without_cache(model)).logits
+        return logits_BC, rows.labels_BL[:, 0], torch.arange(len(logits_BC), device=logits_BC.device)
+
+
+def without_cache(model: Any) -> dict[str, bool]:
+    """What keeps a decoder under a head from remembering keys and values, which nothing here reads."""
+    return {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
+
+
+SEQUENCE_CLASSIFICATION = SequenceClassification()

@@ -1,0 +1,40 @@
+"""Names and numbers of classes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from meta_peft.checked import shown
+from meta_peft.errors import MetaPeftError
+
+if TYPE_CHECKING:
+    from meta_peft.tasks.encoding import Encoding
+
+
+def class_names(labels: Iterable[Any]) -> tuple[str, ...]:
+    """The names among `labels`, or among lists of labels, each once, in alphabetical order. Numbers have no names."""
+    found: set[str] = set()
+    for label in labels:
+        found.update(name for name in (label if isinstance(label, list) else [label]) if isinstance(name, str))
+    return tuple(sorted(found))
+
+
+def class_number(label: Any, how: Encoding) -> int:
+    """The number of a class, given as itself or by name."""
+    names, most = how.facts.label_names, how.facts.num_labels
+    if isinstance(label, str):
+        if label not in names:
+            raise MetaPeftError(
+                f"Label {shown(label)} is none of the {len(names)} known classes {shown(list(names))}: give one of these,"
+                " or the number of a class."
+            )
+        return names.index(label)
+    if not isinstance(label, int):
+        raise MetaPeftError(f"A label must be the name of a class or its number; got {shown(label)}.")
+    if not 0 <= label < most:
+        raise MetaPeftError(
+            f"A label is class {label}, and the head has the classes 0 to {most - 1}: set num_labels to the most classes"
+            " that a task has, numbered from 0."
+        )
+    return int(label)

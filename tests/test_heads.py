@@ -1,0 +1,273 @@
+"""Classification heads as fast weights: gradients of first and second order, stacks, and the quantised twin; in float64."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from architectures import ARCHITECTURES, in_float64
+from conftest import VOCAB, assert_equal, fingerprint, random_rows, randomise
+from kinds import HEAD, KINDS, arguments, peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor
+from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoModelForTokenClassification
+
+from meta_peft.adapter_loss import AdapterLoss
+from meta_peft.algorithms import MAML
+from meta_peft.base_model import load_base, lora_config, with_adapter
+from meta_peft.errors import MetaPeftError
+from meta_peft.fast_weights import FastWeights, is_lora
+from meta_peft.frozen_linear import dequantise, quantised_layers
+from meta_peft.inner_loop import adapt
+from meta_peft.inner_optimizers import InnerRule
+from meta_peft.inner_optimizers.rule import RATES
+from meta_peft.outer_loop import LearnedRates, meta_gradient
+from meta_peft.params import expand, gradients, leaves
+from meta_peft.preflight import check_model
+from meta_peft.types import EpisodeBatch, Params, Rows
+
+RULE = InnerRule(lr=0.05, steps=2, learn_rates=True, rates_per_step=True)
+CLASSES = 3
+
+
+@dataclass(frozen=True)
+class Case:
+    kind: str
+    targets: tuple[str, ...]
+    head: tuple[str, ...]
+    tokens: bool = False
+
+
+CASES = {
+    "bert": Case("bert", ("query", "dense"), ("classifier.weight", "classifier.bias")),  # with LoRA on the pooler
+    "roberta": Case(
+        "roberta",
+        ("value", "query"),
+        tuple(f"classifier.{layer}.{part}" for layer in ("dense", "out_proj") for part in ("weight", "bias")),
+    ),
+    "distilbert": Case(
+        "distilbert",
+        ("q_lin", "lin2"),
+        tuple(f"{layer}.{part}" for layer in ("pre_classifier", "classifier") for part in ("weight", "bias")),
+    ),
+    "llama": Case("llama", ("q_proj", "down_proj"), ("score.weight",)),
+    "bert, tokens": Case("bert", ("query", "dense"), ("classifier.weight", "classifier.bias"), tokens=True),
+}
+
+
+def model_of(case: str, **options: Any) -> PeftModel:
+    how = CASES[case]
+    sizes = ARCHITECTURES[how.kind].sizes | dict.fromkeys(ARCHITECTURES[how.kind].layers, 2)
+    special = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2, "num_labels": CLASSES}
+    torch.manual_seed(0)
+    auto = AutoModelForTokenClassification if how.tokens else AutoModelForSequenceClassification
+    base = auto.from_config(AutoConfig.for_model(how.kind, vocab_size=VOCAB, **special, **sizes), dtype=torch.float64)
+    for parameter in base.parameters():
+        noise = torch.randn(parameter.shape, dtype=torch.float64)
+        parameter.data = 0.3 * noise if parameter.dim() > 1 else parameter + 0.1 * noise
+    in_float64(base)
+    task_type = "TOKEN_CLS" if how.tokens else "SEQ_CLS"
+    options = {"target_modules": list(how.targets), "r": 2, "lora_alpha": 4, "task_type": task_type} | options
+    model = get_peft_model(base, LoraConfig(**options))
+    randomise(model)
+    return model
+
+
+def rows_of(case: str, n_tasks: int = 2, per_task: int = 2, seed: int = 0) -> Rows:
+    rows = random_rows(n_tasks, per_task, seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    if CASES[case].tokens:
+        classes = torch.randint(CLASSES, rows.labels_BL.shape, generator=generator)
+        return Rows(rows.inputs, classes.where(rows.labels_BL != -100, -100), n_tasks)
+    return Rows(rows.inputs, torch.randint(CLASSES, (n_tasks * per_task, 1), generator=generator), n_tasks)
+
+
+def plain_loss(model: PeftModel, fast: Params, rows: Rows) -> Tensor:
+    """One task the ordinary way: PEFT's own forward, and the cross-entropy of transformers."""
+    values = {}
+    for name, value in fast.items():
+        if is_lora(name):
+            values[name.replace(".weight", ".default.weight")] = value
+        else:
+            module = next(m for m in ("pre_classifier", "classifier", "score") if f".{m}." in name)
+            values[name.replace(f".{module}.", f".{module}.modules_to_save.default.")] = value
+    with sdpa_kernel(SDPBackend.MATH):
+        logits = functional_call(model, values, (), dict(rows.inputs)).logits
+    return F.cross_entropy(logits.view(-1, CLASSES), rows.labels_BL.flatten(), ignore_index=-100)
+
+
+@cache
+def trained(case: str) -> tuple[AdapterLoss, EpisodeBatch, LearnedRates, Any]:
+    loss_fn = AdapterLoss(model_of(case).train())
+    rates = LearnedRates(RULE, dict(loss_fn.weights.parameters()))
+    noise = torch.randn(rates.log_rates.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    rates.log_rates.data += 0.3 * noise
+    batch = EpisodeBatch(rows_of(case, seed=2), rows_of(case, seed=3), ["one", "other"])
+    before = fingerprint(loss_fn.model)
+    gradient = meta_gradient(loss_fn, batch, MAML(RULE, memory="unrolled"), rates)
+    assert fingerprint(loss_fn.model) == before
+    return loss_fn, batch, rates, gradient
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_stack_equals_its_tasks_one_at_a_time(case: str):
+    """Each task has a head of its own; the loss and all its gradients against PEFT's own forward."""
+    model = model_of(case).train()
+    loss_fn, reference, rows = AdapterLoss(model), copy.deepcopy(model).eval(), rows_of(case, n_tasks=3)
+    assert [n.removeprefix("base_model.model.") for n in loss_fn.weights.parameters() if not is_lora(n)] == list(
+        CASES[case].head
+    )
+    generator = torch.Generator().manual_seed(4)
+    stack = expand(dict(loss_fn.weights.parameters()), 3)
+    stack = leaves({n: p + 0.1 * torch.randn(p.shape, generator=generator, dtype=p.dtype) for n, p in stack.items()})
+    loss_T = loss_fn(stack, rows)
+    grads = gradients(loss_T.sum(), stack)
+    assert loss_fn._at_once
+    for t in range(3):
+        fast = leaves({n: p[t] for n, p in stack.items()})
+        loss = plain_loss(reference, fast, rows.tasks(t, t + 1))
+        assert loss_T[t].item() == pytest.approx(loss.item(), rel=1e-12)
+        assert_equal({n: g[t] for n, g in grads.items()}, gradients(loss, fast), 1e-12)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_meta_gradient_equals_finite_differences(case: str):
+    """Along one direction of all LoRA matrices, all weights of the head and all rates; fourth-order differences."""
+    loss_fn, batch, rates, gradient = trained(case)
+    start = {n: p.detach() for n, p in loss_fn.weights.parameters().items()} | {RATES: rates.log_rates.detach()}
+    grads = {**gradient.grads.adapter, **gradient.grads.hyper}
+    assert all(grads[n].abs().max() > 0 for n in start)
+    generator = torch.Generator().manual_seed(3)
+    direction = {n: torch.randn(p.shape, generator=generator, dtype=p.dtype) for n, p in start.items()}
+
+    def objective(h: float) -> float:
+        moved = {n: p + h * direction[n] for n, p in start.items()}
+        hyper = {RATES: moved.pop(RATES)}
+        fast = adapt(loss_fn, moved, hyper, batch.support, RULE)
+        return loss_fn.scores(fast, batch.query).loss_T.mean().item()
+
+    h, stencil = 1e-6, {-2: 1 / 12, -1: -8 / 12, 1: 8 / 12, 2: -1 / 12}  # small: DistilBERT's head has a ReLU
+    slope = sum(weight * objective(k * h) for k, weight in stencil.items()) / h
+    assert slope == pytest.approx(sum((grads[n] * d).sum().item() for n, d in direction.items()), rel=1e-6)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_replay_is_unrolling_and_first_order_is_not(case: str):
+    loss_fn, batch, rates, unrolled = trained(case)
+    replay = meta_gradient(loss_fn, batch, MAML(RULE, memory="replay"), rates)
+    assert all(torch.equal(g, unrolled.grads.adapter[n]) for n, g in replay.grads.adapter.items())
+    first = meta_gradient(loss_fn, batch, MAML(RULE, first_order=True), rates).grads.adapter
+    heads = [n for n in first if not is_lora(n)]
+    exact = unrolled.grads.adapter
+    assert max((first[n] - exact[n]).abs().max() / exact[n].abs().max() for n in heads) > 0.01
+
+
+def test_tasks_apart_where_a_head_cannot_be_stacked():
+    """A norm in a head has no stack; the results are the same."""
+    model, rows = model_of("roberta"), rows_of("roberta")
+    together = AdapterLoss(model)
+    start = expand(dict(together.weights.parameters()), 2)
+    expected = together(start, rows)
+    apart = AdapterLoss(model)
+    apart._at_once = False
+    torch.testing.assert_close(apart(start, rows), expected, rtol=1e-12, atol=0)
+    head = model.get_base_model().classifier.modules_to_save["default"]
+    head.dropout = torch.nn.LayerNorm(16, dtype=torch.float64)
+    normed = AdapterLoss(model)
+    assert not normed._at_once
+    assert any("classifier.dropout.weight" in name for name in normed.weights.parameters())
+    assert normed(expand(dict(normed.weights.parameters()), 2), rows).isfinite().all()
+
+
+@pytest.mark.parametrize("fast", ["weight", "bias", "lora"])
+def test_some_of_a_head_is_fast(fast: str):
+    """Stacked matrices with a shared bias, and the other way round."""
+    loss_fn, batch, _, _ = trained("bert")
+    rule = InnerRule(lr=0.05, steps=2, fast=fast)
+    adapter = {n: p.detach() for n, p in loss_fn.weights.parameters().items()}
+    rates = rule.initial_rates(adapter)
+    together = adapt(loss_fn, adapter, rates, batch.support, rule)
+    for t in range(2):
+        alone = adapt(loss_fn, adapter, rates, batch.support.tasks(t, t + 1), rule)
+        assert_equal({n: p[t] for n, p in together.items()}, {n: p[0] for n, p in alone.items()}, 1e-12)
+        assert [n for n in alone if not torch.equal(alone[n][0], adapter[n])] == [n for n in adapter if fast in n]
+
+
+def test_classes_that_a_task_does_not_have_are_in_the_softmax():
+    """What is scored is what the saved adapter answers, without a mask."""
+    loss_fn, rows = AdapterLoss(model_of("bert")), rows_of("bert")
+    rows.labels_BL.fill_(0)
+    logits = loss_fn.model.eval()(**rows.inputs).logits
+    expected = F.cross_entropy(logits, rows.labels_BL[:, 0], reduction="none").view(2, -1).mean(1)
+    torch.testing.assert_close(loss_fn(dict(loss_fn.weights.parameters()), rows), expected, rtol=1e-12, atol=0)
+
+
+def test_layers_below_the_adapter_run_once():
+    """The head, above all layers, is no part of where the adapter begins."""
+    model = model_of("bert", target_modules=["query"], layers_to_transform=[1])
+    loss_fn, rows = AdapterLoss(model), rows_of("bert")
+    assert loss_fn.layers() == (2, 1)
+    values = leaves(expand(dict(loss_fn.weights.parameters()), 2))
+    first = loss_fn(values, rows)
+    assert torch.equal(loss_fn(values, rows), first)
+    fresh = AdapterLoss(model)(values, rows_of("bert"))
+    torch.testing.assert_close(fresh, first, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("how", ["load_in_4bit", "load_in_8bit"])
+def test_quantised_twin(how: str):
+    """A quantised encoder under a head that is whole, against the same weights dequantised."""
+    model = peft_model(HEAD, **{how: True})
+    assert len(quantised_layers(model)) == 13  # six in each layer, and the pooler
+    head = model.get_base_model().classifier
+    assert head.modules_to_save["default"].weight.dtype == torch.float32
+    randomise(model)
+    twin = with_adapter(load_base(arguments(HEAD)), lora_config(arguments(HEAD)))
+    source = dict(model.named_modules())
+    with torch.no_grad():
+        for path, module in twin.named_modules():
+            if path in source and quantised_layers(source[path]) == [source[path]]:
+                module.weight.copy_(dequantise(source[path]))
+    FastWeights(twin).load_(dict(FastWeights(model).parameters()))
+    batch = EpisodeBatch(rows_of("bert", seed=2), rows_of("bert", seed=3), ["one", "other"])
+    mine, theirs = (meta_gradient(m, batch, MAML(RULE)) for m in (model, twin))
+    assert_equal(mine.grads.adapter, theirs.grads.adapter, 1e-3)
+
+
+def refused(model: PeftModel, message: str) -> None:
+    with pytest.raises(MetaPeftError, match=message):
+        check_model(model, second_order=True)
+
+
+def test_heads_that_are_refused():
+    made = arguments(HEAD)
+    without = lora_config(made)
+    without.task_type = without.modules_to_save = None
+    refused(
+        with_adapter(load_base(made), without), "is not part of the adapter.*give LoraConfig a task_type of SEQ_CLS"
+    )
+    coarse = with_adapter(load_base(arguments(HEAD, dtype="bfloat16")), lora_config(made))
+    refused(coarse, r"classifier.weight is in torch.bfloat16.*load the base in float32")
+    more = lora_config(made)
+    more.modules_to_save.append("word_embeddings")
+    refused(
+        with_adapter(load_base(made), more), "modules_to_save is set, but only LoRA matrices.*classifier and score may"
+    )
+
+
+def test_a_base_whose_frozen_weights_would_be_random(tmp_path):
+    """BERT's pooler comes before its head, and is not saved with an adapter."""
+    base = load_base(arguments("masked_lm"))
+    base.save_pretrained(tmp_path)
+    made = copy.copy(arguments(HEAD))
+    made.model_name_or_path = str(tmp_path)
+    with pytest.raises(MetaPeftError, match=r"no weights for 2 parts of BertForSequenceClassification \('bert.pooler"):
+        load_base(made)
+    assert KINDS[HEAD].num_labels == load_base(arguments(HEAD)).config.num_labels
