@@ -121,7 +121,7 @@ def adapted(
         encoded, shots=given.shots, query_size=query, seed=1000 + seed, shuffle=False, selection=selection
     )
     found = curve(run.loss_fn, run.start(), run.batches(list(episodes)), (given.inner_steps,))
-    return {"loss": found.loss[:, 0], "exact_match": found.exact_match[:, 0]}
+    return {"loss": found.loss[:, 0].astype(float), "exact_match": found.exact_match[:, 0].astype(float)}
 
 
 def compared(scores: dict[str, list[dict[str, np.ndarray]]], reference: str) -> list[dict[str, Any]]:

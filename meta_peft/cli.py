@@ -19,7 +19,7 @@ EXAMPLES = """examples:
   meta-peft adapt --adapter outputs/meta_lora --support rows.jsonl --output new
   meta-peft evaluate --adapter outputs/meta_lora --tasks held_out.jsonl
   meta-peft inspect --adapter outputs/meta_lora
-  meta-peft tasks --config recipes/configs/locale_formatting.yaml --group_pattern "[^/]+$"
+  meta-peft tasks --config recipes/configs/locale_formatting.yaml
 
 exit codes: 0 done, 2 something given cannot be used (the message says what)"""
 
@@ -83,7 +83,7 @@ def command_parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.Argum
         "inspect", help="an adapter's contents; --estimate: a run's memory", allow_abbrev=False
     )
     inspect.add_argument("--adapter", required=True, metavar="DIR_OR_ID", help="a folder or a hub id")
-    commands.add_parser("tasks", help="which training tasks help, and which hurt; --config FILE", add_help=False)
+    commands.add_parser("tasks", help="which training tasks help or hurt; --config FILE", add_help=False)
 
     def fail(message: str) -> None:
         raise MetaPeftError(f"{message}; meta-peft --help shows what there is.")

@@ -48,7 +48,7 @@ def select_support(model: Any, pool: Sequence[Row], shots: int, how: str = "dive
     if len(pool) < shots:
         raise MetaPeftError(f"The pool has {len(pool)} rows, and {shots} are to be chosen: lower shots, or add rows.")
     if how == "random":
-        return [pool[i] for i in chosen(how, pool, shots, np.random.default_rng(seed))]
+        return [pool[i] for i in chosen(how, np.arange(len(pool)), shots, np.random.default_rng(seed))]
     learned = meta_learned(model)
     labelled = _labelled(pool)
     if how == "balanced" and not labelled:

@@ -289,8 +289,8 @@ def leave_one_group_out(
         with torch.no_grad():
             run.rates.log_rates.copy_(rates)
         run.train()
-        episodes = run.evaluation_episodes(validation)
-        return curve(run.loss_fn, run.start(), run.batches(list(episodes)), (run.args.inner_steps,)).loss[:, 0]
+        batches = run.batches(run.evaluation_episodes(validation).by_length())
+        return curve(run.loss_fn, run.start(), batches, (run.args.inner_steps,)).loss[:, 0]
 
     try:
         of_all = losses(train.names)

@@ -148,8 +148,8 @@ class _Texts:
     def sketch(self) -> Array:
         """The smallest value of each of `HASHES` hash functions over the shingles."""
         keys = np.random.default_rng(0).integers(2**63, size=HASHES, dtype=np.uint64)
-        shingles = self.shingles()
-        return np.array([_mixed(shingles ^ key).min() for key in keys])
+        smallest: Array = _mixed(self.shingles() ^ keys[:, None]).min(1)
+        return smallest
 
 
 def _input_and_answer(row: Mapping[str, Any], columns: tuple[str, ...]) -> tuple[str, str]:

@@ -56,7 +56,7 @@ class SupportSelection:
         if how in NEED_THE_BASE and view is None:
             raise MetaPeftError(f"The selection {how!r} asks the base model: give a view of it.")
         self.how, self._view, self._seed = how, view, seed
-        self._known: dict[str, tuple[Array, Sequence[Any] | Array]] = {}
+        self._known: dict[str, tuple[Array, Array]] = {}
 
     def choose(self, tasks: TaskSet, task: str, taken: Array, shots: int, rng: np.random.Generator) -> Array:
         """The positions ``[shots]`` of the chosen rows within the task.
@@ -72,8 +72,8 @@ class SupportSelection:
             self._known[task] = looked_at, features(self.how, rows, self._view)
         looked_at, known = self._known[task]
         free = np.flatnonzero(~np.isin(looked_at, taken))
-        of_free = known[free] if isinstance(known, np.ndarray) else [known[i] for i in free]
-        return looked_at[free[chosen(self.how, of_free, shots, rng)]]
+        found: Array = looked_at[free[chosen(self.how, known[free], shots, rng)]]
+        return found
 
     def _looked_at(self, task: str, n_rows: int, least: int) -> Array:
         most = max(LARGEST, least)
@@ -91,21 +91,22 @@ def check_selection(how: str) -> None:
         )
 
 
-def features(how: str, rows: Sequence[EncodedRow], view: View | None) -> Sequence[Any] | Array:
-    """What `how` chooses by, one for each row."""
+def features(how: str, rows: Sequence[EncodedRow], view: View | None) -> Array:
+    """What `how` chooses by, one for each row, ``[n]`` or ``[n, H]``."""
     if how == "balanced":
-        return [answer(row) for row in rows]
+        number: dict[Hashable, int] = {}
+        return np.array([number.setdefault(answer(row), len(number)) for row in rows])
     assert view is not None
     return view.vectors(rows) if how == "diverse" else view.uncertainty(rows)
 
 
-def chosen(how: str, known: Sequence[Any] | Array, shots: int, rng: np.random.Generator) -> Array:
+def chosen(how: str, known: Array, shots: int, rng: np.random.Generator) -> Array:
     """Positions ``[shots]`` among the rows that `known` says something of, one each."""
     rules: dict[str, Callable[[], Array]] = {
         "random": lambda: rng.permutation(len(known))[:shots],
-        "balanced": lambda: balanced(known, shots, rng),
-        "diverse": lambda: k_center(np.asarray(known), shots),
-        "uncertain": lambda: most_uncertain(np.asarray(known), shots),
+        "balanced": lambda: balanced(known.tolist(), shots, rng),
+        "diverse": lambda: k_center(known, shots),
+        "uncertain": lambda: most_uncertain(known, shots),
     }
     return rules[how]()
 

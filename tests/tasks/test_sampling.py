@@ -137,7 +137,7 @@ def test_later_steps_cannot_be_told(name: str):
 
 def test_hard_tasks_come_in_proportion_to_their_loss():
     sampling = made("by_difficulty", per_step=1, exploration=0.3)
-    steps = 12_000
+    steps = 6_000
     tasks = []
     for step in range(steps):
         tasks.append(sampling.task(step))

@@ -100,8 +100,8 @@ class Adaptive(TaskSampling):
             if not repeated:
                 chances = np.where(np.isin(np.arange(self.n_tasks), new), 0.0, chances)
             rng = np.random.default_rng([self.seed, 2, self.step])
-            drawn = rng.choice(self.n_tasks, rest, replace=repeated, p=chances / chances.sum()) if rest else []
-            self._drawn = np.concatenate([new, drawn]).astype(int)
+            more = rng.choice(self.n_tasks, rest, replace=repeated, p=chances / chances.sum()) if rest else new[:0]
+            self._drawn = np.concatenate([new, more])
         return self._drawn
 
     def _chances(self) -> Array:
