@@ -43,11 +43,15 @@ def run_facts(threads: int) -> dict[str, Any]:
 
 def write_json(values: dict[str, Any], path: Path | None) -> None:
     """Write `values`; the file is whole or what it was before."""
-    if path is None:
-        return
+    if path is not None:
+        write_text(json.dumps(values, indent=2), path)
+
+
+def write_text(text: str, path: Path) -> None:
+    """Write `text` with a line end; the file is whole or what it was before."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    partial.write_text(f"{text}\n", encoding="utf-8")
     os.replace(partial, path)
 
 

@@ -12,6 +12,7 @@ from meta_peft import cli
 from meta_peft.compare import CompareArguments
 from meta_peft.config import MetaLoraConfig, ModelArguments, TaskArguments
 from meta_peft.estimate import EstimateArguments
+from meta_peft.task_report import TaskReportArguments
 
 PAGE = Path(__file__).with_name("options.md")
 COMMANDS = {
@@ -34,6 +35,7 @@ line as `--key value`, or in a flat YAML file given by `--config`. The command l
 are the fields of four dataclasses. An unknown key is an error that names the closest known one.
 """
 ESTIMATE = "Where the memory of a run goes. It takes every option of `train`, and these:"
+TASKS = "Which training tasks help and which hurt, see [choosing](choosing.md). Every option of `train`, and these:"
 INHERITED = """### What is inherited
 
 `MetaLoraConfig` is a `transformers.TrainingArguments`, so its options work too. These are the ones most often set here:
@@ -69,6 +71,8 @@ def page() -> str:
         parts.append(f"## meta-peft {command}\n\n{about}\n\n{_table(rows)}")
     rows = [(f"`{f.name}`", _default(f), f.metadata["help"]) for f in own_fields(EstimateArguments)]
     parts.append(f"## meta-peft inspect --estimate\n\n{ESTIMATE}\n\n{_table(rows)}")
+    rows = [(f"`{f.name}`", _default(f), f.metadata["help"]) for f in own_fields(TaskReportArguments)]
+    parts.append(f"## meta-peft tasks\n\n{TASKS}\n\n{_table(rows)}")
     return "\n".join(parts)
 
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from meta_peft.memory_plan import MemoryPlan
     from meta_peft.outer_loop import LearnedRates, assign_gradient, meta_gradient
     from meta_peft.processes import StepShares, StepSum
+    from meta_peft.support import select_support
     from meta_peft.tasks import Encoding, EpisodeCollator, EpisodeDataset, PromptFormat, TaskSet
     from meta_peft.trainer import MetaTrainer
 
@@ -51,6 +52,7 @@ _HOMES = {
     "StepShares": "processes",
     "StepSum": "processes",
     "Encoding": "tasks",
+    "select_support": "support",
     "EpisodeCollator": "tasks",
     "EpisodeDataset": "tasks",
     "PromptFormat": "tasks",

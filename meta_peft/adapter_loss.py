@@ -123,7 +123,7 @@ class AdapterLoss:
     @contextmanager
     def _forwards_in_place(self, adapter: Params) -> Iterator[None]:
         with ExitStack() as stack:
-            stack.enter_context(_evaluation_mode(self.model))
+            stack.enter_context(evaluation_mode(self.model))
             stack.enter_context(self.weights.installed(adapter))
             stack.enter_context(replaced_forwards(self._forwards))
             if self.second_order and torch.is_grad_enabled():
@@ -137,7 +137,7 @@ def _is_stackable(head: nn.Module) -> bool:
 
 
 @contextmanager
-def _evaluation_mode(model: PeftModel) -> Iterator[None]:
+def evaluation_mode(model: PeftModel) -> Iterator[None]:
     """No dropout, and not transformers' activation checkpointing: the loss is a fixed function of the adapter.
 
     That checkpointing would compute again during backward, when the fast weights are no longer in their layers.

@@ -1,4 +1,4 @@
-"""``meta-peft train | adapt | evaluate | inspect``."""
+"""``meta-peft train | adapt | evaluate | inspect | tasks``."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ EXAMPLES = """examples:
   meta-peft adapt --adapter outputs/meta_lora --support rows.jsonl --output new
   meta-peft evaluate --adapter outputs/meta_lora --tasks held_out.jsonl
   meta-peft inspect --adapter outputs/meta_lora
+  meta-peft tasks --config recipes/configs/locale_formatting.yaml
 
 exit codes: 0 done, 2 something given cannot be used (the message says what)"""
 
@@ -44,6 +45,8 @@ def _main(words: list[str]) -> int:
         return train(words[1:])
     if words[:1] == ["inspect"] and "--estimate" in words:
         return estimate_command(words[1:])
+    if words[:1] == ["tasks"]:
+        return tasks_command(words[1:])
     parser, commands = command_parsers()
     if words and not words[0].startswith("-") and words[0] not in commands:
         raise MetaPeftError(f"There is no command {words[0]!r}.{did_you_mean(words[0], commands)}")
@@ -60,7 +63,7 @@ def command_parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.Argum
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{train,adapt,evaluate,inspect}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{train,adapt,evaluate,inspect,tasks}")
     commands.add_parser("train", help="meta-train an adapter; --config FILE and --key value", add_help=False)
     adapt = commands.add_parser("adapt", help="adapt to one task, or to each task of a file", allow_abbrev=False)
     _model_options(adapt)
@@ -80,6 +83,7 @@ def command_parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.Argum
         "inspect", help="an adapter's contents; --estimate: a run's memory", allow_abbrev=False
     )
     inspect.add_argument("--adapter", required=True, metavar="DIR_OR_ID", help="a folder or a hub id")
+    commands.add_parser("tasks", help="which training tasks help or hurt; --config FILE", add_help=False)
 
     def fail(message: str) -> None:
         raise MetaPeftError(f"{message}; meta-peft --help shows what there is.")
@@ -120,6 +124,22 @@ def estimate_command(words: list[str]) -> int:
     about = "Estimate the memory of a training run."
     model_args, _, args, _, given = parse(groups, words, prog="meta-peft inspect --estimate", about=about)
     print(account(model_args, args, given))
+    return 0
+
+
+def tasks_command(words: list[str]) -> int:
+    """Which tasks of a run help and which hurt: options of `train`, and what the report has to know besides."""
+    from meta_peft.compare import CompareArguments
+    from meta_peft.config import MetaLoraConfig, ModelArguments, TaskArguments
+    from meta_peft.config_file import parse
+    from meta_peft.task_report import TaskReportArguments, run
+
+    about = "Report which training tasks help and which hurt. Takes every option of train, and these."
+    if {"-h", "--help"} & set(words):  # a page of its own, without the options of train
+        parse((TaskReportArguments,), ["--help"], prog="meta-peft tasks", about=about)
+    groups = (ModelArguments, TaskArguments, MetaLoraConfig, CompareArguments, TaskReportArguments)
+    model_args, task_args, args, _, given = parse(groups, words, prog="meta-peft tasks", about=about)
+    run(model_args, task_args, args, given)
     return 0
 
 

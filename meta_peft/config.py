@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +23,8 @@ from meta_peft.schedule import AnyAlgorithm, Schedule
 from meta_peft.sharding import LockstepPlan, asked_for
 from meta_peft.tasks.encoding.facts import MOST_CLASSES
 from meta_peft.tasks.prompt import PromptFormat
+from meta_peft.tasks.sampling import ADAPTIVE, TaskSampling, check_sampling, task_sampling
+from meta_peft.tasks.support_selection import NEED_THE_BASE, check_selection
 
 ALGORITHMS = ("maml", "fomaml", "imaml", "reptile", "multitask")
 INNER_OPTIMIZERS = ("sgd", "adam")
@@ -242,6 +245,35 @@ class MetaLoraConfig(TrainingArguments):
         },
     )
     task_column: str = field(default="task", metadata={"help": "The column that names the task of a row."})
+    task_sampling: str = field(
+        default="uniform",
+        metadata={
+            "help": "Which tasks an outer step has: uniform (each once a round), by_size, by_difficulty (recent query"
+            " loss), by_gradient_diversity, by_gradient_similarity or curriculum (from easy to hard)."
+        },
+    )
+    sampling_temperature: float = field(
+        default=2.0, metadata={"help": "by_size draws tasks in proportion to their rows to the power of 1 / this."}
+    )
+    sampling_exploration: float = field(
+        default=0.2,
+        metadata={"help": "Share of the chances that by_difficulty and by_gradient spread evenly over all tasks."},
+    )
+    curriculum_steps: int | None = field(
+        default=None,
+        metadata={"help": "Outer steps until a curriculum has all tasks; by default half of max_steps."},
+    )
+    support_selection: str = field(
+        default="random",
+        metadata={
+            "help": "Which rows of a task are support, in training and evaluation: random, balanced (over the answers),"
+            " diverse (k-center in the base's representation) or uncertain (the base's highest loss)."
+        },
+    )
+    task_leakage: str = field(
+        default="warn",
+        metadata={"help": "What near-duplicate tasks in different splits are: warn (in the log), error or ignore."},
+    )
     prompt_template: str = field(
         default="{input} ->", metadata={"help": "Prompt made of an input (or text, question)."}
     )
@@ -302,6 +334,7 @@ class MetaLoraConfig(TrainingArguments):
             )
         if self.torch_compile:
             raise MetaPeftError("torch_compile is refused: compiled code has no second derivative. Leave it off.")
+        self._check_choices()
         self.algorithm_object()
         self.prompt_format()
         if not torch.cuda.is_available():
@@ -315,6 +348,41 @@ class MetaLoraConfig(TrainingArguments):
         """Tasks per outer step of all processes together."""
         per_process = self.train_batch_size * self.gradient_accumulation_steps
         return self.tasks_per_step or per_process * self.world_size
+
+    def sampling(self, sizes: Sequence[int]) -> TaskSampling:
+        """Which task an episode is of, for tasks of so many rows each."""
+        return task_sampling(
+            self.task_sampling,
+            sizes,
+            seed=self.seed,
+            tasks_per_step=self.tasks_in_a_step,
+            temperature=self.sampling_temperature,
+            exploration=self.sampling_exploration,
+            curriculum_steps=self.curriculum_steps or max(1, self.max_steps // 2),
+        )
+
+    def _check_choices(self) -> None:
+        """Of tasks and of support rows."""
+        check_sampling(self.task_sampling, self.sampling_temperature, self.sampling_exploration)
+        check_selection(self.support_selection)
+        _choice("task_leakage", self.task_leakage, ("warn", "error", "ignore"))
+        if self.curriculum_steps is not None:
+            _at_least("curriculum_steps", self.curriculum_steps, 1)
+        if self.dataloader_num_workers and self.task_sampling in ADAPTIVE:
+            raise MetaPeftError(
+                f"task_sampling={self.task_sampling} with dataloader_num_workers={self.dataloader_num_workers} is refused:"
+                " workers read ahead, before the steps that the choice depends on. Set dataloader_num_workers=0."
+            )
+        if self.dataloader_num_workers and self.support_selection in NEED_THE_BASE:
+            raise MetaPeftError(
+                f"support_selection={self.support_selection} with dataloader_num_workers is refused: workers have no"
+                " model to ask. Set dataloader_num_workers=0."
+            )
+        if self.task_sampling.startswith("by_gradient") and not self.deterministic_reduction:
+            raise MetaPeftError(
+                f"task_sampling={self.task_sampling} needs the gradient of each task, and tasks that are computed together"
+                " give one for all: set deterministic_reduction=True, which computes each alone."
+            )
 
     def prompt_format(self) -> PromptFormat:
         """How rows become text."""

@@ -16,9 +16,11 @@ from meta_peft.base_model import load_base, load_tokenizer, lora_config, objecti
 from meta_peft.compare import CompareArguments, compare, multitask_start
 from meta_peft.config import MetaLoraConfig, ModelArguments, TaskArguments
 from meta_peft.objectives import objective_name
+from meta_peft.processes import group
 from meta_peft.report import Report
 from meta_peft.sharding import asked_for, check_sharding
 from meta_peft.tasks import TaskSet
+from meta_peft.tasks.leakage import check_leakage
 from meta_peft.trainer import MetaTrainer
 
 RECORDED = (
@@ -28,6 +30,7 @@ RECORDED = (
     *("first_order_until", "multi_step_until", "proximal", "implicit_solver", "implicit_iterations", "memory"),
     *("max_steps", "multitask_warmup_steps", "per_device_train_batch_size", "learning_rate", "lr_scheduler_type"),
     *("max_grad_norm", "seed", "world_size", "prompt_template", "completion_template"),
+    *("task_sampling", "sampling_temperature", "sampling_exploration", "curriculum_steps", "support_selection"),
 )
 
 
@@ -37,6 +40,7 @@ def run(
     """Train, save to `args.output_dir`, compare, and write table and plot there."""
     _check_base(model_args, args)
     tasks = load_tasks(task_args, args.task_column)
+    leakage = group.of_first(partial(check_leakage, tasks, args.task_leakage))
     tasks["train"].check_rows(args.shots, args.query_size)
     tokenizer = load_tokenizer(
         model_args.model_name_or_path,
@@ -72,7 +76,7 @@ def run(
     report = compare(trainer, starts, tasks, comparison)  # on a sharded base by all processes together
     if args.process_index:
         return None
-    report = replace(report, run=_about(model_args, task_args, args, tasks, seconds))
+    report = replace(report, run={**_about(model_args, task_args, args, tasks, seconds), "leakage": leakage.to_dict()})
     found = report.curves[learned.name]
     trainer.record(
         rate_factors={k: f for k, f in zip(found.steps, found.factors, strict=True) if f is not None},

@@ -12,6 +12,7 @@ from meta_peft.outer_loop import LearnedRates, meta_gradient
 from meta_peft.processes import Share, StepSum, StepTotal
 from meta_peft.processes.group import gathered_objects
 from meta_peft.schedule import AnyAlgorithm
+from meta_peft.tasks.sampling import Adaptive
 from meta_peft.types import EpisodeBatch, Meta
 
 logger = logging.getLogger("meta_peft")
@@ -28,6 +29,7 @@ class OuterStep:
         in_lockstep: whether all processes have to run the same forwards, as they do on a sharded base. Then no process
             can wait for the end of the step with an error, nor look at its own tasks once more.
         device: where batches are computed.
+        sampling: a rule for choosing tasks that is told of each step what it noted; None for those that learn nothing.
     """
 
     def __init__(
@@ -39,11 +41,13 @@ class OuterStep:
         in_order: bool,
         in_lockstep: bool,
         device: Any,
+        sampling: Adaptive | None = None,
     ):
         self.loss_fn, self.rates, self.plan, self.device = loss_fn, rates, plan, device
-        self._in_lockstep = in_lockstep
+        self._in_lockstep, self._sampling = in_lockstep, sampling
         learned = rates.values() if rates.log_rates.requires_grad else {}
-        self._sum = StepSum(loss_fn.weights.parameters(), learned, in_order=in_order)
+        notes = (0, 0) if sampling is None else (sampling.tasks_per_step, sampling.numbers)
+        self._sum = StepSum(loss_fn.weights.parameters(), learned, in_order=in_order, notes=notes)
         self._bad: list[tuple[EpisodeBatch, AnyAlgorithm]] = []
         self._named: set[str] = set()
 
@@ -57,7 +61,8 @@ class OuterStep:
                 batch = batch.to(self.device)
                 gradient = meta_gradient(self.loss_fn, batch, algorithm, self.rates, tasks_per_forward=self.plan)
                 uphill = diverged(gradient, batch.tasks)
-                self._sum.add(gradient, first, diverged=len(uphill))
+                noted = None if self._sampling is None else self._sampling.note(gradient)
+                self._sum.add(gradient, first, diverged=len(uphill), noted=noted)
                 self._say_once(uphill)
                 if not is_finite(gradient):
                     self._bad.append((batch, algorithm))
@@ -71,6 +76,8 @@ class OuterStep:
         """The total over all processes, and in words what in it is not finite; nothing of that, if all is well."""
         try:
             total = self._sum.total(stop=stop)
+            if self._sampling is not None:
+                self._sampling.update(total.notes)
             if is_finite(total.gradient):
                 return total, []
             found = gathered_objects(

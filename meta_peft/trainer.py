@@ -38,11 +38,13 @@ from meta_peft.processes.replicas import check_replicas, same_everywhere
 from meta_peft.processes.step_shares import only
 from meta_peft.sharding import shard_as_asked
 from meta_peft.sidecar import Sidecar
+from meta_peft.support import episode_selection
 from meta_peft.survival import checkpoints, training_state
 from meta_peft.survival.stop_signal import StopSignal
 from meta_peft.tasks import Encoding, EpisodeCollator, EpisodeDataset, TaskSet
 from meta_peft.tasks.encoding import tokenizer_of
 from meta_peft.tasks.prompt import example_columns
+from meta_peft.tasks.sampling import Adaptive
 from meta_peft.types import Episode, EpisodeBatch
 
 logger = logging.getLogger("meta_peft")
@@ -111,6 +113,7 @@ class MetaTrainer(Trainer):
             tokenizer.pad_token = tokenizer.eos_token
         agree_on_padding(base, objective, tokenizer)
         self.encoding = _encoding(base, objective, args, processor, [t for t in (tasks, eval_tasks) if t is not None])
+        self._selection = partial(episode_selection, peft_model, self.encoding, args, sharded=sharded)
 
         super().__init__(
             model=peft_model,
@@ -130,6 +133,7 @@ class MetaTrainer(Trainer):
             in_order=args.deterministic_reduction,
             in_lockstep=sharded,
             device=args.device,
+            sampling=self._adaptive_sampling(),
         )
         if self.callback_handler.pop_callback(ProgressCallback) is not None:
             self.callback_handler.add_callback(LossInProgressBar)
@@ -139,7 +143,15 @@ class MetaTrainer(Trainer):
     def _training_episodes(self, tasks: TaskSet, args: MetaLoraConfig) -> EpisodeDataset:
         encoded = tasks.encoded(self.encoding)
         length = args.max_steps * args.tasks_in_a_step
-        return EpisodeDataset(encoded, shots=args.shots, query_size=args.query_size, seed=args.seed, length=length)
+        return EpisodeDataset(
+            encoded,
+            shots=args.shots,
+            query_size=args.query_size,
+            seed=args.seed,
+            length=length,
+            sampling=args.sampling([len(rows) for rows in encoded.rows_of.values()]),
+            selection=self._selection(),
+        )
 
     def evaluation_episodes(self, tasks: TaskSet, args: Any = None) -> EpisodeDataset:
         """One fixed episode of each task, with as many query rows as its rows and `eval_query_size` allow."""
@@ -147,7 +159,14 @@ class MetaTrainer(Trainer):
         fewest = min(len(rows) for rows in tasks.rows_of.values())
         query_size = max(1, min(args.eval_query_size, fewest - args.shots))
         encoded = tasks.encoded(self.encoding)
-        return EpisodeDataset(encoded, shots=args.shots, query_size=query_size, seed=args.seed + 1, shuffle=False)
+        return EpisodeDataset(
+            encoded,
+            shots=args.shots,
+            query_size=query_size,
+            seed=args.seed + 1,
+            shuffle=False,
+            selection=self._selection(),
+        )
 
     def batches(self, episodes: Sequence[Episode]) -> list[EpisodeBatch]:
         """Episodes stacked for evaluation."""
@@ -182,6 +201,20 @@ class MetaTrainer(Trainer):
     def floating_point_ops(self, inputs: Share) -> int:
         """Not estimated: the Trainer's formula knows no inner loop."""
         return 0
+
+    def _adaptive_sampling(self) -> Adaptive | None:
+        found = None if self.train_dataset is None else self.train_dataset.sampling
+        return found if isinstance(found, Adaptive) else None
+
+    def _losses_before(self) -> np.ndarray:
+        """The loss of each training task before any step, ``[N]``, the same numbers in every process."""
+        args = self.args
+        each = EpisodeDataset(
+            self.train_dataset.tasks, shots=args.shots, query_size=args.query_size, seed=args.seed, shuffle=False
+        )
+        in_order = self.batches([each[task] for task in range(len(each))])
+        losses = curve(self.loss_fn, self.start(), in_order, (0,)).loss[:, 0]
+        return group.from_first(torch.from_numpy(losses).to(args.device)).cpu().numpy()
 
     # ---- the outer step
 
@@ -300,6 +333,8 @@ class MetaTrainer(Trainer):
         resume = partial(checkpoints.to_resume, resume_from_checkpoint, folder, restarted=restarts() > 0)
         found = group.of_first(resume)
         same_everywhere([*self.loss_fn.weights.parameters().values(), self.rates.log_rates])
+        if found is None and self.train_dataset is not None:
+            self.train_dataset.sampling.begin(self._losses_before)
         self.interrupted, self._failure, self._skipped = None, None, 0
         with StopSignal() as self._signal:
             result = super().train(found and str(found), *args, **kwargs)
@@ -371,6 +406,7 @@ class MetaTrainer(Trainer):
                 "schedule": self.lr_scheduler.state_dict(),
                 "memory_plan": self.memory_plan.state(),
                 "skipped": self._skipped,
+                "sampling": self.train_dataset.sampling.state(),
                 "random": random,
             }
             training_state.save(folder, values)
@@ -391,6 +427,8 @@ class MetaTrainer(Trainer):
         self.lr_scheduler.load_state_dict(values["schedule"])
         self.memory_plan.restore(values["memory_plan"], self.args.device)
         self._skipped = values["skipped"]
+        if "sampling" in values:  # checkpoints from before there was a choice have none
+            self.train_dataset.sampling.restore(values["sampling"])
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is None:

@@ -14,6 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -23,6 +24,7 @@ sys.path.append(str(BENCHMARKS))
 
 import adapt_many  # noqa: E402
 import agreement  # noqa: E402
+import choosing  # noqa: E402
 import comparison  # noqa: E402
 import contenders  # noqa: E402
 import limit  # noqa: E402
@@ -30,6 +32,8 @@ import memory  # noqa: E402
 import meta_step  # noqa: E402
 import peers  # noqa: E402
 import products  # noqa: E402
+import support_selection  # noqa: E402
+import task_sampling  # noqa: E402
 import workers  # noqa: E402
 import workload  # noqa: E402
 
@@ -238,6 +242,49 @@ def test_adapt_many(run_program):
     found = run_program(adapt_many, "--tasks_per_forward", "2")
     assert found["agreement"]["ours tasks_per_forward=2"]["relative_error"] < 1e-3
     assert found["plain_over_ours"]["ours tasks_per_forward=2"]["median"] > 0
+
+
+@pytest.fixture
+def tasks_file(tmp_path: Path) -> str:
+    rows = [{"task": f"task {t}", "input": f"{i}", "target": str(t)} for t in range(9) for i in range(8 + t)]
+    file = tmp_path / "tasks.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(file)
+
+
+def test_support_selection(run_program, tasks_file: str, tmp_path: Path):
+    found = run_program(support_selection, "--tasks", tasks_file)
+    assert [row["choice"] for row in found["rows"]] == ["random", "balanced", "diverse", "uncertain"]
+    assert len(found["tasks"]) == 3
+    assert np.array(found["by_task"]["diverse"]["loss"]).shape == (2, 3)  # seeds, tasks
+    for row in found["rows"][1:]:
+        low, high = row["loss_interval"]
+        assert low <= row["loss_difference"] <= high
+        assert row["loss_difference"] == pytest.approx(row["loss"] - found["rows"][0]["loss"])
+    assert "| uncertain |" in (tmp_path / "output.md").read_text()
+
+
+def test_task_sampling(run_program, tasks_file: str):
+    samplings = ("uniform", "by_difficulty", "by_gradient_diversity", "curriculum")
+    found = run_program(task_sampling, "--tasks", tasks_file, "--seeds", "5", "--samplings", *samplings)
+    assert [row["choice"] for row in found["rows"]] == list(samplings)
+    assert found["settings"]["seeds"] == [5]
+
+
+def test_paired_differences():
+    """The tasks differ by far more than the choices do: only pairs of the same task show it."""
+    tasks = np.linspace(0, 10, 30)
+    noise = np.random.default_rng(0).normal(0, 0.01, 30)
+    scores = {
+        "a": [{"loss": tasks, "exact_match": tasks}] * 2,
+        "b": [{"loss": tasks - 0.1 + noise, "exact_match": tasks}],
+    }
+    one, other = choosing.compared(scores, "a")
+    assert "loss_difference" not in one
+    assert other["loss_difference"] == pytest.approx(-0.1, abs=0.01)
+    assert -0.12 < other["loss_interval"][0] < other["loss_interval"][1] < -0.08
+    assert other["exact_match_interval"] == [0, 0]
+    assert "| b | 4.899 | -0.101 (-0.104 to -0.098) | 9.90 |" in choosing.table([one, other], "a")
 
 
 def test_agreement():

@@ -136,7 +136,7 @@ def commands(page: Path) -> Iterator[list[str]]:
 def test_commands_name_what_exists(page: Path, workplace: Path, monkeypatch: pytest.MonkeyPatch):
     asked: list[object] = []
     monkeypatch.setattr(main_job, "run", lambda *groups: asked.append(groups))
-    for command in ("adapt", "evaluate", "inspect", "estimate"):
+    for command in ("adapt", "evaluate", "inspect", "estimate", "tasks"):
         monkeypatch.setattr(cli, f"{command}_command", lambda options: asked.append(options) or 0)
     for name, config in yaml_files(page):
         (workplace / name).write_text(config, encoding="utf-8")

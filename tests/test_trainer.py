@@ -5,6 +5,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import fingerprint
@@ -28,6 +29,7 @@ from surface import (
 from transformers import TrainerCallback
 
 from meta_peft import (
+    EpisodeDataset,
     LearnedRates,
     MetaPeftError,
     MetaTrainer,
@@ -249,6 +251,77 @@ def test_chunks_are_the_whole_batch(tmp_path: Path):
     assert_close(weights(chunks), weights(whole), 1e-6)
 
 
+# ---- which tasks
+
+
+def test_what_a_rule_is_told_is_what_training_computed(tmp_path: Path):
+    """The loss of each task of the first step, and the direction of its gradient."""
+    options = {"task_sampling": "by_difficulty", "per_device_train_batch_size": 3, "max_steps": 1}
+    directed = {"task_sampling": "by_gradient_diversity", "deterministic_reduction": True}
+    losses, directions = trainer(tmp_path, **options), trainer(tmp_path, **options | directed)
+    batch = losses.data_collator([losses.train_dataset[i] for i in range(3)])
+    expected = meta_gradient(losses.loss_fn, batch, losses.algorithm, losses.rates).metrics["loss"].tolist()
+    losses.train()
+    directions.train()
+    rule, told = losses.train_dataset.sampling, dict(zip(batch.tasks, expected, strict=True))
+    for number, name in enumerate(losses.train_dataset.tasks.names):
+        assert rule.losses[number] == pytest.approx(told.get(name, 0.0), rel=1e-5)
+        assert rule.seen[number] == (name in told)
+    of_gradient = directions.train_dataset.sampling
+    assert (of_gradient.seen == rule.seen).all()
+    alone = trainer(tmp_path)
+    for place, name in enumerate(batch.tasks):
+        gradient = meta_gradient(alone.loss_fn, batch.part(place, place + 1), alone.algorithm, alone.rates)
+        sketch = of_gradient._sketch(gradient.grads.adapter).numpy()
+        direction = of_gradient.directions[alone.train_dataset.tasks.names.index(name)]
+        assert direction @ sketch == pytest.approx(np.linalg.norm(sketch), rel=1e-4)
+
+
+def test_hard_tasks_are_seen_more_often(tmp_path: Path):
+    """One task whose answers are random among seven that all answer alike."""
+    rng = np.random.default_rng(0)
+    tasks = letter_tasks("abcdefg")
+    tasks = {name: [{**row, "target": "aa"} for row in rows] for name, rows in tasks.items()}
+    tasks["hard"] = [{**row, "target": "".join(rng.choice(list("bcdefgh"), 4))} for row in letter_tasks("h")["say h"]]
+    run = trainer(tmp_path, tasks=tasks, task_sampling="by_difficulty", max_steps=50)
+    seen = []
+    update = run.train_dataset.sampling.update
+    run.train_dataset.sampling.update = lambda notes: (seen.extend(run.train_dataset.sampling.draw()), update(notes))
+    run.train()
+    counts = np.bincount(seen, minlength=8)
+    assert run.train_dataset.tasks.names[-1] == "hard"
+    assert counts[-1] > 1.6 * counts[:-1].mean()
+    assert counts[-1] > counts[:-1].max()
+
+
+def test_a_curriculum_starts_with_what_the_base_finds_easy(tmp_path: Path):
+    run = trainer(tmp_path, task_sampling="curriculum", max_steps=2, curriculum_steps=1000)
+    run.train()
+    rule = run.train_dataset.sampling
+    alone = trainer(tmp_path)
+    each = EpisodeDataset(alone.train_dataset.tasks, shots=2, query_size=2, seed=42, shuffle=False)
+    batches = alone.batches(list(each))
+    weights_of = {n: p.detach() for n, p in alone.loss_fn.weights.parameters().items()}
+    expected = [float(loss) for batch in batches for loss in alone.loss_fn.scores(weights_of, batch.query).loss_T]
+    assert rule.losses.tolist() == pytest.approx(expected, rel=1e-5)
+    assert sorted(rule.draw(0)) == sorted(np.argsort(expected)[:2])
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"task_sampling": "by_difficulty", "dataloader_num_workers": 1}, "workers read ahead"),
+        ({"task_sampling": "by_gradient_diversity"}, "set deterministic_reduction=True"),
+        ({"task_sampling": "hardest"}, "task_sampling must be one of uniform, by_size"),
+        ({"task_leakage": "maybe"}, "task_leakage must be one of warn, error, ignore"),
+        ({"task_sampling": "curriculum", "curriculum_steps": 0}, "curriculum_steps must be a number of 1 or more"),
+    ],
+)
+def test_choices_that_cannot_be(tmp_path: Path, options: dict, said: str):
+    with pytest.raises(MetaPeftError, match=said):
+        config(tmp_path, **options)
+
+
 # ---- checkpoints
 
 
@@ -259,6 +332,10 @@ def test_chunks_are_the_whole_batch(tmp_path: Path):
         {"gradient_accumulation_steps": 2, "inner_lr_per_step": True},
         {"inner_lr_per_entry": True, "fast_weights": "lora_B", "multi_step_until": 5, "first_order_until": 2},
         {"algorithm": "imaml", "proximal": 5.0},
+        {"task_sampling": "by_difficulty", "per_device_train_batch_size": 5},
+        {"task_sampling": "by_gradient_similarity", "deterministic_reduction": True, "per_device_train_batch_size": 5},
+        {"task_sampling": "curriculum"},
+        {"support_selection": "diverse"},
     ],
 )
 def test_resuming_gives_the_same_bits(tmp_path: Path, options: dict):
@@ -275,6 +352,13 @@ def test_resuming_gives_the_same_bits(tmp_path: Path, options: dict):
         [(line["step"], line["loss"]) for line in r.state.log_history if "loss" in line] for r in (resumed, whole)
     ]
     assert history[0] == history[1]
+
+
+def test_a_checkpoint_of_another_choice_of_tasks_is_refused(tmp_path: Path):
+    trainer(tmp_path, max_steps=1, save_strategy="steps", save_steps=1).train()
+    other = trainer(tmp_path, max_steps=2, task_sampling="by_difficulty")
+    with pytest.raises(MetaPeftError, match="chosen by Rounds, these options choose by ByDifficulty"):
+        other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
 
 
 def test_a_checkpoint_with_other_rates_is_refused(tmp_path: Path):

@@ -11,6 +11,7 @@ collected instead, and added up in the order of the tasks: the same bits for any
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -37,11 +38,13 @@ class StepTotal:
         gradient: the mean over all tasks; its `metrics` has their mean ``loss`` alone, ``[1]``.
         diverged: for how many tasks the inner loop diverged.
         stop: whether a process was asked to stop.
+        notes: what was noted of each task, by its place in the step, ``[T, n]``; n is 0 if nothing was.
     """
 
     gradient: MetaGradient
     diverged: int
     stop: bool
+    notes: Tensor
 
 
 class StepSum:
@@ -50,17 +53,29 @@ class StepSum:
         adapter: the LoRA matrices, for their names and shapes.
         hyper: the inner loop's rates. Their gradient is left out of a step in which no task gave one.
         in_order: whether to add up task by task, see above. Then every `add` has to be of a single task.
+        notes: T and n, where n numbers are to be known of each of the T tasks of a step. They go through the same
+            reduction, each task's in a place of its own, so that every process has them to the last bit.
     """
 
-    def __init__(self, adapter: Mapping[str, Tensor], hyper: Mapping[str, Tensor], *, in_order: bool = False):
+    def __init__(
+        self,
+        adapter: Mapping[str, Tensor],
+        hyper: Mapping[str, Tensor],
+        *,
+        in_order: bool = False,
+        notes: tuple[int, int] = (0, 0),
+    ):
         self._adapter: Params = dict(adapter)
         self._hyper: Params = dict(hyper)
-        self._in_order = in_order
-        self._parts: list[tuple[int, Tensor]] = []  # place in the step, [gradients, loss, diverged, gives rates, tasks]
+        self._in_order, self._notes = in_order, notes
+        self._parts: list[tuple[int, Tensor]] = []  # place, [gradients, notes, loss, ...]
         self._error: BaseException | None = None
 
-    def add(self, gradient: MetaGradient, first: int = 0, *, diverged: int = 0) -> None:
-        """Add the mean gradient of some tasks, of which `first` is the place of the first one in the step."""
+    def add(self, gradient: MetaGradient, first: int = 0, *, diverged: int = 0, noted: Tensor | None = None) -> None:
+        """Add the mean gradient of some tasks, of which `first` is the place of the first one in the step.
+
+        `noted` is what was noted of them, ``[n_tasks, n]``.
+        """
         if self._in_order and gradient.n_tasks != 1:
             raise MetaPeftError(f"in_order adds up single tasks, got a gradient of {gradient.n_tasks}.")
         grads = {name: gradient.grads.adapter[name] for name in self._adapter}
@@ -68,7 +83,10 @@ class StepSum:
         own = flatten({**grads, **rates}).detach() * gradient.n_tasks
         loss = gradient.metrics["loss"].sum().to(own)
         counts = own.new_tensor([diverged, bool(gradient.grads.hyper), gradient.n_tasks])
-        part = torch.cat([own, loss[None], counts])
+        notes = own.new_zeros(self._notes)
+        if noted is not None:
+            notes[first : first + gradient.n_tasks] = noted.to(own)
+        part = torch.cat([own, notes.flatten(), loss[None], counts])
         if self._in_order or not self._parts:
             self._parts.append((first, part))
         else:
@@ -95,10 +113,15 @@ class StepSum:
         loss, diverged, gives_rates, n_tasks = vector[-COUNTS:]
         if not n_tasks:
             raise MetaPeftError("An outer step had no task in any process.")
-        mean = unflatten(vector[:-COUNTS] / n_tasks, {**self._adapter, **self._hyper})
+        noted = vector[-COUNTS - math.prod(self._notes) : -COUNTS]
+        sums = vector[: len(vector) - COUNTS - len(noted)]
+        mean = unflatten(sums / n_tasks, {**self._adapter, **self._hyper})
         grads = Meta({n: mean[n] for n in self._adapter}, {n: mean[n] for n in self._hyper} if gives_rates else {})
         return StepTotal(
-            MetaGradient(grads, int(n_tasks), {"loss": (loss / n_tasks)[None]}), int(diverged), bool(said[0])
+            MetaGradient(grads, int(n_tasks), {"loss": (loss / n_tasks)[None]}),
+            int(diverged),
+            bool(said[0]),
+            noted.view(self._notes),
         )
 
     def _summed(self, said: Tensor) -> tuple[Tensor, Tensor]:
@@ -127,7 +150,7 @@ class StepSum:
         dtype = values[0].dtype
         for value in values:
             dtype = torch.promote_types(dtype, value.dtype)
-        return torch.zeros(size + COUNTS, dtype=dtype, device=values[0].device)
+        return torch.zeros(size + math.prod(self._notes) + COUNTS, dtype=dtype, device=values[0].device)
 
     def _raise(self) -> None:
         error, self._error = self._error, None

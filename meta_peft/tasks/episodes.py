@@ -1,6 +1,7 @@
 """Episodes drawn from tasks: ``dataset[i]`` depends on the seed and on i alone.
 
-So workers, ranks, a resumed run and a second run agree on every episode without any sampler state to keep.
+So workers, ranks, a resumed run and a second run agree on every episode without any sampler state to keep. Only a rule
+that chooses tasks by what training shows (`sampling.Adaptive`) depends on more, and keeps a state.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from torch.utils.data import Dataset
 
 from meta_peft.errors import MetaPeftError
 from meta_peft.tasks.collate import row_length
+from meta_peft.tasks.sampling import Rounds, TaskSampling
+from meta_peft.tasks.support_selection import SupportSelection
 from meta_peft.tasks.task_set import TaskSet
 from meta_peft.types import Episode
 
@@ -23,6 +26,8 @@ class EpisodeDataset(Dataset[Episode]):
         query_size: query rows of an episode.
         length: how many episodes; by default one for each task.
         shuffle: visit the tasks in a new order each round; otherwise episode i is of task i, round after round.
+        sampling: which task an episode is of, in place of rounds.
+        selection: which of its rows are support, in place of random ones. The query rows are the same for every selection.
     """
 
     def __init__(
@@ -34,13 +39,16 @@ class EpisodeDataset(Dataset[Episode]):
         seed: int = 0,
         length: int | None = None,
         shuffle: bool = True,
+        sampling: TaskSampling | None = None,
+        selection: SupportSelection | None = None,
     ):
         if shots < 1 or query_size < 1:
             raise MetaPeftError(f"shots and query_size must be 1 or more, got {shots} and {query_size}.")
         tasks.check_rows(shots, query_size)
         self.tasks, self.shots, self.query_size, self.seed = tasks, shots, query_size, seed
         self.length = len(tasks) if length is None else length
-        self.shuffle = shuffle
+        self.sampling = sampling or Rounds(len(tasks), seed, shuffle)
+        self.selection = selection
 
     def __len__(self) -> int:
         return self.length
@@ -48,18 +56,16 @@ class EpisodeDataset(Dataset[Episode]):
     def __getitem__(self, i: int) -> Episode:
         if not 0 <= i < self.length:
             raise IndexError(i)
-        task = self.tasks.names[self._task_number(i)]
+        task = self.tasks.names[self.sampling.task(i)]
         rows = self.tasks.rows_of[task]
-        chosen = np.random.default_rng([self.seed, 1, i]).choice(len(rows), self.shots + self.query_size, replace=False)
-        drawn = [self.tasks.dataset[rows[int(j)]] for j in chosen]
-        return Episode(task, drawn[: self.shots], drawn[self.shots :])
+        rng = np.random.default_rng([self.seed, 1, i])
+        chosen = rng.choice(len(rows), self.shots + self.query_size, replace=False)
+        support, query = chosen[: self.shots], chosen[self.shots :]
+        if self.selection is not None:
+            support = self.selection.choose(self.tasks, task, query, self.shots, rng)
+        drawn = [[self.tasks.dataset[rows[int(j)]] for j in part] for part in (support, query)]
+        return Episode(task, *drawn)
 
     def by_length(self) -> list[Episode]:
         """All episodes, shortest support rows first, so that those stacked together need little padding."""
         return sorted((self[i] for i in range(len(self))), key=lambda e: max(map(row_length, e.support)))
-
-    def _task_number(self, i: int) -> int:
-        round_, place = divmod(i, len(self.tasks))
-        if not self.shuffle:
-            return place
-        return int(np.random.default_rng([self.seed, 0, round_]).permutation(len(self.tasks))[place])

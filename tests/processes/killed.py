@@ -23,6 +23,7 @@ from meta_peft.processes import group, restarts
 STEPS = 30
 OPTIONS = {"max_steps": STEPS, "tasks_per_step": 3, "save_strategy": "steps", "save_steps": 1, "save_total_limit": 3}
 OPTIONS |= {"inner_optimizer": "adam", "lr_scheduler_type": "cosine", "learning_rate": 0.01, "logging_steps": 7}
+OPTIONS |= {"task_sampling": "by_difficulty"}  # what it learned of the tasks has to survive too
 
 
 class KillsItself(TrainerCallback):

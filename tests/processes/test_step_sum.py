@@ -90,3 +90,29 @@ def test_the_most_precise_dtype_holds_all():
     )
     grads = step.total().gradient.grads
     assert grads.adapter["a"].dtype == torch.float64
+
+
+@pytest.mark.parametrize("in_order", [False, True])
+def test_what_was_noted_of_a_task_stands_in_its_place(in_order: bool):
+    """Whatever the order of adding, and without a change of the mean; also next to a gradient that is not finite."""
+    step, plain = (StepSum(ADAPTER, RATES, in_order=in_order, notes=notes) for notes in ((4, 2), (0, 0)))
+    for place in (2, 0, 3):
+        one = gradient(0.1 * place, 1)
+        step.add(one, first=place, noted=torch.tensor([[0.1 + place, 0.3]]))
+        plain.add(one, first=place)
+    total, without = step.total(), plain.total()
+    assert total.notes[:, 0].tolist() == torch.tensor([0.1, 0.0, 2.1, 3.1]).tolist()
+    assert total.notes[:, 1].tolist() == torch.tensor([0.3, 0.0, 0.3, 0.3]).tolist()
+    assert without.notes.shape == (0, 0)
+    for name in ADAPTER:
+        assert torch.equal(total.gradient.grads.adapter[name], without.gradient.grads.adapter[name])
+    step.add(gradient(float("nan"), 1), first=1, noted=torch.tensor([[float("nan"), 0.5]]))
+    step.add(gradient(1.0, 1), first=0, noted=torch.tensor([[7.0, 8.0]]))
+    assert step.total().notes[:3].nan_to_num(-1.0).tolist() == [[7.0, 8.0], [-1.0, 0.5], [0.0, 0.0]]
+
+
+def test_notes_of_several_tasks_at_once():
+    step = StepSum(ADAPTER, RATES, notes=(3, 1))
+    step.add(gradient(1.0, 2), first=1, noted=torch.tensor([[5.0], [6.0]]))
+    step.add(gradient(1.0, 1), first=0, noted=torch.tensor([[4.0]]))
+    assert step.total().notes.tolist() == [[4.0], [5.0], [6.0]]

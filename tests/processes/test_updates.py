@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from processes.launching import launch
-from processes.updates import IN_ORDER, RUNS
+from processes.updates import CHOOSING, IN_ORDER, RUNS
 from safetensors.torch import load_file
 from surface import bits
 
@@ -47,3 +47,11 @@ def test_in_order_it_is_the_same_to_the_last_bit(folders: dict[int, Path], proce
     plain = load_file(folders[1] / f"{torch.float32} {name}.safetensors")
     for key, expected in plain.items():
         torch.testing.assert_close(alone[key], expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.parametrize("name", CHOOSING)
+def test_tasks_are_chosen_alike_in_any_number_of_processes(folders: dict[int, Path], processes: int, name: str):
+    alone, together = (load_file(folders[n] / f"in order {name}.safetensors") for n in (1, processes))
+    assert bits(together) == bits(alone)
+    assert bits(alone) != bits(load_file(folders[1] / "in order maml.safetensors"))

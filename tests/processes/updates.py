@@ -35,6 +35,8 @@ RUNS = {
     "fewer tasks than processes": {"tasks_per_step": 1},
 }
 IN_ORDER = {"maml": {}, "accumulated": {"gradient_accumulation_steps": 2}, "adam": RUNS["adam"]}
+# Two steps see all ten tasks, the third one is drawn by what they showed.
+CHOOSING = {name: {"task_sampling": name} for name in ("by_difficulty", "by_gradient_diversity", "curriculum")}
 
 
 def main(output: Path) -> None:
@@ -47,7 +49,7 @@ def main(output: Path) -> None:
     for dtype in (torch.float32, torch.float64):
         for name, options in RUNS.items():
             found[f"{dtype} {name}"] = options, dtype
-    for name, options in IN_ORDER.items():
+    for name, options in (IN_ORDER | CHOOSING).items():
         found[f"in order {name}"] = {**options, "deterministic_reduction": True}, torch.float32
     for name, (options, dtype) in found.items():
         run = trainer(output, model=with_lora(tiny_base("llama", dtype)), tasks=tasks, **SHARED | options)
