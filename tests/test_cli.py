@@ -209,7 +209,7 @@ def message(capsys: pytest.CaptureFixture[str], words: list[str]) -> str:
         (["xyzzy"], "There is no command 'xyzzy'."),
         (
             [],
-            "the following arguments are required: {train,adapt,evaluate,inspect,tasks}; meta-peft --help shows what there is.",
+            "arguments are required: {train,adapt,evaluate,inspect,tasks}; meta-peft --help shows what there is.",
         ),
         (["--version"], "required: {train,adapt,evaluate,inspect,tasks}"),
         (["adapt"], "the following arguments are required: --adapter, --support, --output"),
