@@ -18,6 +18,7 @@ from meta_peft import MetaLoraConfig, MetaTrainer, ModelArguments, TaskSet
 from meta_peft.base_model import load_base, load_tokenizer, lora_config, with_adapter
 from meta_peft.evaluate import curve, interval
 from meta_peft.tasks import EpisodeDataset
+from meta_peft.tasks.leakage import find_leakage
 from meta_peft.tasks.locale_formatting import locale_formatting
 from meta_peft.tasks.support_selection import SupportSelection
 
@@ -34,6 +35,7 @@ def parser_of(program: str) -> argparse.ArgumentParser:
     parser.add_argument("--task_column", default="task", help="the column that names their tasks (task)")
     parser.add_argument("--shots", type=int, default=4)
     parser.add_argument("--inner_steps", type=int, default=3, help="in training and in evaluation")
+    parser.add_argument("--algorithm", default="fomaml", help="of the meta-training (fomaml)")
     parser.add_argument("--outer_steps", type=int, default=40)
     parser.add_argument("--test_tasks", type=int, default=32, help="at most so many (32)")
     parser.add_argument("--query", type=int, default=8, help="query rows of a task in evaluation")
@@ -60,6 +62,8 @@ def splits(given: argparse.Namespace) -> tuple[TaskSet, TaskSet]:
         names = [tasks.names[i] for i in np.random.default_rng(0).permutation(len(tasks))]
         n_test = max(1, round(TEST_SHARE * len(names)))
         train, test = tasks.select(sorted(names[n_test:])), tasks.select(sorted(names[:n_test]))
+    copies = {pair.tasks[1] for pair in find_leakage({"train": train, "test": test}).tasks}
+    test = test.select(name for name in test.names if name not in copies)  # they would reward memory
     chosen = np.random.default_rng(1).permutation(len(test))[: given.test_tasks]
     test = test.select(test.names[i] for i in sorted(chosen))
     if given.quick:
@@ -91,6 +95,7 @@ class Base:
                 own[name].copy_(value)
         args = MetaLoraConfig(
             output_dir=str(folder),
+            algorithm=given.algorithm,
             max_steps=given.outer_steps,
             shots=given.shots,
             query_size=2 if given.quick else 4,

@@ -35,7 +35,7 @@ line as `--key value`, or in a flat YAML file given by `--config`. The command l
 are the fields of four dataclasses. An unknown key is an error that names the closest known one.
 """
 ESTIMATE = "Where the memory of a run goes. It takes every option of `train`, and these:"
-TASKS = "Which training tasks help and which hurt, see [choosing](choosing.md). Every option of `train`, and these:"
+TASKS = "Which tasks help and which hurt, see [choosing](choosing.md). It takes every option of `train`, and these:"
 INHERITED = """### What is inherited
 
 `MetaLoraConfig` is a `transformers.TrainingArguments`, so its options work too. These are the ones most often set here:

@@ -199,9 +199,9 @@ def task_report(
     groups = grouped(train.names, arguments.group_pattern)
     if arguments.adapter is not None:
         trainer._load_from_checkpoint(arguments.adapter)
-    of_task = task_gradients(trainer, train, arguments.episodes_per_task)
-    gradients = torch.stack([torch.stack([of_task[task] for task in tasks]).mean(0) for tasks in groups.values()])
-    of_validation = torch.stack(list(task_gradients(trainer, validation, arguments.episodes_per_task).values())).mean(0)
+    gradients = group_gradients(trainer, train, groups, arguments.episodes_per_task)
+    all_of_them = {"validation": validation.names}
+    (of_validation,) = group_gradients(trainer, validation, all_of_them, arguments.episodes_per_task)
     sizes = torch.tensor([len(tasks) for tasks in groups.values()], dtype=torch.float64)
     retrained = {}
     if arguments.leave_out_steps:
@@ -229,8 +229,8 @@ def grouped(names: Sequence[str], pattern: str | None) -> dict[str, list[str]]:
     return groups
 
 
-def task_gradients(trainer: MetaTrainer, tasks: TaskSet, episodes: int) -> dict[str, Tensor]:
-    """Each task's meta-gradient of the adapter, the mean over some episodes, ``[P]`` in float64 on the CPU."""
+def group_gradients(trainer: MetaTrainer, tasks: TaskSet, groups: Mapping[str, Sequence[str]], episodes: int) -> Tensor:
+    """The mean meta-gradient of the adapter over the tasks of each group, some episodes each, ``[G, P]`` in float64."""
     args = trainer.args
     drawn = EpisodeDataset(
         tasks.encoded(args.prompt_format(), trainer.processing_class, args.max_length),
@@ -240,15 +240,19 @@ def task_gradients(trainer: MetaTrainer, tasks: TaskSet, episodes: int) -> dict[
         length=episodes * len(tasks),
         shuffle=False,
     )
-    found: dict[str, Tensor] = {}
+    group_of = {task: a for a, its_tasks in enumerate(groups.values()) for task in its_tasks}
+    counts = [episodes * len(its_tasks) for its_tasks in groups.values()]
+    found: list[Tensor | None] = [None] * len(groups)
     for i in range(len(drawn)):
         batch = trainer.data_collator([drawn[i]]).to(args.device)
         gradient = meta_gradient(
             trainer.loss_fn, batch, trainer.algorithm, trainer.rates, tasks_per_forward=trainer.memory_plan
         )
-        own = flatten(gradient.grads.adapter).detach().cpu().double() / episodes
-        found[batch.tasks[0]] = found[batch.tasks[0]] + own if batch.tasks[0] in found else own
-    return found
+        a = group_of[batch.tasks[0]]
+        own = flatten(gradient.grads.adapter).detach().cpu().double() / counts[a]
+        before = found[a]
+        found[a] = own if before is None else before.add_(own)
+    return torch.stack([total for total in found if total is not None])
 
 
 def cosines(a: Tensor, b: Tensor) -> Tensor:

@@ -3,9 +3,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from surface import TRAIN, base_model, letter_rows, letter_tasks, trained_folder, trainer
+from surface import TRAIN, base_model, config, letter_rows, letter_tasks, tiny_tokenizer, trained_folder, trainer
 
 from meta_peft import MetaPeftError, adapt, load, select_support
+from meta_peft.support import episode_selection
 
 
 @pytest.fixture(scope="module")
@@ -94,3 +95,12 @@ def test_a_run_chooses_in_training_and_in_evaluation(tmp_path: Path, how: str):
 def test_workers_cannot_ask_the_base(tmp_path: Path):
     with pytest.raises(MetaPeftError, match="support_selection=diverse with dataloader_num_workers is refused"):
         trainer(tmp_path, support_selection="diverse", dataloader_num_workers=1)
+
+
+def test_a_base_in_shards_cannot_be_asked(tmp_path: Path, model):
+    for how in ("diverse", "uncertain"):
+        args = config(tmp_path, support_selection=how)
+        with pytest.raises(MetaPeftError, match="a base in shards answers to all processes together"):
+            episode_selection(model, tiny_tokenizer(), args, sharded=True)
+    balanced = episode_selection(model, tiny_tokenizer(), config(tmp_path, support_selection="balanced"), sharded=True)
+    assert balanced.how == "balanced"

@@ -332,7 +332,7 @@ def test_choices_that_cannot_be(tmp_path: Path, options: dict, said: str):
         {"gradient_accumulation_steps": 2, "inner_lr_per_step": True},
         {"inner_lr_per_entry": True, "fast_weights": "lora_B", "multi_step_until": 5, "first_order_until": 2},
         {"algorithm": "imaml", "proximal": 5.0},
-        {"task_sampling": "by_difficulty", "per_device_train_batch_size": 5},
+        {"task_sampling": "by_difficulty", "per_device_train_batch_size": 3, "gradient_accumulation_steps": 2},
         {"task_sampling": "by_gradient_similarity", "deterministic_reduction": True, "per_device_train_batch_size": 5},
         {"task_sampling": "curriculum"},
         {"support_selection": "diverse"},

@@ -82,7 +82,12 @@ class Leakage:
             for pair in self.tasks[:SHOWN]
         )
         more = f"; and {len(self.tasks) - SHOWN} more" if len(self.tasks) > SHOWN else ""
-        return f"{len(self.tasks)} pairs of tasks in different splits are nearly the same: {pairs}{more}."
+        count = (
+            "1 pair of tasks in different splits is"
+            if len(self.tasks) == 1
+            else f"{len(self.tasks)} pairs of tasks in different splits are"
+        )
+        return f"{count} nearly the same: {pairs}{more}."
 
 
 def check_leakage(splits: Mapping[str, TaskSet], what_to_do: str) -> Leakage:

@@ -106,9 +106,7 @@ def test_what_is_done_about_it(caplog: pytest.LogCaptureFixture, monkeypatch: py
     leaking = splits({"a": rows(1)}, {"b": rows(1)})
     with caplog.at_level(logging.INFO, logger="meta_peft"):
         assert check_leakage(leaking, "warn").to_dict()["tasks"][0]["tasks"] == ("a", "b")
-        assert (
-            "1 pairs of tasks in different splits are nearly the same: 'a' (train) and 'b' (test), 100%" in caplog.text
-        )
+        assert "1 pair of tasks in different splits is nearly the same: 'a' (train) and 'b' (test), 100%" in caplog.text
         caplog.clear()
         assert check_leakage(leaking, "ignore").tasks == []
         assert check_leakage(splits(others(1), others(10)), "error").tasks == []
