@@ -102,8 +102,8 @@ def tokenizer(before: str = "<s>", behind: str = "</s>") -> PreTrainedTokenizerF
 def whisper_processor() -> WhisperProcessor:
     """Whisper's own classes: bytes as tokens, half a second of sound as ten frames of eight numbers."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    names = ["<|endoftext|>", "<|startoftranscript|>", "<|es|>", "<|de|>", "<|translate|>", "<|transcribe|>"]
-    names += ["<|nospeech|>", "<|notimestamps|>"]
+    names = ["<|endoftext|>", "<|startoftranscript|>", "<|en|>", "<|zh|>", "<|de|>", "<|es|>", "<|translate|>"]
+    names += ["<|transcribe|>", "<|nospeech|>", "<|notimestamps|>"]
     made = WhisperTokenizer(vocab={word: i for i, word in enumerate(alphabet)}, merges=[])
     made.add_special_tokens({"additional_special_tokens": names})
     ears = WhisperFeatureExtractor(feature_size=8, sampling_rate=16000, hop_length=1600, chunk_length=1, n_fft=256)

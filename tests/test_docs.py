@@ -18,6 +18,7 @@ from dataclasses import fields
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
+import kinds
 import pytest
 import torch
 import yaml
@@ -40,6 +41,12 @@ PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 GROUPS = (ModelArguments, TaskArguments, MetaLoraConfig, main_job.CompareArguments)
 LOOP = ROOT / "recipes" / "accelerate_loop.py"
+STAND_INS = {
+    "google-t5/t5-small": "seq2seq_lm",
+    "openai/whisper-tiny": "speech_seq2seq",
+    "FacebookAI/roberta-base": "masked_lm",
+    "google-bert/bert-base-uncased": kinds.HEAD,
+}
 
 
 def blocks(page: Path, language: str) -> Iterator[tuple[int, str]]:
@@ -120,6 +127,9 @@ def test_python_blocks_run(page: Path, workplace: Path, base_folder: Path):
     namespace: dict[str, object] = {"__name__": page.stem}
     for line, code in blocks(page, "python"):
         code = code.replace(SMOLLM2, base_folder.as_posix())
+        for name, kind in STAND_INS.items():
+            if name in code:
+                code = code.replace(name, kinds.folder(kind).as_posix())
         code = re.sub(r"\bmax_steps=\d+", "max_steps=1", code)
         exec(compile("\n" * line + code, str(page), "exec"), namespace)
 

@@ -17,15 +17,18 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import kinds
 import pytest
 import torch
 from conftest import fingerprint
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from surface import base_model, letter_rows, letter_tasks, temporary_folder, tiny_tokenizer, trained_folder
+from test_head_files import learned
 
 import meta_peft
 from meta_peft import MetaLoraConfig, MetaPeftError, ModelArguments, PromptFormat, TaskArguments, TaskSet
+from meta_peft.base_model import load_base
 from meta_peft.compare import CompareArguments
 from meta_peft.config_file import parse
 from meta_peft.fast_weights import FastWeights
@@ -226,6 +229,16 @@ def valid_files() -> dict[str, bytes]:
 
 
 @cache
+def files_with_head() -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in learned().iterdir() if path.suffix != ".md"}
+
+
+@cache
+def base_with_head() -> torch.nn.Module:
+    return load_base(kinds.arguments(kinds.HEAD))
+
+
+@cache
 def scratch() -> Path:
     return temporary_folder()
 
@@ -239,7 +252,13 @@ class Files(dict):
     """Contents by name; shown is only what differs from the valid ones."""
 
     def __repr__(self) -> str:
-        return str({n: c if n.endswith("json") else c[:2500] for n, c in self.items() if c != valid_files()[n]})
+        return str(
+            {
+                n: c if n.endswith("json") else c[:2500]
+                for n, c in self.items()
+                if c not in (valid_files()[n], files_with_head()[n])
+            }
+        )
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -249,8 +268,8 @@ def _made_before_anything_is_drawn() -> None:
 
 
 @st.composite
-def adapters(draw: st.DrawFn) -> Files:
-    files = Files(valid_files())
+def adapters(draw: st.DrawFn, valid: Callable[[], dict[str, bytes]] = valid_files) -> Files:
+    files = Files(valid())
     name = draw(st.sampled_from(sorted(files)))
     files[name] = draw(mutated(json.loads(files[name])) if name.endswith("json") else damaged(files[name]))
     return files
@@ -259,22 +278,34 @@ def adapters(draw: st.DrawFn) -> Files:
 @fuzz(60)
 @given(files=adapters())
 def test_adapters(files: Files):
-    folder, model = scratch() / "adapter", None
+    loads_or_says_why(files, base(), tiny_tokenizer(), letter_rows("a", 2))
+
+
+@fuzz(15)
+@given(files=adapters(files_with_head))
+def test_adapters_with_a_head(files: Files):
+    loads_or_says_why(files, base_with_head(), kinds.processor(kinds.HEAD), kinds.rows(kinds.HEAD, "a", 2))
+
+
+def loads_or_says_why(files: Files, base: torch.nn.Module, processor: Any, rows: list[dict[str, Any]]) -> None:
+    folder, model, head = scratch() / "adapter", None, getattr(base, "classifier", None)
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     for name, content in files.items():
         (folder / name).write_bytes(content)
-    clean, around = fingerprint(base()), {path.name for path in folder.parent.iterdir()}
+    clean, around = fingerprint(base), {path.name for path in folder.parent.iterdir()}
     with the_law():
-        model = meta_peft.load(base(), folder, tokenizer=tiny_tokenizer())
+        model = meta_peft.load(base, folder, tokenizer=processor)
         assert all(p.isfinite().all() for p in FastWeights(model).parameters().values())
         if model.meta_peft.sidecar.inner.steps <= 5:
-            meta_peft.adapt_many(model, {"a": letter_rows("a", 2)})
+            meta_peft.adapt_many(model, {"a": rows})
     if model is not None:
-        model.unload()
-        if hasattr(base(), "peft_config"):
-            del base().peft_config
-    assert fingerprint(base()) == clean
+        model.unload()  # which leaves the adapter's copy of a head where the base's was
+        if head is not None:
+            base.classifier = head
+        if hasattr(base, "peft_config"):
+            del base.peft_config
+    assert fingerprint(base) == clean
     assert {path.name for path in folder.parent.iterdir()} == around
     assert {path.name for path in folder.iterdir()} == set(files)
 

@@ -66,3 +66,14 @@ def test_the_head_is_as_it_was_even_after_an_exception(model, head):
     with pytest.raises(KeyError), labelled_tokens._head_reads(head, torch.tensor([0]), torch.tensor([0])):
         raise KeyError
     assert not head._forward_pre_hooks
+
+
+def test_predicted_tokens_stand_where_the_labels_do(model, head):
+    """A causal model's logits stand one position before."""
+    rows = random_rows()
+    predicted = CAUSAL_LM.predicted(model, head, rows)
+    likeliest, labelled = model(**rows.inputs).logits.argmax(-1), rows.labels_BL != -100
+    labelled[:, 0] = False  # which none predicts
+    expected = torch.full_like(rows.labels_BL, -100)
+    expected[:, 1:] = likeliest[:, :-1].where(labelled[:, 1:], -100)
+    assert torch.equal(predicted, expected)

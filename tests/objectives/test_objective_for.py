@@ -5,7 +5,7 @@ from architectures import ARCHITECTURES, SIZES, base_of
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 
 from meta_peft.errors import MetaPeftError
-from meta_peft.objectives import OBJECTIVES, objective_for
+from meta_peft.objectives import OBJECTIVES, made_for, objective_for, objective_name
 
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)
@@ -13,12 +13,28 @@ def test_chosen_by_what_the_model_is_made_for(kind: str):
     how = ARCHITECTURES[kind].loaded_with
     expected = {AutoModelForCausalLM: "causal_lm", AutoModelForMaskedLM: "masked_lm"}.get(how, "seq2seq_lm")
     assert objective_for(base_of(kind)) is OBJECTIVES[expected]
+    assert objective_name(base_of(kind)) == ("speech_seq2seq" if kind == "whisper" else expected)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "objective"),
+    [
+        ("BertModel", "causal_lm"),
+        ("BertForMaskedLM", "masked_lm"),
+        ("RobertaForSequenceClassification", "sequence_classification"),
+        ("LlamaForTokenClassification", "token_classification"),
+    ],
+)
+def test_chosen_by_the_name_of_an_architecture(architecture: str, objective: str):
+    assert made_for(AutoConfig.for_model("bert"), architecture) == objective
 
 
 def test_a_name_comes_first():
     assert objective_for(base_of("llama"), "masked_lm") is OBJECTIVES["masked_lm"]
     with pytest.raises(MetaPeftError, match=r"Unknown objective 'mlm': expected one of \['causal_lm', 'masked_lm'"):
         objective_for(base_of("llama"), "mlm")
+    with pytest.raises(MetaPeftError, match="Did you mean 'masked_lm'"):
+        objective_for(base_of("llama"), "maskd_lm")
 
 
 @pytest.mark.parametrize("kind", ["bert", "roberta"])

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import numpy as np
 import pytest
+import torch
 
 from meta_peft.errors import MetaPeftError
 from meta_peft.tasks.collate import EpisodeCollator
@@ -74,3 +76,26 @@ def test_a_batch_in_the_order_of_its_lengths():
             mine, own = getattr(ordered.part(place, place + 1), name), getattr(batch.part(task, task + 1), name)
             assert mine.labels_BL.equal(own.labels_BL)
             assert mine.inputs["input_ids"].equal(own.inputs["input_ids"])
+
+
+def test_each_feature_has_a_length_of_its_own():
+    """An encoder's tokens, a decoder's, and the labels; what is no feature is left out."""
+    short = {"input_ids": [5], "decoder_input_ids": [2, 6], "labels": [6, 1], "task": "x", "other": [1]}
+    long = {"input_ids": [5, 6, 7], "decoder_input_ids": [2, 6, 7], "labels": [6, 7, 1], "task": "x", "other": [1]}
+    rows = EpisodeCollator(0).rows([[short], [long]])
+    assert list(rows.inputs) == ["input_ids", "decoder_input_ids", "attention_mask"]
+    assert rows.inputs["input_ids"].tolist() == [[5, 0, 0], [5, 6, 7]]
+    assert rows.inputs["attention_mask"].tolist() == [[1, 0, 0], [1, 1, 1]]
+    assert rows.inputs["decoder_input_ids"].tolist() == [[2, 6, 0], [2, 6, 7]]
+    assert rows.labels_BL.tolist() == [[6, 1, -100], [6, 7, 1]]
+    assert rows.positions_per_task == 3
+
+
+def test_sound_and_classes():
+    sounds = [np.full((2, 4), i, dtype=np.float32) for i in range(2)]
+    rows = EpisodeCollator(0).rows([[{"input_features": s, "labels": [3], "decoder_input_ids": [1]} for s in sounds]])
+    assert rows.inputs["input_features"].shape == (2, 2, 4)
+    assert rows.inputs["input_features"].dtype == torch.float32
+    assert rows.positions_per_task == 8
+    classes = EpisodeCollator(0).rows([[{"input_ids": [1, 2], "labels": [1]}, {"input_ids": [1], "labels": [0]}]])
+    assert classes.labels_BL.tolist() == [[1], [0]]

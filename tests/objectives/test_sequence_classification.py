@@ -1,0 +1,35 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import tiny_base
+from test_heads import model_of, rows_of
+from transformers import AutoConfig, AutoModelForSequenceClassification
+
+from meta_peft.objectives.sequence_classification import SEQUENCE_CLASSIFICATION, without_cache
+
+
+@pytest.mark.parametrize("case", ["bert", "roberta", "distilbert", "llama"])
+def test_loss_is_that_of_transformers_with_labels(case: str):
+    model, rows = model_of(case).get_base_model().eval(), rows_of(case)
+    losses = SEQUENCE_CLASSIFICATION.loss_per_task(model, None, rows)
+    for t in range(2):
+        part = rows.tasks(t, t + 1)
+        expected = model(**part.inputs, labels=part.labels_BL[:, 0]).loss
+        torch.testing.assert_close(losses[t], expected, rtol=1e-12, atol=0)
+
+
+def test_exact_match_is_accuracy():
+    model, rows = model_of("bert").get_base_model().eval(), rows_of("bert", n_tasks=2, per_task=2)
+    predicted = SEQUENCE_CLASSIFICATION.predicted(model, None, rows)
+    assert predicted.shape == (4, 1)
+    assert torch.equal(predicted[:, 0], model(**rows.inputs).logits.argmax(-1))
+    rows.labels_BL.copy_(predicted)
+    rows.labels_BL[3] = (predicted[3] + 1) % 3
+    assert SEQUENCE_CLASSIFICATION.scores_per_task(model, None, rows).exact_match_T.tolist() == [1, 0.5]
+
+
+def test_a_decoder_remembers_no_keys():
+    assert without_cache(tiny_base()) == {"use_cache": False}
+    config = AutoConfig.for_model("bert", hidden_size=8, num_attention_heads=1, num_hidden_layers=1)
+    assert without_cache(AutoModelForSequenceClassification.from_config(config)) == {}
