@@ -13,7 +13,18 @@ PACKAGE = Path(meta_peft.__file__).parent
 # Each module or subfolder of the package, from the ground up.
 FLOORS = [
     ["errors", "types"],
-    ["checked", "patterns", "params", "forwards", "task_rows", "allocator", "checkpointing", "memory", "whole_weights"],
+    [
+        "checked",
+        "patterns",
+        "params",
+        "forwards",
+        "task_rows",
+        "allocator",
+        "checkpointing",
+        "memory",
+        "whole_weights",
+        "metrics",
+    ],
     [
         "live_memory",
         "config_file",
@@ -27,8 +38,8 @@ FLOORS = [
     ["survival", "processes", "ops", "preflight", "dora", "inner_loop", "hessian"],
     ["objectives", "fast_forwards", "fast_attention", "inner_path", "health"],
     ["tasks", "adapter_loss", "algorithms"],
-    ["memory_plan", "schedule"],
-    ["sharding"],
+    ["memory_plan", "schedule", "predictions"],
+    ["sharding", "scoring"],
     ["outer_loop", "config"],
     ["evaluate", "in_context", "base_model", "outer_step"],
     ["sidecar", "report", "adapter_files", "weightless"],

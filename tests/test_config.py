@@ -84,6 +84,9 @@ from meta_peft.schedule import Schedule
             "which is not where weight decay leads: set inner_weight_decay to 0",
         ),
         ({"implicit_solver": "gc"}, "implicit_solver must be one of cg, neumann; got 'gc'."),
+        ({"metric": "F1"}, "metric must be one of exact_match, accuracy, .*; got 'F1'"),
+        ({"max_new_tokens": 0}, "max_new_tokens must be a number of 1 or more; got 0"),
+        ({"choice_score": "average"}, "choice_score must be one of sum, mean; got 'average'."),
         ({"implicit_iterations": 0}, "implicit_iterations must be a number of 1 or more; got 0"),
         (
             {"memory": "reply"},
@@ -129,7 +132,7 @@ def test_model_options(options: dict, message: str):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"compare": "all"}, "compare must be none, plain or full; got 'all'"),
+        ({"compare": "all"}, "compare must be one of none, plain, full; got 'all'"),
         ({"adaptation_steps": []}, r"adaptation_steps must be numbers of 0 or more; got \[\]"),
         ({"adaptation_steps": [0, -1]}, r"adaptation_steps must be numbers of 0 or more; got \[0, -1\]"),
         ({"rate_factors": [float("nan")]}, r"rate_factors must be positive numbers; got \[nan\]"),

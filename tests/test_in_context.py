@@ -9,18 +9,23 @@ from surface import SPECIAL, letter_rows, letter_tasks, peft_model, tiny_tokeniz
 from meta_peft import EpisodeCollator, EpisodeDataset, MetaPeftError, PromptFormat, TaskSet, load
 from meta_peft.adapter_loss import AdapterLoss
 from meta_peft.in_context import in_context_scores
+from meta_peft.scoring import Matched
 from meta_peft.types import Rows
 
 
 class Kept:
-    """A collator that also keeps the rows it was given."""
+    """A collator that also keeps the query rows it was given, which come before the support rows."""
 
     def __init__(self, pad_token_id: int):
-        self.collator, self.tasks = EpisodeCollator(pad_token_id), []
+        self.collator, self.given = EpisodeCollator(pad_token_id), []
 
     def rows(self, tasks) -> Rows:
-        self.tasks.extend(tasks)
+        self.given.extend(tasks)
         return self.collator.rows(tasks)
+
+    @property
+    def tasks(self) -> list:
+        return self.given[::2]
 
 
 def episodes_of(letters: str, *, shots: int = 2, query_size: int = 3) -> EpisodeDataset:
@@ -34,7 +39,7 @@ def scores(model: PeftModel, episodes: EpisodeDataset) -> tuple[np.ndarray, np.n
     kept = Kept(tokenizer.pad_token_id)
     weights = {name: p.detach() for name, p in loss_fn.weights.parameters().items()}
     drawn = [episodes[i] for i in range(len(episodes))]
-    loss, match = in_context_scores(loss_fn, weights, drawn, kept, tokenizer)
+    loss, match = in_context_scores(Matched(loss_fn), weights, drawn, kept, tokenizer)
     return loss, match, kept.tasks
 
 
@@ -103,4 +108,4 @@ def test_a_tokenizer_without_newlines_is_refused():
 
     loss_fn = AdapterLoss(peft_model(), second_order=False)
     with pytest.raises(MetaPeftError, match="has no newline, which separates in-context examples"):
-        in_context_scores(loss_fn, {}, [], EpisodeCollator(2), Silent())
+        in_context_scores(Matched(loss_fn), {}, [], EpisodeCollator(2), Silent())

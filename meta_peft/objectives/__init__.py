@@ -13,11 +13,15 @@ from meta_peft.objectives.seq2seq_lm import SEQ2SEQ_LM
 OBJECTIVES: dict[str, LabelledTokens] = {"causal_lm": CAUSAL_LM, "seq2seq_lm": SEQ2SEQ_LM, "masked_lm": MASKED_LM}
 
 
+def objective_name(base: Any) -> str:
+    """The name of the objective that a `transformers` model is made for."""
+    masked = type(base).__name__.endswith("ForMaskedLM")
+    return "seq2seq_lm" if base.config.is_encoder_decoder else "masked_lm" if masked else "causal_lm"
+
+
 def objective_for(base: Any, name: str | None = None) -> LabelledTokens:
     """The objective called `name`, or the one that a `transformers` model is made for."""
-    if name is None:
-        masked = type(base).__name__.endswith("ForMaskedLM")
-        name = "seq2seq_lm" if base.config.is_encoder_decoder else "masked_lm" if masked else "causal_lm"
+    name = objective_name(base) if name is None else name
     if name not in OBJECTIVES:
         raise MetaPeftError(
             f"Unknown objective {name!r}: expected one of {sorted(OBJECTIVES)}, or None to choose by the model."

@@ -10,6 +10,7 @@ import torch
 
 from meta_peft.errors import MetaPeftError
 from meta_peft.objectives.labelled_tokens import IGNORED
+from meta_peft.tasks.multiple_choice import stacked_choices
 from meta_peft.types import Episode, EpisodeBatch, Rows
 
 
@@ -46,4 +47,4 @@ class EpisodeCollator:
             ids[i, :n] = torch.tensor(row["input_ids"])
             labels[i, :n] = torch.tensor(row["labels"])
             mask[i, :n] = 1
-        return Rows({"input_ids": ids, "attention_mask": mask}, labels, len(tasks))
+        return Rows({"input_ids": ids, "attention_mask": mask}, labels, len(tasks), stacked_choices(rows))
