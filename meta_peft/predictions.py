@@ -1,6 +1,6 @@
 """What a model answers, row by row, with each task's own weights in its layers.
 
-Three ways: greedy decoding, by the model's own `generate` with its cache; the likelihood of each of a few answers; and
+Three ways: greedy decoding, by transformers' `generate` with its cache; the likelihood of each of a few answers; and
 the most likely label at the labelled positions (`AdapterLoss.predicted`). The tasks of a stack go through the model
 together wherever their losses do.
 
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import GenerationConfig
+from transformers import GenerationConfig, GenerationMixin
 
 from meta_peft.adapter_loss import AdapterLoss
 from meta_peft.errors import MetaPeftError
@@ -52,7 +52,7 @@ def written(
 
     def decode(model: Any, part: Rows) -> list[Tokens]:
         with _plain_greedy(model):
-            return use(model, part, _options(ends, _longest(part, max_new_tokens)))
+            return use(model, part, _options(ends, max(_limits(part, max_new_tokens))))
 
     answers = [answer for part in loss_fn.with_model(decode, adapter, rows) for answer in part]
     return [_up_to(answer, ends, limit) for answer, limit in zip(answers, limits, strict=True)]
@@ -113,7 +113,8 @@ def _padded(sequences: Sequence[Tokens], padding: int, like: Tensor, side: str =
 def _decode(model: Any, rows: Rows, options: GenerationConfig) -> list[Tokens]:
     """Prompts are padded on the left, so that all answers begin at the same place."""
     ids_BL, mask_BL = _padded(_prompts(rows), options.pad_token_id, rows.labels_BL, "left")
-    made = model.generate(input_ids=ids_BL, attention_mask=mask_BL, generation_config=options)
+    _fit(options, model, ids_BL, rows)
+    made: Any = GenerationMixin.generate(model, input_ids=ids_BL, attention_mask=mask_BL, generation_config=options)
     return made[:, ids_BL.shape[1] :].tolist()
 
 
@@ -127,7 +128,10 @@ def _decode_from_encoder(model: Any, rows: Rows, options: GenerationConfig) -> l
         )
     inputs = dict(rows.inputs)
     prompt_BL = inputs.pop("decoder_input_ids")[:, : starts.pop() + 1]
-    made = model.generate(**inputs, decoder_input_ids=prompt_BL, generation_config=options)
+    options.decoder_start_token_id = int(prompt_BL[0, 0])
+    _fit(options, model, prompt_BL, rows)
+    # Whisper's own `generate` has rules about timestamps and long sounds, and leaves the prompt out of what it returns.
+    made: Any = GenerationMixin.generate(model, **inputs, decoder_input_ids=prompt_BL, generation_config=options)
     return made[:, prompt_BL.shape[1] :].tolist()
 
 
@@ -135,6 +139,16 @@ def _options(stop: list[int], max_new_tokens: int) -> GenerationConfig:
     return GenerationConfig(
         max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, eos_token_id=stop, pad_token_id=stop[0]
     )
+
+
+def _fit(options: GenerationConfig, model: Any, prompt_BL: Tensor, rows: Rows) -> None:
+    """Let nothing be written where the model has no positions, though as much as the references have."""
+    positions = getattr(model.config, "max_target_positions", None) or getattr(
+        model.config, "max_position_embeddings", None
+    )
+    if positions is not None:
+        least = max(stop - start for start, stop in _spans(rows))
+        options.max_new_tokens = min(options.max_new_tokens, max(least, positions - prompt_BL.shape[1]))
 
 
 @contextmanager
@@ -155,10 +169,6 @@ def _limits(rows: Rows, max_new_tokens: int | None) -> list[int]:
         max_new_tokens or max(lengths[i - i % per_task : i - i % per_task + per_task]) + MARGIN
         for i in range(len(lengths))
     ]
-
-
-def _longest(rows: Rows, max_new_tokens: int | None) -> int:
-    return max(_limits(rows, max_new_tokens))
 
 
 def _up_to(answer: Tokens, stop: Sequence[int], limit: int) -> Tokens:
