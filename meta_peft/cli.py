@@ -74,7 +74,9 @@ def command_parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.Argum
     evaluate.add_argument("--task-column", default="task", help="that column (default: task)")
     evaluate.add_argument("--shots", type=int, help="support rows of a task (as in meta-training by default)")
     evaluate.add_argument("--steps", type=int, nargs="+", default=[0, 1, 3, 10], help="numbers of adaptation steps")
-    evaluate.add_argument("--metric", help="what is reported beside the loss (by default as in training: see metric)")
+    evaluate.add_argument(
+        "--metric", help="what is reported beside the loss (default: what suits the model, see metric)"
+    )
     evaluate.add_argument("--max-new-tokens", type=int, help="where a generated answer is cut (see max_new_tokens)")
     evaluate.add_argument("--choice-score", default="sum", help="how choices are ranked: sum or mean (default: sum)")
     evaluate.add_argument("--tasks-per-forward", type=int, default=8, help="tasks evaluated at once (default: 8)")

@@ -16,7 +16,7 @@ from meta_peft.errors import MetaPeftError
 from meta_peft.inner_optimizers import SGD, Adam, InnerRule
 from meta_peft.inner_path import check_memory
 from meta_peft.memory_plan import MemoryPlan
-from meta_peft.metrics import metric_named
+from meta_peft.metrics import METRICS, metric_named
 from meta_peft.processes import check_launch, join
 from meta_peft.schedule import AnyAlgorithm, Schedule
 from meta_peft.scoring import CHOICE_SCORES
@@ -260,6 +260,11 @@ class MetaLoraConfig(TrainingArguments):
         _choice("choice_score", self.choice_score, CHOICE_SCORES)
         if self.metric is not None:
             metric_named(self.metric)
+        best = (self.metric_for_best_model or "").removeprefix("eval_")
+        if (
+            best in METRICS and self.greater_is_better is None
+        ):  # TrainingArguments takes less to be better for losses only
+            self.greater_is_better = METRICS[best].higher_is_better
         _at_least("inner_steps", self.inner_steps, 1 if self.algorithm in ("reptile", "imaml") else 0)
         for option in (
             "shots",

@@ -255,3 +255,17 @@ def test_every_option_of_ours_has_a_help_text(group: type):
     for field in dataclasses.fields(group):
         if theirs.get(field.name) is not field:
             assert field.metadata.get("help"), field.name
+
+
+@pytest.mark.parametrize(
+    ("options", "greater"),
+    [
+        ({"metric_for_best_model": "eval_wer"}, False),
+        ({"metric_for_best_model": "chrf"}, True),
+        ({"metric_for_best_model": "eval_loss"}, False),
+        ({"metric_for_best_model": "wer", "greater_is_better": True}, True),
+        ({}, None),
+    ],
+)
+def test_the_best_checkpoint_is_the_one_with_the_better_metric(tmp_path: Path, options: dict, greater: bool | None):
+    assert config(tmp_path, **options).greater_is_better is greater
