@@ -58,15 +58,16 @@ def mean_over_seeds(results: list[dict]) -> Report:
         return np.mean([aligned(result, start, key, tasks) for result in results], axis=0)
 
     starts = list(results[0]["by_task"])
+    metric = results[0].get("metric", "exact_match")
     steps = tuple(row["steps"] for row in results[0]["rows"] if row["start"] == starts[0])
     curves = {
-        start: Curve(steps, mean(start, "loss"), mean(start, "exact_match"), (None,) * len(steps))
+        start: Curve(steps, mean(start, "loss"), mean(start, metric), (None,) * len(steps), metric)
         for start in starts
         if start != "in-context examples"
     }
     in_context = None
     if "in-context examples" in starts:
-        in_context = mean("in-context examples", "loss"), mean("in-context examples", "exact_match")
+        in_context = mean("in-context examples", "loss"), mean("in-context examples", metric)
     run_of = {**results[0]["run"], "seeds": [result["run"]["training"]["seed"] for result in results]}
     seconds = [result["run"]["training_seconds"] for result in results]
     return Report(tasks, curves, {**run_of, "training_seconds": seconds, "machine": platform.machine()}, in_context)

@@ -17,7 +17,7 @@ from meta_peft.task_report import TaskReportArguments
 PAGE = Path(__file__).with_name("options.md")
 COMMANDS = {
     "adapt": "Adapt to one task, or to each task of a file.",
-    "evaluate": "Query loss and exact match on held-out tasks.",
+    "evaluate": "Query loss and a metric on held-out tasks.",
     "inspect": "What is in an adapter folder.",
 }
 GROUPS = {

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from peft import PeftModel
@@ -24,7 +24,7 @@ from meta_peft.fast_weights import FastWeights, head_modules, is_lora, lora_laye
 from meta_peft.forwards import replaced_forwards
 from meta_peft.frozen_linear import dense_copies, quantised_layers
 from meta_peft.frozen_prefix import FrozenPrefix, layers_of
-from meta_peft.objectives import objective_for
+from meta_peft.objectives import objective_for, objective_name
 from meta_peft.objectives.labelled_tokens import TaskScores
 from meta_peft.ops.lora_linear import is_plain
 from meta_peft.task_rows import RowsRearrangedError, TasksApart, rows_in_place
@@ -58,6 +58,7 @@ class AdapterLoss:
         self.second_order = second_order
         self.weights = FastWeights(model)
         self._base = base = model.get_base_model()  # PEFT's own wrapper would want inputs of certain names
+        self.objective = objective_name(base) if objective is None else objective
         self._objective = objective_for(base, objective)
         self._head = base.get_output_embeddings()
         adapter = self.weights.adapter
@@ -81,6 +82,40 @@ class AdapterLoss:
         parts = self._measured(lambda r: self._objective.scores_per_task(self._base, self._head, r), adapter, rows)
         return TaskScores(torch.cat([p.loss_T for p in parts]), torch.cat([p.exact_match_T for p in parts]))
 
+    @torch.no_grad()
+    def log_likelihoods(self, adapter: Params, rows: Rows) -> tuple[Tensor, Tensor]:
+        """Each row's summed log-likelihood of its labels, and how many they are, ``[B]`` each."""
+        measure = self._objective.log_likelihood_per_row
+        parts = self._measured(lambda r: measure(self._base, self._head, r), adapter, rows)
+        total_B, count_B = (torch.cat(values) for values in zip(*parts, strict=True))
+        return total_B, count_B
+
+    @torch.no_grad()
+    def predicted(self, adapter: Params, rows: Rows) -> Tensor:
+        """The most likely label at each labelled position, in the shape of the labels, -100 elsewhere."""
+        measure = self._objective.predicted
+        return torch.cat(self._measured(lambda r: measure(self._base, self._head, r), adapter, rows))
+
+    @torch.no_grad()
+    def confidences(self, adapter: Params, rows: Rows) -> Tensor:
+        """The probabilities of what `predicted` gives, in the same places, 0 elsewhere."""
+        measure = self._objective.confidences
+        return torch.cat(self._measured(lambda r: measure(self._base, self._head, r), adapter, rows))
+
+    @torch.no_grad()
+    def with_model(self, use: Callable[[Any, Rows], Measured], adapter: Params, rows: Rows) -> list[Measured]:
+        """What `use(model, rows)` returns for all tasks at once, or for each in turn, while the adapter is in its layers.
+
+        `model` is the base model, LoRA layers included. It may run it as often as it likes, on inputs made of those of the
+        rows, as many rows in the same order.
+        """
+        return self._measured(lambda r: use(self._base, r), adapter, rows, all_layers=True)
+
+    @property
+    def causal(self) -> bool:
+        """Whether the model writes on where a row ends, so that its own answer can stand behind a prompt."""
+        return self.objective == "causal_lm"
+
     def dense_copies(self, n_bytes: float) -> AbstractContextManager[None]:
         """Inside this context dequantised copies of weights that every inner step needs are kept, up to `n_bytes`."""
         once = {id(module) for lower in self._prefix.modules() for module in lower.modules()}
@@ -90,13 +125,15 @@ class AdapterLoss:
         """How many layers the model has, and how many of them are run once per stack instead of at every step."""
         return len(layers_of(self._base)), self._prefix.n_layers
 
-    def _measured(self, measure: Callable[[Rows], Measured], adapter: Params, rows: Rows) -> list[Measured]:
+    def _measured(
+        self, measure: Callable[[Rows], Measured], adapter: Params, rows: Rows, *, all_layers: bool = False
+    ) -> list[Measured]:
         """What `measure` returns for all tasks at once, or for one after the other."""
         own = self.weights.parameters()
         stacked = {name for name, value in adapter.items() if value.dim() > own[name].dim()}
         if not stacked or (self._at_once and rows.n_tasks > 1):
             try:
-                with self._running(adapter, rows, at_once=bool(stacked)):
+                with self._running(adapter, rows, at_once=bool(stacked), all_layers=all_layers):
                     return [measure(rows)]
             except RowsRearrangedError as reason:
                 self._at_once = False
@@ -104,18 +141,19 @@ class AdapterLoss:
         measured = []
         for task, its_rows in enumerate(self._apart.of(rows)):
             its_adapter = {name: value[task] if name in stacked else value for name, value in adapter.items()}
-            with self._running(its_adapter, its_rows, at_once=False):
+            with self._running(its_adapter, its_rows, at_once=False, all_layers=all_layers):
                 measured.append(measure(its_rows))
         return measured
 
     @contextmanager
-    def _running(self, adapter: Params, rows: Rows, *, at_once: bool) -> Iterator[None]:
+    def _running(self, adapter: Params, rows: Rows, *, at_once: bool, all_layers: bool) -> Iterator[None]:
         with ExitStack() as stack:
             stack.enter_context(self._forwards_in_place(adapter))
             if self._checkpoint:
                 again = partial(self._forwards_in_place, adapter)
                 stack.enter_context(replaced_forwards(checkpointed(layers_of(self._base), again)))
-            stack.enter_context(self._prefix.reused(rows))
+            if not all_layers:
+                stack.enter_context(self._prefix.reused(rows))
             if at_once:
                 stack.enter_context(rows_in_place(self._adapted, rows.labels_BL.shape[0], self._pooled))
             yield

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import math
 import reprlib
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from meta_peft.errors import MetaPeftError
+from meta_peft.errors import MetaPeftError, did_you_mean
 
 LARGEST_JSON = 64_000_000  # bytes; a sidecar has about 100 for each LoRA matrix
 
@@ -17,6 +18,14 @@ def at_least(option: str, value: Any, least: float) -> None:
     """Raise unless `value` is a finite number of `least` or more; a bool is no number."""
     if not (is_number(value) and value >= least):
         raise MetaPeftError(f"{option} must be a number of {least} or more; got {shown(value)}.")
+
+
+def one_of(option: str, value: Any, choices: Collection[str]) -> None:
+    """Raise unless `value` is one of `choices`."""
+    if value not in choices:
+        raise MetaPeftError(
+            f"{option} must be one of {', '.join(choices)}; got {shown(value)}.{did_you_mean(str(value), choices)}"
+        )
 
 
 def whole(option: str, value: Any, least: int, most: int) -> int:

@@ -71,12 +71,17 @@ def command_parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.Argum
     adapt.add_argument("--output", required=True, metavar="DIR", help="where the adapted PEFT adapter goes")
     adapt.add_argument("--task-column", help="adapt to each task this column names, into one folder each")
     adapt.add_argument("--steps", type=int, help="gradient steps (as in meta-training by default)")
-    evaluate = commands.add_parser("evaluate", help="query loss and exact match on held-out tasks", allow_abbrev=False)
+    evaluate = commands.add_parser("evaluate", help="query loss and a metric on held-out tasks", allow_abbrev=False)
     _model_options(evaluate)
     evaluate.add_argument("--tasks", required=True, metavar="JSONL", help="rows with a column that names their task")
     evaluate.add_argument("--task-column", default="task", help="that column (default: task)")
     evaluate.add_argument("--shots", type=int, help="support rows of a task (as in meta-training by default)")
     evaluate.add_argument("--steps", type=int, nargs="+", default=[0, 1, 3, 10], help="numbers of adaptation steps")
+    evaluate.add_argument(
+        "--metric", help="what is reported beside the loss (default: what suits the model, see metric)"
+    )
+    evaluate.add_argument("--max-new-tokens", type=int, help="where a generated answer is cut (see max_new_tokens)")
+    evaluate.add_argument("--choice-score", default="sum", help="how choices are ranked: sum or mean (default: sum)")
     evaluate.add_argument("--tasks-per-forward", type=int, default=8, help="tasks evaluated at once (default: 8)")
     evaluate.add_argument("--output", metavar="DIR", help="also write results.json, results.md and results.png here")
     inspect = commands.add_parser(
@@ -169,39 +174,53 @@ def adapt_command(options: argparse.Namespace) -> int:
 
 def evaluate_command(options: argparse.Namespace) -> int:
     from meta_peft.adapter_loss import AdapterLoss
+    from meta_peft.checked import one_of
     from meta_peft.evaluate import Start, tuned_curve
     from meta_peft.hub import meta_learned
     from meta_peft.inner_optimizers.rule import RATES
+    from meta_peft.metrics import metric_named
     from meta_peft.report import Report
-    from meta_peft.tasks import EpisodeDataset, TaskSet
+    from meta_peft.scoring import CHOICE_SCORES, scorer_for
+    from meta_peft.tasks import TaskSet
+    from meta_peft.tasks.held_out import held_out
 
     for option, values, least in (
         ("--shots", [] if options.shots is None else [options.shots], 1),
         ("--steps", options.steps, 0),
         ("--tasks-per-forward", [options.tasks_per_forward], 1),
+        ("--max-new-tokens", [] if options.max_new_tokens is None else [options.max_new_tokens], 1),
     ):
         if any(value < least for value in values):
             raise MetaPeftError(f"{option} must be {least} or more; got {min(values)}.")
+    one_of("--choice-score", options.choice_score, CHOICE_SCORES)
+    if options.metric is not None:
+        metric_named(options.metric)
     tasks = TaskSet.from_jsonl(options.tasks, options.task_column)
     model = _load(options)
     learned = meta_learned(model)
     sidecar = learned.sidecar
     shots = sidecar.shots if options.shots is None else options.shots
     tasks.check_rows(shots, 1)
-    query_size = min(len(rows) for rows in tasks.rows_of.values()) - shots
     encoded = tasks.encoded(learned.encoding)
-    episodes = EpisodeDataset(encoded, shots=shots, query_size=query_size, shuffle=False)
+    episodes = held_out(encoded, shots=shots)
     collate = learned.encoding.collator()
     loss_fn = AdapterLoss(model, second_order=False)
+    scorer = scorer_for(
+        options.metric,
+        loss_fn,
+        learned.tokenizer,
+        max_new_tokens=options.max_new_tokens,
+        choice_score=options.choice_score,
+    )
     weights = {name: p.detach() for name, p in loss_fn.weights.parameters().items()}
     device = next(iter(weights.values())).device
     drawn = episodes.by_length()
     batches = [batch.to(device) for batch in collate.stacks(drawn, options.tasks_per_forward)]
     start = Start("meta-learned LoRA", weights, {RATES: sidecar.log_rates.to(device)}, sidecar.inner)
     factors = {step: sidecar.rate_factor(step) for step in options.steps}
-    curves = {start.name: tuned_curve(loss_fn, start, batches, factors)}
+    curves = {start.name: tuned_curve(loss_fn, start, batches, factors, scorer=scorer)}
     report = Report([episode.task for episode in drawn], curves, {"tasks": options.tasks, "shots": shots})
-    print(f"Tasks: {len(tasks)}, {shots} examples and {query_size} questions each.\n\n{report.markdown()}")
+    print(f"Tasks: {len(tasks)}, {shots} examples and {episodes.query_size} questions each.\n\n{report.markdown()}")
     if options.output:
         report.write(Path(options.output))
     return 0

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from meta_peft.algorithms import MultiTask
-from meta_peft.checked import at_least, is_number
+from meta_peft.checked import at_least, is_number, one_of
 from meta_peft.config import MetaLoraConfig
 from meta_peft.errors import MetaPeftError
 from meta_peft.evaluate import Curve, Start, tune, tuned_curve
@@ -47,8 +47,7 @@ class CompareArguments:
     max_test_tasks: int = field(default=48, metadata={"help": "Held-out tasks in the table."})
 
     def __post_init__(self) -> None:
-        if self.compare not in ("none", "plain", "full"):
-            raise MetaPeftError(f"compare must be none, plain or full; got {self.compare!r}.")
+        one_of("compare", self.compare, ("none", "plain", "full"))
         if not self.adaptation_steps or min(self.adaptation_steps) < 0:
             raise MetaPeftError(f"adaptation_steps must be numbers of 0 or more; got {self.adaptation_steps}.")
         if not self.rate_factors or not all(is_number(factor) and factor > 0 for factor in self.rate_factors):
@@ -60,7 +59,8 @@ class CompareArguments:
 def compare(
     trainer: MetaTrainer, starts: list[Start], tasks: dict[str, TaskSet], arguments: CompareArguments
 ) -> Report:
-    """Curves of `starts` on held-out tasks, their rates chosen on validation tasks; with in-context examples if full.
+    """Curves of `starts` on held-out tasks, their rates chosen on validation tasks; with in-context examples if full
+    and the model is causal.
 
     Args:
         trainer: whose model the starts are adapters of.
@@ -74,9 +74,9 @@ def compare(
     steps = sorted(set(arguments.adaptation_steps))
     curves = {s.name: _curve(trainer, s, validation, test, steps, arguments.rate_factors) for s in starts}
     in_context = None
-    if arguments.compare == "full" and trainer.encoding.objective == "causal_lm":  # others read no other rows' answers
+    if arguments.compare == "full" and trainer.scorer.loss_fn.causal:  # others read no other rows' answers
         in_context = in_context_scores(
-            trainer.loss_fn, starts[0].adapter, episodes, trainer.data_collator, trainer.processing_class
+            trainer.scorer, starts[0].adapter, episodes, trainer.data_collator, trainer.processing_class
         )
     return Report([episode.task for episode in episodes], curves, {}, in_context)
 
@@ -136,6 +136,7 @@ def _curve(
 ) -> Curve:
     n_validation, n_test = (sum(batch.n_tasks for batch in batches) for batches in (validation, test))
     with tqdm(total=n_validation * len(factors) + n_test, desc=start.name, unit="task", dynamic_ncols=True) as bar:
-        chosen = tune(trainer.loss_fn, start, validation, steps, factors, progress=bar.update)
+        loss_fn = trainer.scorer.loss_fn
+        chosen = tune(loss_fn, start, validation, steps, factors, progress=bar.update)
         bar.total = n_validation * len(factors) + n_test * len(set(chosen.values()))
-        return tuned_curve(trainer.loss_fn, start, test, chosen, progress=bar.update)
+        return tuned_curve(loss_fn, start, test, chosen, scorer=trainer.scorer, progress=bar.update)

@@ -12,14 +12,17 @@ from transformers import TrainingArguments
 from meta_peft.algorithms import MAML, ImplicitMAML, MultiTask, Reptile
 from meta_peft.algorithms.implicit import SOLVERS
 from meta_peft.checked import at_least as _at_least
+from meta_peft.checked import one_of as _choice
 from meta_peft.checked import whole
-from meta_peft.errors import MetaPeftError, did_you_mean
+from meta_peft.errors import MetaPeftError
 from meta_peft.inner_optimizers import SGD, Adam, InnerRule
 from meta_peft.inner_path import check_memory
 from meta_peft.memory_plan import MemoryPlan
+from meta_peft.metrics import METRICS, metric_named
 from meta_peft.objectives import OBJECTIVES
 from meta_peft.processes import check_launch, join
 from meta_peft.schedule import AnyAlgorithm, Schedule
+from meta_peft.scoring import CHOICE_SCORES
 from meta_peft.sharding import LockstepPlan, asked_for
 from meta_peft.tasks.encoding.facts import MOST_CLASSES
 from meta_peft.tasks.prompt import PromptFormat
@@ -40,13 +43,6 @@ _NOT_NEGATIVE = (
         "seed",
     ),
 )
-
-
-def _choice(option: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise MetaPeftError(
-            f"{option} must be one of {', '.join(choices)}; got {value!r}.{did_you_mean(value, choices)}"
-        )
 
 
 @dataclass
@@ -282,6 +278,24 @@ class MetaLoraConfig(TrainingArguments):
     )
     max_length: int = field(default=256, metadata={"help": "Longest row in tokens; longer prompts lose their start."})
     eval_query_size: int = field(default=8, metadata={"help": "Query rows of a task in evaluation."})
+    metric: str | None = field(
+        default=None,
+        metadata={
+            "help": "What evaluation reports beside the loss: exact_match, accuracy, macro_f1, token_f1, squad_exact_match,"
+            " squad_f1, chrf, bleu, wer, cer or ece. By default exact_match for text, wer for speech, accuracy for"
+            " classification heads."
+        },
+    )
+    max_new_tokens: int | None = field(
+        default=None,
+        metadata={
+            "help": "Where a generated answer is cut in evaluation; by default 16 tokens beyond the longest reference."
+        },
+    )
+    choice_score: str = field(
+        default="sum",
+        metadata={"help": "Answers to choose from are ranked by the sum or the mean of their tokens' log-likelihoods."},
+    )
 
     # What is new here for options that TrainingArguments has already.
     per_device_train_batch_size: int = field(default=4, metadata={"help": "Tasks per outer step and process."})
@@ -295,6 +309,13 @@ class MetaLoraConfig(TrainingArguments):
         _choice("algorithm", self.algorithm, ALGORITHMS)
         _choice("inner_optimizer", self.inner_optimizer, INNER_OPTIMIZERS)
         _choice("implicit_solver", self.implicit_solver, SOLVERS)
+        _choice("choice_score", self.choice_score, CHOICE_SCORES)
+        if self.metric is not None:
+            metric_named(self.metric)
+        inherited: Any = self
+        best = (inherited.metric_for_best_model or "").removeprefix("eval_")
+        if best in METRICS and inherited.greater_is_better is None:  # else more of all but a loss would be better
+            inherited.greater_is_better = METRICS[best].higher_is_better
         _at_least("inner_steps", self.inner_steps, 1 if self.algorithm in ("reptile", "imaml") else 0)
         for option in (
             "shots",
@@ -303,6 +324,7 @@ class MetaLoraConfig(TrainingArguments):
             "implicit_iterations",
             "tasks_per_forward",
             "tasks_per_step",
+            "max_new_tokens",
         ):
             if getattr(self, option) is not None:
                 _at_least(option, getattr(self, option), 1)

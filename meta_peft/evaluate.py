@@ -10,12 +10,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
 from meta_peft.adapter_loss import AdapterLoss
 from meta_peft.inner_loop import adapt
 from meta_peft.inner_optimizers.rule import InnerRule, scaled
-from meta_peft.objectives.labelled_tokens import TaskScores
+from meta_peft.scoring import Matched, Scored, Scorer, Scores
 from meta_peft.types import EpisodeBatch, Params
 
 Progress = Callable[[int], object]
@@ -33,13 +32,16 @@ class Start:
 
 @dataclass(frozen=True)
 class Curve:
-    """Scores ``[T, S]`` of T tasks after each of S numbers of steps; `factors` are the rate factors used, ``[S]``,
-    None where there were several."""
+    """Query loss, and score by the metric called `metric`, ``[T, S]`` each, of T tasks after each of S numbers of steps.
+
+    `factors` are the rate factors used, ``[S]``, None where there were several.
+    """
 
     steps: tuple[int, ...]
     loss: np.ndarray
-    exact_match: np.ndarray
+    score: np.ndarray
     factors: tuple[float | None, ...]
+    metric: str = "exact_match"
 
 
 def curve(
@@ -49,25 +51,32 @@ def curve(
     steps: Sequence[int],
     *,
     factor: float = 1.0,
+    scorer: Scorer | None = None,
     progress: Progress = lambda tasks: None,
 ) -> Curve:
-    """Query loss and exact match of each task, adapted from `start` with its rates times `factor`."""
+    """Query loss and score of each task, adapted from `start` with its rates times `factor`.
+
+    Args:
+        loss_fn: what is descended; one made with ``second_order=False`` takes the fastest attention.
+        scorer: see `scoring.scorer_for`; by default exact match, which costs nothing beside the loss.
+        progress: called with the number of tasks just finished.
+    """
     rows: list[np.ndarray] = []
     hyper = scaled(start.hyper, factor)
+    scorer = scorer or Matched(loss_fn)
     for batch in batches:
-        scores: dict[int, TaskScores] = {}
+        found: dict[int, Scores] = {}
+        scored = scorer(batch)
 
-        def score(step: int, fast: Params, batch: EpisodeBatch = batch, scores: dict[int, TaskScores] = scores) -> None:
+        def score(step: int, fast: Params, found: dict[int, Scores] = found, scored: Scored = scored) -> None:
             if step in steps:
-                scores[step] = loss_fn.scores(fast, batch.query)
+                found[step] = scored(fast)
 
         adapt(loss_fn, start.adapter, hyper, batch.support, start.rule, steps=max(steps), after_step=score)
-        rows.append(
-            torch.stack([torch.stack([s.loss_T, s.exact_match_T]) for _, s in sorted(scores.items())]).cpu().numpy()
-        )
+        rows.append(np.array([scores for _, scores in sorted(found.items())]))
         progress(batch.n_tasks)
-    loss, match = np.concatenate(rows, axis=2).transpose(1, 2, 0)  # [2, T, S]
-    return Curve(tuple(sorted(steps)), loss, match, (factor,) * len(steps))
+    loss, scores = np.concatenate(rows, axis=2).transpose(1, 2, 0)  # [2, T, S]
+    return Curve(tuple(sorted(steps)), loss, scores, (factor,) * len(steps), scorer.metric.name)
 
 
 def tune(
@@ -91,17 +100,19 @@ def tuned_curve(
     batches: Sequence[EpisodeBatch],
     factors: dict[int, float],
     *,
+    scorer: Scorer | None = None,
     progress: Progress = lambda tasks: None,
 ) -> Curve:
     """The curve of `start` with, for each number of steps, the factor that `tune` chose for it."""
     steps = sorted(factors)
     parts: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+    scorer = scorer or Matched(loss_fn)
     for factor in sorted(set(factors.values())):
         mine = [step for step in steps if factors[step] == factor]
-        run = curve(loss_fn, start, batches, mine, factor=factor, progress=progress)
-        parts.update({step: (run.loss[:, i], run.exact_match[:, i]) for i, step in enumerate(mine)})
-    loss, match = (np.stack([parts[step][k] for step in steps], axis=1) for k in (0, 1))
-    return Curve(tuple(steps), loss, match, tuple(factors[step] for step in steps))
+        run = curve(loss_fn, start, batches, mine, factor=factor, scorer=scorer, progress=progress)
+        parts.update({step: (run.loss[:, i], run.score[:, i]) for i, step in enumerate(mine)})
+    loss, scores = (np.stack([parts[step][k] for step in steps], axis=1) for k in (0, 1))
+    return Curve(tuple(steps), loss, scores, tuple(factors[step] for step in steps), scorer.metric.name)
 
 
 def interval(values: np.ndarray, *, seed: int = 0, resamples: int = 10_000) -> tuple[float, float]:

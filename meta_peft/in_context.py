@@ -3,50 +3,60 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 
-from meta_peft.adapter_loss import AdapterLoss
 from meta_peft.errors import MetaPeftError
 from meta_peft.objectives.labelled_tokens import IGNORED
+from meta_peft.scoring import Scorer, Scores, Written
 from meta_peft.tasks import EpisodeCollator
-from meta_peft.types import Episode, Params
+from meta_peft.types import Episode, EpisodeBatch, Params
 
 
 def in_context_scores(
-    loss_fn: AdapterLoss, adapter: Params, episodes: Sequence[Episode], collate: EpisodeCollator, tokenizer: Any
-) -> tuple[np.ndarray, np.ndarray]:
-    """Query loss and exact match of each task, ``[T]`` each, with its support rows in the prompt.
+    scorer: Scorer, adapter: Params, episodes: Sequence[Episode], collate: EpisodeCollator, tokenizer: Any
+) -> Scores:
+    """Query loss and score of each task, ``[T]`` each, with its support rows in the prompt.
 
     Rows end with a newline in place of the end-of-sequence token, which a base model would take for the end of
-    everything; a match is greedy decoding up to and with that newline.
+    everything. An exact match is greedy decoding up to and with that newline, and answers that are written end there.
+
+    Raises:
+        MetaPeftError: the model does not write on where a row ends, or its tokenizer has no newline.
     """
+    if not scorer.loss_fn.causal:
+        raise MetaPeftError(
+            f"In-context examples need a causal language model; this one is trained as {scorer.loss_fn.objective}."
+        )
     newline = tokenizer("\n", add_special_tokens=False)["input_ids"]
     if not newline:
         raise MetaPeftError("The tokenizer has no newline, which separates in-context examples.")
-    losses: list[float] = []
-    matches: list[float] = []
+    if isinstance(scorer, Written):
+        scorer = replace(scorer, stop=(*scorer.stop, newline[-1]))
+    device = next(iter(adapter.values())).device
+    found = []
     for episode in episodes:
-        rows = collate.rows([[_with_examples(episode, j, newline) for j in range(len(episode.query))]])
-        device = next(iter(adapter.values())).device
-        scores = loss_fn.scores(adapter, rows.to(device))
-        losses.append(_scalar(scores.loss_T))
-        matches.append(_scalar(scores.exact_match_T))
-    return np.array(losses), np.array(matches)
+        query = collate.rows([[_with_examples(episode, row, newline) for row in episode.query]])
+        support = collate.rows([[_ended(row, newline) for row in episode.support]])
+        found.append(scorer(EpisodeBatch(support, query, [episode.task]).to(device))(adapter))
+    loss, score = np.concatenate(found, axis=1)
+    return Scores(loss, score)
 
 
-def _with_examples(episode: Episode, query: int, newline: list[int]) -> dict[str, list[int]]:
-    """Query row `query` behind all support rows; the first token of a row (see `PromptFormat`) stands once."""
-    first = episode.query[query]["input_ids"][:1]
-    examples = [token for row in episode.support for token in [*row["input_ids"][1:-1], *newline]]
-    row = episode.query[query]
-    prompt = row["labels"].count(IGNORED)
-    ids = [*first, *examples, *row["input_ids"][1:-1], *newline]
-    completion = [*row["labels"][prompt:-1], *newline]
-    return {"input_ids": ids, "labels": [IGNORED] * (len(ids) - len(completion)) + completion}
+def _ended(row: dict[str, Any], newline: list[int]) -> dict[str, Any]:
+    """The row with newlines for the tokens that end its answers."""
+    changed = {name: [*row[name][:-1], *newline] for name in ("input_ids", "labels")}
+    if row.get("choices"):
+        changed["choices"] = [[*answer[:-1], *newline] for answer in row["choices"]]
+    return changed
 
 
-def _scalar(value: Tensor) -> float:
-    return float(value.reshape(()))
+def _with_examples(episode: Episode, row: dict[str, Any], newline: list[int]) -> dict[str, Any]:
+    """A query row behind all support rows; the first token of a row (see `PromptFormat`) stands once."""
+    row = _ended(row, newline)
+    examples = [token for other in episode.support for token in _ended(other, newline)["input_ids"][1:]]
+    ids, labels = row["input_ids"], row["labels"]
+    before = [ids[0], *examples]
+    return {**row, "input_ids": [*before, *ids[1:]], "labels": [IGNORED] * len(before) + labels[1:]}

@@ -29,7 +29,7 @@ RECORDED = (
     *("inner_weight_decay", "inner_max_grad_norm", "fast_weights", "inner_lr_learning_rate", "second_order_steps"),
     *("first_order_until", "multi_step_until", "proximal", "implicit_solver", "implicit_iterations", "memory"),
     *("max_steps", "multitask_warmup_steps", "per_device_train_batch_size", "learning_rate", "lr_scheduler_type"),
-    *("max_grad_norm", "seed", "world_size", "prompt_template", "completion_template"),
+    *("max_grad_norm", "seed", "world_size", "prompt_template", "completion_template", "metric", "choice_score"),
     *("task_sampling", "sampling_temperature", "sampling_exploration", "curriculum_steps", "support_selection"),
 )
 

@@ -13,13 +13,15 @@ import numpy as np
 
 from meta_peft.errors import MetaPeftError
 from meta_peft.evaluate import Curve, interval
+from meta_peft.metrics import METRICS, Metric
 
 
 @dataclass(frozen=True)
 class Report:
     """Curves of several starts on the same held-out `tasks`, in the same order, and what the run was.
 
-    `in_context` holds query loss and exact match by task, ``[T]`` each, if in-context examples were scored.
+    `in_context` holds query loss and score by task, ``[T]`` each, if in-context examples were scored. All scores are of
+    the one metric that the curves name; in rows and in JSON its name is the key of its values.
     """
 
     tasks: Sequence[str]
@@ -27,42 +29,54 @@ class Report:
     run: Mapping[str, Any]
     in_context: tuple[np.ndarray, np.ndarray] | None = None
 
+    @property
+    def metric(self) -> Metric:
+        names = sorted({curve.metric for curve in self.curves.values()})
+        if len(names) != 1:
+            raise MetaPeftError(f"All curves of a report are of one metric; these are of {' and '.join(names)}.")
+        return METRICS[names[0]]
+
     def rows(self) -> list[dict[str, Any]]:
         """One row for each start and number of steps."""
         rows = []
         for name, curve in self.curves.items():
             for i, steps in enumerate(curve.steps):
-                rows.append(_row(name, steps, curve.factors[i], curve.loss[:, i], curve.exact_match[:, i]))
+                rows.append(_row(name, steps, curve.factors[i], curve.loss[:, i], curve.score[:, i], self.metric))
         if self.in_context is not None:
-            rows.append(_row("in-context examples", 0, None, *self.in_context))
+            rows.append(_row("in-context examples", 0, None, *self.in_context, self.metric))
         return rows
 
     def markdown(self) -> str:
         """The table as Markdown."""
+        metric = self.metric
+        worst = f"worst task, {metric.unit}" if metric.unit else "worst task"
         lines = [
-            "| start | steps | query loss | worst task | exact match, % (95 % interval) | worst task, % | rate x |",
+            f"| start | steps | query loss | worst task | {metric.head} (95 % interval) | {worst} | rate x |",
             "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
         ]
         for r in self.rows():
-            low, high = r["exact_match_interval"]
+            score, low, high, worst = (
+                metric.shown(value)
+                for value in (r[metric.name], *r[f"{metric.name}_interval"], r[f"worst_{metric.name}"])
+            )
             factor = "" if r["rate_factor"] is None or r["steps"] == 0 else f"{r['rate_factor']:g}"
             lines.append(
-                f"| {r['start']} | {r['steps']} | {r['loss']:.2f} | {r['worst_loss']:.2f} | {100 * r['exact_match']:.0f}"
-                f" ({100 * low:.0f} to {100 * high:.0f}) | {100 * r['worst_exact_match']:.0f} | {factor} |"
+                f"| {r['start']} | {r['steps']} | {r['loss']:.2f} | {r['worst_loss']:.2f} | {score} ({low} to {high}) |"
+                f" {worst} | {factor} |"
             )
         return "\n".join(lines)
 
     def plot(self, path: Path) -> None:
-        """Query loss and exact match against adaptation steps, one line for each start, with 95 % intervals."""
+        """Query loss and score against adaptation steps, one line for each start, with 95 % intervals."""
         try:
             from matplotlib.figure import Figure
         except ImportError as error:
             raise MetaPeftError("The plot needs matplotlib: pip install 'meta-peft[demo]'.") from error
         figure = Figure(figsize=(9, 3.6), layout="constrained")
         panels = figure.subplots(1, 2)
-        for panel, key, label in zip(
-            panels, ("loss", "exact_match"), ("query loss", "exact match (share of answers)"), strict=True
-        ):
+        metric = self.metric
+        title = f"{metric.title} (fraction)" if metric.unit else metric.title
+        for panel, key, label in zip(panels, ("loss", "score"), ("query loss", title), strict=True):
             for name, curve in self.curves.items():
                 values = getattr(curve, key)
                 bounds = np.array([interval(values[:, i]) for i in range(values.shape[1])])
@@ -81,12 +95,18 @@ class Report:
     def write(self, folder: Path) -> list[Path]:
         """Write ``results.json``, ``results.md`` and ``results.png``."""
         folder.mkdir(parents=True, exist_ok=True)
-        by_task = {n: {"loss": c.loss.tolist(), "exact_match": c.exact_match.tolist()} for n, c in self.curves.items()}
+        metric = self.metric.name
+        by_task = {n: {"loss": c.loss.tolist(), metric: c.score.tolist()} for n, c in self.curves.items()}
         if self.in_context is not None:
-            by_task["in-context examples"] = dict(
-                zip(("loss", "exact_match"), (values.tolist() for values in self.in_context), strict=True)
-            )
-        values = {"run": dict(self.run), "rows": self.rows(), "tasks": list(self.tasks), "by_task": by_task}
+            loss, score = self.in_context
+            by_task["in-context examples"] = {"loss": loss.tolist(), metric: score.tolist()}
+        values = {
+            "run": dict(self.run),
+            "metric": metric,
+            "rows": self.rows(),
+            "tasks": list(self.tasks),
+            "by_task": by_task,
+        }
         made = {
             "results.json": lambda path: path.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8"),
             "results.md": lambda path: path.write_text(self.markdown() + "\n", encoding="utf-8"),
@@ -99,7 +119,9 @@ class Report:
         return [folder / name for name in made]
 
 
-def _row(name: str, steps: int, factor: float | None, loss: np.ndarray, match: np.ndarray) -> dict[str, Any]:
+def _row(
+    name: str, steps: int, factor: float | None, loss: np.ndarray, score: np.ndarray, metric: Metric
+) -> dict[str, Any]:
     return {
         "start": name,
         "steps": steps,
@@ -108,7 +130,7 @@ def _row(name: str, steps: int, factor: float | None, loss: np.ndarray, match: n
         "loss": float(loss.mean()),
         "loss_interval": interval(loss),
         "worst_loss": float(loss.max()),
-        "exact_match": float(match.mean()),
-        "exact_match_interval": interval(match),
-        "worst_exact_match": float(match.min()),
+        metric.name: float(score.mean()),
+        f"{metric.name}_interval": interval(score),
+        f"worst_{metric.name}": metric.worst(score),
     }

@@ -25,6 +25,7 @@ from transformers.trainer_utils import rotate_checkpoints
 
 from meta_peft import hub
 from meta_peft.adapter_files import WEIGHTS, tensor_shapes
+from meta_peft.adapter_loss import AdapterLoss
 from meta_peft.base_model import BaseIdentity, agree_on_padding, load_base, load_tokenizer, with_adapter
 from meta_peft.card import model_card
 from meta_peft.config import MetaLoraConfig, ModelArguments
@@ -36,6 +37,7 @@ from meta_peft.outer_step import OuterStep
 from meta_peft.processes import Share, StepShares, group, restarts
 from meta_peft.processes.replicas import check_replicas, same_everywhere
 from meta_peft.processes.step_shares import only
+from meta_peft.scoring import scorer_for
 from meta_peft.sharding import shard_as_asked
 from meta_peft.sidecar import Sidecar
 from meta_peft.support import episode_selection
@@ -43,6 +45,7 @@ from meta_peft.survival import checkpoints, training_state
 from meta_peft.survival.stop_signal import StopSignal
 from meta_peft.tasks import Encoding, EpisodeCollator, EpisodeDataset, TaskSet
 from meta_peft.tasks.encoding import tokenizer_of
+from meta_peft.tasks.held_out import held_out
 from meta_peft.tasks.prompt import example_columns
 from meta_peft.tasks.sampling import Adaptive
 from meta_peft.types import Episode, EpisodeBatch
@@ -114,6 +117,13 @@ class MetaTrainer(Trainer):
         agree_on_padding(base, objective, tokenizer)
         self.encoding = _encoding(base, objective, args, processor, [t for t in (tasks, eval_tasks) if t is not None])
         self._selection = partial(episode_selection, peft_model, self.encoding, args, sharded=sharded)
+        self.scorer = scorer_for(
+            args.metric,
+            AdapterLoss(peft_model, second_order=False, checkpoint=args.gradient_checkpointing),
+            tokenizer,
+            max_new_tokens=args.max_new_tokens,
+            choice_score=args.choice_score,
+        )
 
         super().__init__(
             model=peft_model,
@@ -156,15 +166,11 @@ class MetaTrainer(Trainer):
     def evaluation_episodes(self, tasks: TaskSet, args: Any = None) -> EpisodeDataset:
         """One fixed episode of each task, with as many query rows as its rows and `eval_query_size` allow."""
         args = args or self.args
-        fewest = min(len(rows) for rows in tasks.rows_of.values())
-        query_size = max(1, min(args.eval_query_size, fewest - args.shots))
-        encoded = tasks.encoded(self.encoding)
-        return EpisodeDataset(
-            encoded,
+        return held_out(
+            tasks.encoded(self.encoding),
             shots=args.shots,
-            query_size=query_size,
+            query_size=args.eval_query_size,
             seed=args.seed + 1,
-            shuffle=False,
             selection=self._selection(),
         )
 
@@ -285,20 +291,19 @@ class MetaTrainer(Trainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Query loss and exact match on held-out tasks, before and after the inner steps."""
+        """Query loss on held-out tasks before and after the inner steps, and the metric after them."""
         episodes = self.eval_dataset if eval_dataset is None else eval_dataset
         if episodes is None:
             raise MetaPeftError("There are no tasks to evaluate on: give eval_dataset.")
         if not isinstance(episodes, EpisodeDataset):
             episodes = self.evaluation_episodes(TaskSet.of(episodes, self.args.task_column))
-        result = curve(
-            self.loss_fn, self.start(), self.batches(episodes.by_length()), (0, max(self.args.inner_steps, 1))
-        )
+        batches, steps = self.batches(episodes.by_length()), (0, max(self.args.inner_steps, 1))
+        result = curve(self.scorer.loss_fn, self.start(), batches, steps, scorer=self.scorer)
         metrics = {
             f"{metric_key_prefix}_loss_before": float(result.loss[:, 0].mean()),
             f"{metric_key_prefix}_loss": float(result.loss[:, 1].mean()),
             f"{metric_key_prefix}_worst_loss": float(result.loss[:, 1].max()),
-            f"{metric_key_prefix}_exact_match": float(np.mean(result.exact_match[:, 1])),
+            f"{metric_key_prefix}_{result.metric}": float(np.mean(result.score[:, 1])),
         }
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)

@@ -32,17 +32,18 @@ class Rows:
 
     `inputs` holds what the model is called with, rows first: tokens ``[B, L]``, for instance, or sound
     ``[B, mel, frames]``; `labels_BL` the tokens or the classes to predict, -100 where nothing is to be predicted, with a
-    length of its own where the model reads one thing and answers another. Two `Rows` are equal only if they are the same
-    object: caches rely on that.
+    length of its own where the model reads one thing and answers another. Where each row has answers to choose from,
+    `choices_BCL` holds their token ids, -100 behind their ends. Two `Rows` are equal only if they are the same object:
+    caches rely on that.
     """
 
     inputs: dict[str, Tensor]
     labels_BL: Tensor
     n_tasks: int
+    choices_BCL: Tensor | None = None
 
     def to(self, device: Any) -> Rows:
-        inputs = {name: tensor.to(device) for name, tensor in self.inputs.items()}
-        return Rows(inputs, self.labels_BL.to(device), self.n_tasks)
+        return self._each(lambda tensor: tensor.to(device), self.n_tasks)
 
     @property
     def positions_per_task(self) -> int:
@@ -54,13 +55,17 @@ class Rows:
         """The rows of the same tasks in another order, ``[T]``."""
         per_task = self.labels_BL.shape[0] // self.n_tasks
         index_B = (order[:, None] * per_task + torch.arange(per_task)).flatten().to(self.labels_BL.device)
-        return Rows({n: t[index_B] for n, t in self.inputs.items()}, self.labels_BL[index_B], self.n_tasks)
+        return self._each(lambda tensor: tensor[index_B], self.n_tasks)
 
     def tasks(self, start: int, stop: int) -> Rows:
         """The rows of tasks `start` to `stop` alone."""
         per_task = self.labels_BL.shape[0] // self.n_tasks
-        part = slice(start * per_task, stop * per_task)
-        return Rows({n: t[part] for n, t in self.inputs.items()}, self.labels_BL[part], stop - start)
+        return self._each(lambda tensor: tensor[start * per_task : stop * per_task], stop - start)
+
+    def _each(self, change: Callable[[Tensor], Tensor], n_tasks: int) -> Rows:
+        choices = None if self.choices_BCL is None else change(self.choices_BCL)
+        inputs = {name: change(tensor) for name, tensor in self.inputs.items()}
+        return Rows(inputs, change(self.labels_BL), n_tasks, choices)
 
 
 @dataclass(frozen=True, eq=False)

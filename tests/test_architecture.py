@@ -24,6 +24,7 @@ FLOORS = [
         "checkpointing",
         "memory",
         "whole_weights",
+        "metrics",
     ],
     [
         "live_memory",
@@ -39,8 +40,8 @@ FLOORS = [
     ["survival", "processes", "ops", "preflight", "dora", "inner_loop", "hessian"],
     ["objectives", "fast_forwards", "fast_attention", "inner_path", "health"],
     ["tasks", "adapter_loss", "algorithms", "model_kinds"],
-    ["memory_plan", "schedule", "base_view"],
-    ["sharding"],
+    ["memory_plan", "schedule", "base_view", "predictions"],
+    ["sharding", "scoring"],
     ["outer_loop", "config"],
     ["evaluate", "in_context", "base_model", "outer_step"],
     ["sidecar", "report", "adapter_files", "weightless"],

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from meta_peft import MetaPeftError
-from meta_peft.checked import at_least, flag, is_number, read_object, shown, text, whole
+from meta_peft.checked import at_least, flag, is_number, one_of, read_object, shown, text, whole
 
 
 @pytest.mark.parametrize("value", [True, "1", None, math.nan, math.inf, 10**400, [1], 1j])
@@ -58,3 +58,11 @@ def test_a_file_that_is_too_large(tmp_path: Path):
     os.truncate(tmp_path / "x.json", 65_000_000)
     with pytest.raises(MetaPeftError, match="is larger than 64 MB"):
         read_object(tmp_path / "x.json", "a config")
+
+
+def test_one_of():
+    one_of("compare", "full", ("none", "full"))
+    with pytest.raises(MetaPeftError, match=r"compare must be one of none, full; got 'ful'\. Did you mean 'full'\?"):
+        one_of("compare", "ful", ("none", "full"))
+    with pytest.raises(MetaPeftError, match=r"must be one of none, full; got 3\."):
+        one_of("compare", 3, ("none", "full"))

@@ -143,6 +143,29 @@ def test_evaluate(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert "Tasks: 4, 2 examples and 6 questions each." in capsys.readouterr().out  # shots of the meta-training
 
 
+@pytest.mark.parametrize(
+    ("options", "head", "highest"),
+    [
+        (["--metric", "cer", "--max-new-tokens", "2"], "CER, %", 1),
+        (["--metric", "accuracy", "--choice-score", "mean"], "accuracy, %", 1),
+        (["--metric", "chrf"], "chrF", 100),
+    ],
+)
+def test_evaluate_by_another_metric(tmp_path: Path, options: list[str], head: str, highest: float, capsys):
+    tasks = {name: [{**row, "choices": ["mm", "nn"]} for row in rows] for name, rows in letter_tasks("mn").items()}
+    file = write_jsonl(tmp_path / "tasks.jsonl", tasks)
+    output = tmp_path / "results"
+    words = ["evaluate", "--adapter", meta(), "--tasks", str(file), "--output", str(output), "--steps", "0", "5"]
+    assert main([*words, *options]) == 0
+    assert f"| {head} (95 % interval) |" in capsys.readouterr().out
+    values = json.loads((output / "results.json").read_text())
+    name = options[1]
+    assert values["metric"] == name
+    assert all(0 <= row[name] <= highest for row in values["rows"])
+    better = min if name == "cer" else max
+    assert better(row[name] for row in values["rows"]) == values["rows"][1][name]
+
+
 def test_inspect(capsys: pytest.CaptureFixture[str]):
     assert main(["inspect", "--adapter", meta()]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -287,6 +310,9 @@ def test_an_output_that_cannot_be_written(tmp_path: Path, capsys: pytest.Capture
         (["--shots", "0"], "--shots must be 1 or more; got 0."),
         (["--steps", "0", "-1"], "--steps must be 0 or more; got -1."),
         (["--tasks-per-forward", "0"], "--tasks-per-forward must be 1 or more; got 0."),
+        (["--max-new-tokens", "0"], "--max-new-tokens must be 1 or more; got 0."),
+        (["--metric", "acuracy"], "got 'acuracy'. Did you mean 'accuracy'?"),
+        (["--choice-score", "max"], "--choice-score must be one of sum, mean; got 'max'."),
         (["--task-column", "family"], "Expected a column 'family'"),
     ],
 )

@@ -84,6 +84,9 @@ from meta_peft.schedule import Schedule
             "which is not where weight decay leads: set inner_weight_decay to 0",
         ),
         ({"implicit_solver": "gc"}, "implicit_solver must be one of cg, neumann; got 'gc'."),
+        ({"metric": "F1"}, "metric must be one of exact_match, accuracy, .*; got 'F1'"),
+        ({"max_new_tokens": 0}, "max_new_tokens must be a number of 1 or more; got 0"),
+        ({"choice_score": "average"}, "choice_score must be one of sum, mean; got 'average'."),
         ({"implicit_iterations": 0}, "implicit_iterations must be a number of 1 or more; got 0"),
         (
             {"memory": "reply"},
@@ -129,7 +132,7 @@ def test_model_options(options: dict, message: str):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"compare": "all"}, "compare must be none, plain or full; got 'all'"),
+        ({"compare": "all"}, "compare must be one of none, plain, full; got 'all'"),
         ({"adaptation_steps": []}, r"adaptation_steps must be numbers of 0 or more; got \[\]"),
         ({"adaptation_steps": [0, -1]}, r"adaptation_steps must be numbers of 0 or more; got \[0, -1\]"),
         ({"rate_factors": [float("nan")]}, r"rate_factors must be positive numbers; got \[nan\]"),
@@ -252,3 +255,17 @@ def test_every_option_of_ours_has_a_help_text(group: type):
     for field in dataclasses.fields(group):
         if theirs.get(field.name) is not field:
             assert field.metadata.get("help"), field.name
+
+
+@pytest.mark.parametrize(
+    ("options", "greater"),
+    [
+        ({"metric_for_best_model": "eval_wer"}, False),
+        ({"metric_for_best_model": "chrf"}, True),
+        ({"metric_for_best_model": "eval_loss"}, False),
+        ({"metric_for_best_model": "wer", "greater_is_better": True}, True),
+        ({}, None),
+    ],
+)
+def test_the_best_checkpoint_is_the_one_with_the_better_metric(tmp_path: Path, options: dict, greater: bool | None):
+    assert config(tmp_path, **options).greater_is_better is greater

@@ -37,7 +37,8 @@ def test_curve_is_adaptation_step_by_step(loss_fn, start, batches):
     seen = []
     found = curve(loss_fn, start, batches, STEPS, factor=2.0, progress=seen.append)
     assert found.steps == STEPS
-    assert found.loss.shape == found.exact_match.shape == (5, 3)
+    assert found.loss.shape == found.score.shape == (5, 3)
+    assert found.metric == "exact_match"
     assert found.factors == (2.0, 2.0, 2.0)
     assert seen == [3, 2]
     for column, steps in enumerate(STEPS):

@@ -3,24 +3,31 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from architectures import base_of
+from architectures import lora as with_lora
 from peft import PeftModel
 from surface import SPECIAL, letter_rows, letter_tasks, peft_model, tiny_tokenizer, trained_folder
 
 from meta_peft import EpisodeCollator, EpisodeDataset, MetaPeftError, PromptFormat, TaskSet, load
 from meta_peft.adapter_loss import AdapterLoss
 from meta_peft.in_context import in_context_scores
+from meta_peft.scoring import Matched, scorer_for
 from meta_peft.types import Rows
 
 
 class Kept:
-    """A collator that also keeps the rows it was given."""
+    """A collator that also keeps the query rows it was given, which come before the support rows."""
 
     def __init__(self, pad_token_id: int):
-        self.collator, self.tasks = EpisodeCollator(pad_token_id), []
+        self.collator, self.given = EpisodeCollator(pad_token_id), []
 
     def rows(self, tasks) -> Rows:
-        self.tasks.extend(tasks)
+        self.given.extend(tasks)
         return self.collator.rows(tasks)
+
+    @property
+    def tasks(self) -> list:
+        return self.given[::2]
 
 
 def episodes_of(letters: str, *, shots: int = 2, query_size: int = 3) -> EpisodeDataset:
@@ -34,7 +41,7 @@ def scores(model: PeftModel, episodes: EpisodeDataset) -> tuple[np.ndarray, np.n
     kept = Kept(tokenizer.pad_token_id)
     weights = {name: p.detach() for name, p in loss_fn.weights.parameters().items()}
     drawn = [episodes[i] for i in range(len(episodes))]
-    loss, match = in_context_scores(loss_fn, weights, drawn, kept, tokenizer)
+    loss, match = in_context_scores(Matched(loss_fn), weights, drawn, kept, tokenizer)
     return loss, match, kept.tasks
 
 
@@ -96,6 +103,42 @@ def writes_its_labels(model: PeftModel, row: dict[str, list[int]]) -> bool:
     return written[0, prompt.shape[1] :].tolist() == expected
 
 
+def test_answers_are_written_up_to_the_newline():
+    """By a model that has learned to end with it."""
+    model, episodes, tokenizer = peft_model(), episodes_of("abcd"), tiny_tokenizer()
+    learn_to_copy(model, episodes)
+    loss_fn = AdapterLoss(model, second_order=False)
+    weights = {name: p.detach() for name, p in loss_fn.weights.parameters().items()}
+    drawn = [episodes[i] for i in range(len(episodes))]
+    found = in_context_scores(scorer_for("cer", loss_fn, tokenizer), weights, drawn, EpisodeCollator(2), tokenizer)
+    loss, match, _ = scores(model, episodes)
+    np.testing.assert_allclose(found.loss, loss, rtol=1e-6)
+    assert ((found.score == 0) == (match == 1)).all()
+    assert found.score.min() == 0
+    assert found.score.max() < 5, "answers run on behind the newline"
+
+
+def test_choices_are_ranked_behind_the_examples():
+    """Label words, and choices of the rows' own: the same words give the same answer."""
+    loss_fn, tokenizer = AdapterLoss(peft_model(), second_order=False), tiny_tokenizer()
+    weights = {name: p.detach() for name, p in loss_fn.weights.parameters().items()}
+    rows = [{"input": word, "target": word[0]} for word in ("ab", "ba", "aa", "bb", "ac", "bc")]
+    found = []
+    for own in ({}, {"choices": ["a", "b"]}):
+        encoded = TaskSet.from_mapping({"t": [{**row, **own} for row in rows]}).encoded(PromptFormat(), tokenizer, 64)
+        episode = EpisodeDataset(encoded, shots=3, query_size=3, shuffle=False)[0]
+        scorer = scorer_for("ece", loss_fn, tokenizer)
+        found.append(in_context_scores(scorer, weights, [episode], EpisodeCollator(2), tokenizer))
+    assert len({row["labels"][-2] for row in episode.support}) == 2
+    np.testing.assert_allclose(found[0], found[1], rtol=1e-5)
+
+
+def test_only_causal_models_take_examples():
+    loss_fn = AdapterLoss(with_lora(base_of("t5"), ["q"]), second_order=False)
+    with pytest.raises(MetaPeftError, match="need a causal language model; this one is trained as seq2seq_lm"):
+        in_context_scores(Matched(loss_fn), {}, [], EpisodeCollator(2), tiny_tokenizer())
+
+
 def test_a_tokenizer_without_newlines_is_refused():
     class Silent:
         def __call__(self, text: str, **options) -> dict[str, list[int]]:
@@ -103,4 +146,4 @@ def test_a_tokenizer_without_newlines_is_refused():
 
     loss_fn = AdapterLoss(peft_model(), second_order=False)
     with pytest.raises(MetaPeftError, match="has no newline, which separates in-context examples"):
-        in_context_scores(loss_fn, {}, [], EpisodeCollator(2), Silent())
+        in_context_scores(Matched(loss_fn), {}, [], EpisodeCollator(2), Silent())

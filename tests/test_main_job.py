@@ -60,7 +60,7 @@ def test_compared_with_plain_lora(tmp_path: Path, capsys: pytest.CaptureFixture[
 
     plain, learned = report.curves.values()
     assert plain.steps == learned.steps == (0, 3)
-    assert plain.loss.shape == learned.exact_match.shape == (4, 2)
+    assert plain.loss.shape == learned.score.shape == (4, 2)
     assert plain.loss[:, 1].mean() < plain.loss[:, 0].mean()
     assert set(learned.factors) <= {0.5, 2.0}
     assert Sidecar.read(output).rate_factors == dict(zip((0, 3), learned.factors, strict=True))

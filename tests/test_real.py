@@ -4,14 +4,27 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import fingerprint
 from surface import bits
 
-from meta_peft import MetaLoraConfig, MetaTrainer, ModelArguments, adapt, load
+from meta_peft import (
+    EpisodeCollator,
+    MetaLoraConfig,
+    MetaTrainer,
+    ModelArguments,
+    PromptFormat,
+    adapt,
+    inner_loop,
+    load,
+)
+from meta_peft.adapter_loss import AdapterLoss
 from meta_peft.base_model import SMOLLM2, load_base, load_tokenizer, lora_config, with_adapter
 from meta_peft.fast_weights import FastWeights
+from meta_peft.inner_optimizers import Adam, InnerRule
+from meta_peft.predictions import references, written
 from meta_peft.tasks.locale_formatting import locale_formatting
 
 pytestmark = pytest.mark.real
@@ -63,3 +76,21 @@ def test_meta_train_adapt_save_load(tmp_path: Path):
     assert same == metrics
     adapted = [dict(FastWeights(m, "adapted").parameters()) for m in (model, again)]
     assert bits(adapted[0]) == bits(adapted[1])
+
+
+def test_exact_match_is_that_of_written_answers():
+    """A row matches by teacher forcing if and only if greedy decoding writes its answer: some that do, some that do not."""
+    words = ["one", "two", "three", "four", "five", "six"]
+    answers = {"colour": ["blue"] * 5 + ["green"], "city": ["Rome"] * 4 + ["Berlin", "Rome"]}
+    tasks = {name: [{"input": w, "target": t} for w, t in zip(words, a, strict=True)] for name, a in answers.items()}
+    tokenizer, model = load_tokenizer(SMOLLM2), with_adapter(load_base(MODEL), lora_config(MODEL))
+    loss_fn = AdapterLoss(model, second_order=False)
+    encoded = {name: [PromptFormat().encode(row, tokenizer, 32) for row in rows] for name, rows in tasks.items()}
+    collate = EpisodeCollator(tokenizer.pad_token_id)
+    support, query = (collate.rows([rows[part] for rows in encoded.values()]) for part in (slice(0, 2), slice(2, 6)))
+    rule, own = InnerRule(Adam(), lr=0.02, steps=6), dict(loss_fn.weights.parameters())
+    fast = inner_loop.adapt(loss_fn, own, rule.initial_rates(own), support, rule)
+    found = written(loss_fn, fast, query, stop=[tokenizer.eos_token_id], max_new_tokens=6)
+    right = np.array([a == b for a, b in zip(found, references(query), strict=True)]).reshape(2, 4)
+    np.testing.assert_array_equal(loss_fn.scores(fast, query).exact_match_T, right.mean(1))
+    assert 0 < right.mean() < 1

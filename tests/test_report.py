@@ -51,6 +51,28 @@ def test_the_table(report: Report):
     ]
 
 
+def test_a_metric_of_which_less_is_better():
+    curve = Curve((3,), np.array([[1.0], [2.0]]), np.array([[0.25], [0.75]]), (1.0,), "wer")
+    (row,) = Report(["a", "b"], {"meta": curve}, {}).rows()
+    assert (row["wer"], row["worst_wer"], row["wer_interval"]) == (0.5, 0.75, (0.25, 0.75))
+    lines = Report(["a", "b"], {"meta": curve}, {}).markdown().splitlines()
+    assert lines[0].endswith("| WER, % (95 % interval) | worst task, % | rate x |")
+    assert lines[2] == "| meta | 3 | 1.50 | 2.00 | 50 (25 to 75) | 75 | 1 |"
+
+
+def test_a_metric_without_a_unit():
+    curve = Curve((0,), np.array([[1.0]]), np.array([[55.4]]), (1.0,), "chrf")
+    lines = Report(["a"], {"meta": curve}, {}).markdown().splitlines()
+    assert lines[0].endswith("| chrF (95 % interval) | worst task | rate x |")
+    assert lines[2] == "| meta | 0 | 1.00 | 1.00 | 55 (55 to 55) | 55 |  |"
+
+
+def test_curves_of_two_metrics_are_no_report():
+    other = Curve((0, 3), META.loss, META.score, META.factors, "chrf")
+    with pytest.raises(MetaPeftError, match="of one metric; these are of chrf and exact_match"):
+        Report(["a", "b"], {"plain": PLAIN, "meta": other}, {}).rows()
+
+
 def test_without_in_context_examples():
     report = Report(["a", "b"], {"meta": META}, {})
     assert [r["start"] for r in report.rows()] == ["meta", "meta"]
@@ -66,8 +88,9 @@ def test_the_files(report: Report, tmp_path: Path):
     values = json.loads((folder / "results.json").read_text())
     assert values["run"] == {"seed": 0}
     assert values["tasks"] == ["a", "ß"]
+    assert values["metric"] == "exact_match"
     assert values["rows"] == json.loads(json.dumps(report.rows()))
-    assert values["by_task"]["meta"] == {"loss": META.loss.tolist(), "exact_match": META.exact_match.tolist()}
+    assert values["by_task"]["meta"] == {"loss": META.loss.tolist(), "exact_match": META.score.tolist()}
     assert values["by_task"]["in-context examples"] == {"loss": [3.0, 5.0], "exact_match": [0.5, 0.25]}
     image = matplotlib.image.imread(folder / "results.png")
     assert image.shape[0] > 300

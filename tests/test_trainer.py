@@ -41,6 +41,7 @@ from meta_peft import (
 from meta_peft.adaptation import adapt
 from meta_peft.adapter_loss import AdapterLoss
 from meta_peft.cli import main
+from meta_peft.evaluate import curve
 from meta_peft.fast_weights import FastWeights
 from meta_peft.sidecar import Sidecar
 from meta_peft.survival import checkpoints
@@ -411,6 +412,25 @@ def test_evaluate_reports_before_and_after(tmp_path: Path):
     assert set(other) == {name.replace("eval_", "test_") for name in metrics}
     assert other["test_loss"] != metrics["eval_loss"]
     assert run.evaluate() == metrics  # the same episodes each time
+
+
+def test_evaluate_by_another_metric(tmp_path: Path):
+    run = trainer(tmp_path, eval_tasks=letter_tasks(EVAL), metric="cer", max_new_tokens=2, **LEARNS)
+    run.train()
+    metrics = run.evaluate()
+    assert set(metrics) == {"eval_loss_before", "eval_loss", "eval_worst_loss", "eval_cer"}
+    assert 0 < metrics["eval_cer"] <= 1  # two characters for two: longer answers could be more than all wrong
+    assert not run.scorer.loss_fn.second_order
+    assert run.loss_fn.second_order
+
+
+def test_evaluation_takes_the_steps_of_training(tmp_path: Path):
+    """Through the fastest attention there is, where training runs one that can be differentiated twice."""
+    run = trainer(tmp_path, eval_tasks=letter_tasks(EVAL), **LEARNS)
+    batches = run.batches(run.eval_dataset.by_length())
+    found, expected = (curve(loss_fn, run.start(), batches, [3]) for loss_fn in (run.scorer.loss_fn, run.loss_fn))
+    assert (found.loss != expected.loss).any()  # sums in another order
+    np.testing.assert_allclose(found.loss, expected.loss, rtol=1e-4)
 
 
 def test_evaluate_without_tasks_is_an_error(tmp_path: Path):

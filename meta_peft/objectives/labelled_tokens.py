@@ -64,16 +64,31 @@ class LabelledTokens:
         match_T = (wrong_B == 0).to(loss_T.dtype).view(rows.n_tasks, -1).mean(1)
         return TaskScores(loss_T, match_T)
 
+    def log_likelihood_per_row(self, model: nn.Module, head: nn.Module | None, rows: Rows) -> tuple[Tensor, Tensor]:
+        """Each row's summed log-likelihood of its labels, and how many they are, ``[B]`` each."""
+        logits_NV, labels_N, row_N = self.labelled_logits(model, head, rows)
+        loss_N = cross_entropy(logits_NV, labels_N)
+        zeros_B = loss_N.new_zeros(len(rows.labels_BL))
+        return zeros_B.index_add(0, row_N, -loss_N), zeros_B.index_add(0, row_N, torch.ones_like(loss_N))
+
     def predicted(self, model: nn.Module, head: nn.Module | None, rows: Rows) -> Tensor:
-        """The most likely label where there is one, -100 elsewhere; in the shape of the rows' labels.
+        """The most likely label at each labelled position, -100 elsewhere, ``[B, L]``.
 
         A token is predicted given the right ones before it, so for text this is not what the model would write.
         """
         logits_NV, _, _ = self.labelled_logits(model, head, rows)
-        predicted_BL = torch.full_like(rows.labels_BL, IGNORED)
-        of_targets = predicted_BL[:, rows.labels_BL.shape[1] - self.targets(rows.labels_BL).shape[1] :]
-        of_targets[self.targets(rows.labels_BL) != IGNORED] = logits_NV.argmax(-1)
-        return predicted_BL
+        return self._at_labels(logits_NV.argmax(-1), rows, IGNORED)
+
+    def confidences(self, model: nn.Module, head: nn.Module | None, rows: Rows) -> Tensor:
+        """The probability of the most likely label at each labelled position, 0 elsewhere, ``[B, L]``."""
+        logits_NV, _, _ = self.labelled_logits(model, head, rows)
+        return self._at_labels(logits_NV.float().softmax(-1).amax(-1), rows, 0)
+
+    def _at_labels(self, values_N: Tensor, rows: Rows, filling: int) -> Tensor:
+        filled_BL = torch.full_like(rows.labels_BL, filling, dtype=values_N.dtype)
+        targets_BL = self.targets(rows.labels_BL)
+        filled_BL[:, -targets_BL.shape[1] :][targets_BL != IGNORED] = values_N
+        return filled_BL
 
     def labelled_logits(self, model: nn.Module, head: nn.Module | None, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
         """Logits ``[N, V]``, labels ``[N]`` and row numbers ``[N]`` of the N labelled positions, and of no others.

@@ -12,6 +12,7 @@ from torch.nn.functional import pad
 
 from meta_peft.errors import MetaPeftError
 from meta_peft.objectives.labelled_tokens import IGNORED
+from meta_peft.tasks.multiple_choice import stacked_choices
 from meta_peft.types import Episode, EpisodeBatch, Rows
 
 TOKENS = ("input_ids", "decoder_input_ids")
@@ -59,7 +60,7 @@ class EpisodeCollator:
         }
         if "input_ids" in inputs:
             inputs["attention_mask"] = _padded([[1] * len(row["input_ids"]) for row in rows], 0)
-        return Rows(inputs, _padded([row["labels"] for row in rows], IGNORED), len(tasks))
+        return Rows(inputs, _padded([row["labels"] for row in rows], IGNORED), len(tasks), stacked_choices(rows))
 
 
 def _padded(values: Sequence[Any], filling: int) -> Tensor:

@@ -9,6 +9,7 @@ from typing import Any
 from meta_peft.checked import shown
 from meta_peft.errors import MetaPeftError
 from meta_peft.objectives.labelled_tokens import IGNORED
+from meta_peft.tasks.multiple_choice import CHOICES, encode_with_choices
 
 LONGEST_TEMPLATE = 10_000
 INPUT_TARGET = [("input", "target"), ("text", "label"), ("question", "answer")]
@@ -60,8 +61,14 @@ class PromptFormat:
         prompt = self.prompt_template.replace("{input}", first)
         return prompt, self.completion_template.replace("{target}", second)
 
-    def encode(self, row: Mapping[str, Any], tokenizer: Any, max_length: int) -> dict[str, list[int]]:
-        """Token ids ``[L]`` and labels ``[L]``, -100 on the prompt. A long prompt is cut at its start to fit."""
+    def encode(self, row: Mapping[str, Any], tokenizer: Any, max_length: int) -> dict[str, Any]:
+        """Token ids ``[L]`` and labels ``[L]``, -100 on the prompt. A long prompt is cut at its start to fit.
+
+        A row with a column `choices` has the tokens of its answers beside these (see `multiple_choice`).
+        """
+        if CHOICES in row:
+            column = example_columns(row.keys())[-1]
+            return encode_with_choices(row, column, lambda plain: self.encode(plain, tokenizer, max_length))
         if example_columns(row.keys()) == ("messages",):
             prompt, completion = _encode_messages(row["messages"], tokenizer)
         else:

@@ -13,6 +13,7 @@ from pyarrow import ArrowException
 from meta_peft.checked import shown
 from meta_peft.errors import MetaPeftError
 from meta_peft.tasks.encoding import Encoding
+from meta_peft.tasks.multiple_choice import CHOICES
 from meta_peft.tasks.prompt import PromptFormat, example_columns
 
 
@@ -33,12 +34,12 @@ class TaskSet:
                 f"Expected a column {task_column!r} that names the task of each row; the columns are"
                 f" {dataset.column_names}. Name the right one with task_column."
             )
-        columns = example_columns(dataset.column_names)
+        columns = [*example_columns(dataset.column_names), *({CHOICES} & set(dataset.column_names))]
         self.dataset = dataset
         self.task_column = task_column
         self.rows_of: dict[str, list[int]] = {}
         seen: set[tuple[str, str]] = set()
-        examples = dataset.select_columns(list(columns))
+        examples = dataset.select_columns(columns)
         for i, (task, row) in enumerate(zip(dataset[task_column], examples, strict=True)):
             if task is None or task == "" or isinstance(task, (list, dict)):
                 raise MetaPeftError(

@@ -1,0 +1,33 @@
+from __future__ import annotations
+
+import pytest
+from surface import letter_rows, tiny_tokenizer
+
+from meta_peft import MetaPeftError, PromptFormat, TaskSet
+from meta_peft.tasks.held_out import held_out
+
+SIZES = {"a": 8, "b": 5}
+
+
+@pytest.fixture(scope="module")
+def tasks() -> TaskSet:
+    rows = {letter: letter_rows(letter, n) for letter, n in SIZES.items()}
+    return TaskSet.from_mapping(rows).encoded(PromptFormat(), tiny_tokenizer(), 32)
+
+
+@pytest.mark.parametrize(("asked", "given"), [(None, 3), (2, 2), (100, 3)])
+def test_each_task_has_as_many_query_rows_as_the_smallest_can_give(tasks: TaskSet, asked: int | None, given: int):
+    episodes = held_out(tasks, shots=2, query_size=asked)
+    assert [episode.task for episode in (episodes[0], episodes[1])] == ["a", "b"]
+    assert len(episodes) == 2
+    assert all(len(episode.support) == 2 and len(episode.query) == given for episode in episodes)
+
+
+def test_they_are_the_same_each_time_and_others_with_another_seed(tasks: TaskSet):
+    first, again, other = (held_out(tasks, shots=2, seed=seed) for seed in (0, 0, 1))
+    assert first[0] == again[0] != other[0]
+
+
+def test_a_task_without_a_row_to_ask(tasks: TaskSet):
+    with pytest.raises(MetaPeftError, match="Task 'b' has 5 distinct rows, but an episode takes 5 support rows and 1"):
+        held_out(tasks, shots=5)
