@@ -260,11 +260,10 @@ class MetaLoraConfig(TrainingArguments):
         _choice("choice_score", self.choice_score, CHOICE_SCORES)
         if self.metric is not None:
             metric_named(self.metric)
-        best = (self.metric_for_best_model or "").removeprefix("eval_")
-        if (
-            best in METRICS and self.greater_is_better is None
-        ):  # TrainingArguments takes less to be better for losses only
-            self.greater_is_better = METRICS[best].higher_is_better
+        inherited: Any = self
+        best = (inherited.metric_for_best_model or "").removeprefix("eval_")
+        if best in METRICS and inherited.greater_is_better is None:  # else more of all but a loss would be better
+            inherited.greater_is_better = METRICS[best].higher_is_better
         _at_least("inner_steps", self.inner_steps, 1 if self.algorithm in ("reptile", "imaml") else 0)
         for option in (
             "shots",
