@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from meta_peft.memory_plan import MemoryPlan
     from meta_peft.outer_loop import LearnedRates, assign_gradient, meta_gradient
     from meta_peft.processes import StepShares, StepSum
-    from meta_peft.tasks import EpisodeCollator, EpisodeDataset, PromptFormat, TaskSet
+    from meta_peft.tasks import EpisodeCollator, EpisodeDataset, Labelling, PromptFormat, TaskSet
     from meta_peft.trainer import MetaTrainer
 
 __version__ = "0.1.0"
@@ -52,6 +52,7 @@ _HOMES = {
     "StepSum": "processes",
     "EpisodeCollator": "tasks",
     "EpisodeDataset": "tasks",
+    "Labelling": "tasks",
     "PromptFormat": "tasks",
     "TaskSet": "tasks",
     "MetaTrainer": "trainer",

@@ -12,6 +12,7 @@ from meta_peft.adapter_loss import AdapterLoss
 from meta_peft.errors import MetaPeftError
 from meta_peft.objectives.labelled_tokens import IGNORED
 from meta_peft.tasks import EpisodeCollator
+from meta_peft.tasks.prompt import answer_length
 from meta_peft.types import Episode, Params
 
 
@@ -42,7 +43,7 @@ def _with_examples(episode: Episode, query: int, newline: list[int]) -> dict[str
     first = episode.query[query]["input_ids"][:1]
     examples = [token for row in episode.support for token in [*row["input_ids"][1:-1], *newline]]
     row = episode.query[query]
-    prompt = row["labels"].count(IGNORED)
+    prompt = len(row["labels"]) - answer_length(row["labels"])
     ids = [*first, *examples, *row["input_ids"][1:-1], *newline]
     completion = [*row["labels"][prompt:-1], *newline]
     return {"input_ids": ids, "labels": [IGNORED] * (len(ids) - len(completion)) + completion}

@@ -17,6 +17,7 @@ from meta_peft.compare import CompareArguments, compare, multitask_start
 from meta_peft.config import MetaLoraConfig, ModelArguments, TaskArguments
 from meta_peft.report import Report
 from meta_peft.sharding import asked_for, check_sharding
+from meta_peft.task_loading import load_tasks, with_enough_rows
 from meta_peft.tasks import TaskSet
 from meta_peft.trainer import MetaTrainer
 
@@ -27,6 +28,7 @@ RECORDED = (
     *("first_order_until", "multi_step_until", "proximal", "implicit_solver", "implicit_iterations", "memory"),
     *("max_steps", "multitask_warmup_steps", "per_device_train_batch_size", "learning_rate", "lr_scheduler_type"),
     *("max_grad_norm", "seed", "world_size", "prompt_template", "completion_template"),
+    *("context_template", "assistant_turns", "task_column", "ways", "label_words"),
 )
 
 
@@ -35,8 +37,7 @@ def run(
 ) -> Report | None:
     """Train, save to `args.output_dir`, compare, and write table and plot there."""
     _check_base(model_args, args)
-    tasks = load_tasks(task_args, args.task_column)
-    tasks["train"].check_rows(args.shots, args.query_size)
+    tasks = with_enough_rows(load_tasks(task_args, args.task_column), task_args, args)
     tokenizer = load_tokenizer(
         model_args.model_name_or_path,
         revision=model_args.model_revision,
@@ -82,21 +83,6 @@ def run(
     return report
 
 
-def load_tasks(task_args: TaskArguments, task_column: str) -> dict[str, TaskSet]:
-    """Tasks by split, each pair of splits disjoint."""
-    if task_args.train_tasks == "locale_formatting":
-        from meta_peft.tasks.locale_formatting import locale_formatting
-
-        return dict(locale_formatting())
-    named = {"train": task_args.train_tasks, "validation": task_args.validation_tasks, "test": task_args.test_tasks}
-    tasks = {split: TaskSet.from_jsonl(path, task_column) for split, path in named.items() if path}
-    splits = list(tasks)
-    for i, split in enumerate(splits):
-        for other in splits[i + 1 :]:
-            tasks[split].check_disjoint(tasks[other], (split, other))
-    return tasks
-
-
 def _check_base(model_args: ModelArguments, args: MetaLoraConfig) -> None:
     """What cannot work where the base is to be kept is refused before it is loaded."""
     sharding = asked_for()
@@ -122,6 +108,7 @@ def _about(
     return {
         "model": asdict(model_args),
         "tasks": {**asdict(task_args), **{f"n_{split}": len(t) for split, t in tasks.items()}},
+        "data": {split: t.found for split, t in tasks.items()},
         "training": {name: getattr(args, name) for name in RECORDED},
         "training_seconds": round(seconds, 1),
         "versions": {name: version(name) for name in ("torch", "transformers", "peft", "accelerate", "bitsandbytes")},

@@ -28,6 +28,7 @@ from meta_peft.adapter_files import WEIGHTS, tensor_shapes
 from meta_peft.base_model import BaseIdentity, load_base, load_tokenizer, with_adapter
 from meta_peft.card import model_card
 from meta_peft.config import MetaLoraConfig, ModelArguments
+from meta_peft.data_wait import DataWait
 from meta_peft.errors import MetaPeftError
 from meta_peft.evaluate import Start, curve
 from meta_peft.outer_loop import LearnedRates, assign_gradient, bind
@@ -52,7 +53,7 @@ class MetaTrainer(Trainer):
         model: a `PeftModel`; or a model, or the name of one, with `peft_config` saying where LoRA goes.
         args: options of the run.
         train_dataset: tasks to learn from: whatever `TaskSet.of` takes (a `datasets.Dataset` with a task column, a
-            mapping of task names to rows, rows, the path of a JSONL file).
+            mapping of task names to rows, rows, the path of a file or a folder).
         eval_dataset: other tasks, to be evaluated on.
         processing_class: the base model's tokenizer; found by the model's name if not given.
         peft_config: a `LoraConfig`, unless the model is a `PeftModel` already.
@@ -81,10 +82,8 @@ class MetaTrainer(Trainer):
         args = args or MetaLoraConfig()
         tasks = None if train_dataset is None else TaskSet.of(train_dataset, args.task_column)
         eval_tasks = None if eval_dataset is None else TaskSet.of(eval_dataset, args.task_column)
-        if tasks is not None:
-            tasks.check_rows(args.shots, args.query_size)
-            if eval_tasks is not None:
-                tasks.check_disjoint(eval_tasks)
+        if tasks is not None and eval_tasks is not None:
+            tasks.check_disjoint(eval_tasks)
         peft_model = _peft_model(model, peft_config)
         self.algorithm = args.algorithm_object()
         shares = args.world_size * args.gradient_accumulation_steps
@@ -97,6 +96,7 @@ class MetaTrainer(Trainer):
         self._results: dict[str, Any] = {}
         self.interrupted: int | None = None
         self._signal = StopSignal()
+        self._data_wait = DataWait()
         self._skipped = 0  # updates in a row that were not made
         self._diverged = 0  # tasks since the last line of the log
         self._failure: MetaPeftError | None = None
@@ -130,17 +130,27 @@ class MetaTrainer(Trainer):
     # ---- data
 
     def _training_episodes(self, tasks: TaskSet, tokenizer: Any, args: MetaLoraConfig) -> EpisodeDataset:
-        encoded = tasks.encoded(self._prompt_format, tokenizer, args.max_length)
-        length = args.max_steps * args.tasks_in_a_step
-        return EpisodeDataset(encoded, shots=args.shots, query_size=args.query_size, seed=args.seed, length=length)
+        length, labels = args.max_steps * args.tasks_in_a_step, args.labelling()
+        encoded = tasks.encoded(
+            self._prompt_format,
+            tokenizer,
+            args.max_length,
+            rows_drawn=length * (args.shots + args.query_size) * (args.ways or 1),
+            num_proc=args.dataset_num_proc,
+        )
+        return EpisodeDataset(
+            encoded, shots=args.shots, query_size=args.query_size, seed=args.seed, length=length, labels=labels
+        )
 
     def evaluation_episodes(self, tasks: TaskSet, tokenizer: Any = None, args: Any = None) -> EpisodeDataset:
         """One fixed episode of each task, with as many query rows as its rows and `eval_query_size` allow."""
         args, tokenizer = args or self.args, tokenizer or self.processing_class
-        fewest = min(len(rows) for rows in tasks.rows_of.values())
-        query_size = max(1, min(args.eval_query_size, fewest - args.shots))
-        encoded = tasks.encoded(self._prompt_format, tokenizer, args.max_length)
-        return EpisodeDataset(encoded, shots=args.shots, query_size=query_size, seed=args.seed + 1, shuffle=False)
+        labels = args.labelling()
+        query_size = (tasks if labels is None else labels.classes(tasks)).query_size(args.shots, args.eval_query_size)
+        encoded = tasks.encoded(self._prompt_format, tokenizer, args.max_length, num_proc=args.dataset_num_proc)
+        return EpisodeDataset(
+            encoded, shots=args.shots, query_size=query_size, seed=args.seed + 1, shuffle=False, labels=labels
+        )
 
     def batches(self, episodes: Sequence[Episode]) -> list[EpisodeBatch]:
         """Episodes stacked for evaluation."""
@@ -168,6 +178,10 @@ class MetaTrainer(Trainer):
 
     def get_total_train_batch_size(self, args: Any) -> int:
         return int(args.tasks_in_a_step)
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        with self._data_wait.waiting():
+            return super().get_batch_samples(*args, **kwargs)
 
     def _get_num_items_in_batch(self, batch_samples: Any, device: Any) -> None:
         """Losses are means over tasks, so there are no tokens to count."""
@@ -273,6 +287,7 @@ class MetaTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
             logs["diverged_tasks"], self._diverged = self._diverged, 0
+            logs["data_wait_share"] = round(self._data_wait.share(), 4)
             if self.memory_plan.halvings:
                 logs["out_of_memory"] = self.memory_plan.halvings
         super().log(logs, start_time)

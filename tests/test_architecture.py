@@ -13,7 +13,18 @@ PACKAGE = Path(meta_peft.__file__).parent
 # Each module or subfolder of the package, from the ground up.
 FLOORS = [
     ["errors", "types"],
-    ["checked", "patterns", "params", "forwards", "task_rows", "allocator", "checkpointing", "memory", "whole_weights"],
+    [
+        "checked",
+        "patterns",
+        "params",
+        "forwards",
+        "task_rows",
+        "allocator",
+        "checkpointing",
+        "memory",
+        "whole_weights",
+        "data_wait",
+    ],
     [
         "live_memory",
         "config_file",
@@ -30,7 +41,7 @@ FLOORS = [
     ["memory_plan", "schedule"],
     ["sharding"],
     ["outer_loop", "config"],
-    ["evaluate", "in_context", "base_model", "outer_step"],
+    ["evaluate", "in_context", "base_model", "outer_step", "task_loading"],
     ["sidecar", "report", "adapter_files", "weightless"],
     ["hub", "card", "estimate"],
     ["adaptation", "estimate_report"],
@@ -45,7 +56,7 @@ PEFT = "fast_weights fast_forwards ops preflight dora adapter_files adapter_loss
 ONLY_IN = {
     "peft": [*PEFT.split(), "trainer", "compare", "main_job", "weightless"],
     "bitsandbytes": ["frozen_linear", "preflight"],
-    "datasets": ["tasks", "trainer", "cli"],
+    "datasets": ["tasks", "task_loading", "trainer", "cli"],
     "transformers.Trainer": ["trainer"],
 }
 # In these folders every file is one choice among several, and `rule` and `__init__` know the choices.

@@ -5,10 +5,13 @@ So workers, ranks, a resumed run and a second run agree on every episode without
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from torch.utils.data import Dataset
 
 from meta_peft.errors import MetaPeftError
+from meta_peft.tasks.labelling import Labelling
 from meta_peft.tasks.task_set import TaskSet
 from meta_peft.types import Episode
 
@@ -22,6 +25,7 @@ class EpisodeDataset(Dataset[Episode]):
         query_size: query rows of an episode.
         length: how many episodes; by default one for each task.
         shuffle: visit the tasks in a new order each round; otherwise episode i is of task i, round after round.
+        labels: how classes are drawn and called, if episodes are of classes; then `shots` and `query_size` are of each.
     """
 
     def __init__(
@@ -33,10 +37,15 @@ class EpisodeDataset(Dataset[Episode]):
         seed: int = 0,
         length: int | None = None,
         shuffle: bool = True,
+        labels: Labelling | None = None,
     ):
         if shots < 1 or query_size < 1:
             raise MetaPeftError(f"shots and query_size must be 1 or more, got {shots} and {query_size}.")
-        tasks.check_rows(shots, query_size)
+        self.classes = None if labels is None else labels.classes(tasks)
+        if self.classes is None:
+            tasks.check_rows(shots, query_size)
+        else:
+            self.classes.check(shots, query_size)
         self.tasks, self.shots, self.query_size, self.seed = tasks, shots, query_size, seed
         self.length = len(tasks) if length is None else length
         self.shuffle = shuffle
@@ -48,10 +57,23 @@ class EpisodeDataset(Dataset[Episode]):
         if not 0 <= i < self.length:
             raise IndexError(i)
         task = self.tasks.names[self._task_number(i)]
-        rows = self.tasks.rows_of[task]
-        chosen = np.random.default_rng([self.seed, 1, i]).choice(len(rows), self.shots + self.query_size, replace=False)
-        drawn = [self.tasks.dataset[rows[int(j)]] for j in chosen]
-        return Episode(task, drawn[: self.shots], drawn[self.shots :])
+        rng = np.random.default_rng([self.seed, 1, i])
+        if self.classes is None:
+            return Episode(task, *self._drawn(self.tasks.rows_of[task], rng))
+        support, query = [], []
+        for rows, label in self.classes.draw(task, self.shots + self.query_size, rng, self.tasks.encoding):
+            drawn = self._drawn(rows, rng)
+            if label is not None:
+                drawn = [[self.tasks.encoding.with_label(row, label) for row in part] for part in drawn]
+            support += drawn[0]
+            query += drawn[1]
+        return Episode(task, *([part[j] for j in rng.permutation(len(part))] for part in (support, query)))
+
+    def _drawn(self, rows: np.ndarray, rng: np.random.Generator) -> list[list[dict[str, Any]]]:
+        """Support rows and query rows of those with these numbers."""
+        chosen = rng.choice(len(rows), self.shots + self.query_size, replace=False)
+        drawn = [self.tasks.dataset[int(rows[j])] for j in chosen]
+        return [drawn[: self.shots], drawn[self.shots :]]
 
     def by_length(self) -> list[Episode]:
         """All episodes, shortest support rows first, so that those stacked together need little padding."""
