@@ -115,12 +115,7 @@ def _column(name: str, values: list[Any], first: int) -> pa.Array:
     if "\0" in name or any(_has_nul_in_names(value) for value in values if isinstance(value, (dict, list))):
         raise MetaPeftError("A column has a name with a NUL character: rename it.")  # Arrow would cut the name there
     try:
-        array = pa.array(values)
-        try:
-            array.validate()
-        except pa.ArrowInvalid:  # a key of objects that is nothing in one and not there in another (pyarrow 26)
-            array = pa.array([_without_nothing(value) for value in values])
-        return array
+        return pa.array(values)
     except (pa.ArrowException, TypeError, ValueError, OverflowError, RecursionError) as error:
         kinds = [_kind(value) for value in values]
         known = [(i, kind) for i, kind in enumerate(kinds) if kind is not None]
@@ -147,12 +142,6 @@ def _kind(value: Any) -> str | None:
     return next((name for types, name in KINDS if isinstance(value, types)), type(value).__name__)
 
 
-def _without_nothing(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {name: _without_nothing(part) for name, part in value.items() if part is not None}
-    return [_without_nothing(part) for part in value] if isinstance(value, list) else value
-
-
 def _has_nul_in_names(value: Any) -> bool:
     if isinstance(value, Mapping):
         return any("\0" in str(name) or _has_nul_in_names(part) for name, part in value.items())
@@ -177,7 +166,12 @@ def _with_schema(table: pa.Table, schema: pa.Schema) -> pa.Table:
     def column(field: pa.Field) -> Any:
         if field.name not in table.column_names:
             return pa.nulls(len(table), field.type)
-        return table[field.name].cast(field.type)
+        values = table[field.name]
+        if values.type == field.type:
+            return values
+        if pa.types.is_nested(field.type):  # a cast of objects in lists gives arrays that cannot be read (pyarrow 26)
+            return pa.array(values.to_pylist(), field.type)
+        return values.cast(field.type)
 
     return pa.table([column(field) for field in schema], schema=schema)
 

@@ -40,10 +40,13 @@ def test_a_table_has_the_rows_that_were_written(rows: list[dict]):
 
 
 def test_keys_that_are_nothing_in_one_object_and_not_there_in_another():
-    """As in conversations of which only some turns call a tool: pyarrow alone makes an array that it cannot read."""
-    turns = [{"role": "user", "calls": None}, {"role": "assistant"}]
-    (row,) = uncached([{"messages": turns}])
-    assert [turn["role"] for turn in row["messages"]] == ["user", "assistant"]
+    """As in conversations of which only some turns call a tool: a cast by pyarrow makes an array that it cannot read."""
+    turns = [[{"role": "user", "calls": None}, {"role": "assistant"}], [{"role": "user", "calls": "x"}]]
+    found = uncached([{"messages": turns[0]}, {"messages": turns[0]}, {"messages": turns[1]}])["messages"]
+    assert [[(turn["role"], turn["calls"]) for turn in row] for row in found] == [
+        *[[("user", None), ("assistant", None)]] * 2,
+        [("user", "x")],
+    ]
 
 
 def test_what_was_made_once_is_found_again(tmp_path: Path):
