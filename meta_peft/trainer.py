@@ -309,6 +309,7 @@ class MetaTrainer(Trainer):
         found = group.of_first(resume)
         same_everywhere([*self.loss_fn.weights.parameters().values(), self.rates.log_rates])
         self.interrupted, self._failure, self._skipped = None, None, 0
+        self._data_wait = DataWait()
         with StopSignal() as self._signal:
             result = super().train(found and str(found), *args, **kwargs)
         self.attach()
