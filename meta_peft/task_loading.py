@@ -20,6 +20,7 @@ WORDS = {
     "repeated_rows": "repeated rows left out",
     "empty_rows": "empty rows left out",
     "rows_in_several_tasks": "rows that are in several tasks",
+    "single_label_tasks": "tasks with one label only, which teach to say it",
     "small_tasks": "tasks left out, which have too few rows or classes",
 }
 

@@ -86,6 +86,7 @@ def test_compared_with_plain_lora(tmp_path: Path, capsys: pytest.CaptureFixture[
         "repeated_rows": 0,
         "empty_rows": 0,
         "rows_in_several_tasks": 0,
+        "single_label_tasks": 0,
         "cut_rows": 0,
     }
 

@@ -25,12 +25,13 @@ LEAVE_OUT = "leave_out"
 
 @dataclass(frozen=True)
 class RowIndex:
-    """Row numbers by task, in the order of the table, and how many rows are not among them."""
+    """Row numbers by task, in the order of the table; how many are not among them, and what is odd about the others."""
 
     rows_of: dict[str, np.ndarray]
     repeated_rows: int
     empty_rows: int
     rows_in_several_tasks: int
+    single_label_tasks: int
 
 
 def index_rows(
@@ -47,24 +48,26 @@ def index_rows(
     ``empty_rows="leave_out"`` left out and counted.
     """
     code_of: dict[tuple[Any, ...], int] = {}
-    codes, hashes, full = [], [], []
+    codes, hashes, labels, full = [], [], [], []
     columns = list(dict.fromkeys([*task_columns, *example_columns]))
+    labelled = "label" in example_columns and "label" not in task_columns
     done = 0
     for table in dataset.select_columns(columns).with_format("arrow").iter(ROWS_AT_ONCE):
         table = table.combine_chunks()
         full.append(_is_full(table, task_columns, needed, done, empty_rows))
         values = (table[column].to_pylist() for column in task_columns)
         codes.append(np.fromiter((code_of.setdefault(v, len(code_of)) for v in zip(*values)), np.int64, len(table)))  # noqa: B905
-        hashes.append(hash_rows([table[column] for column in example_columns]))
+        hashes.append(hash_rows([table[column] for column in example_columns], len(table)))
+        labels.append(hash_rows([table["label"]], len(table)) if labelled else np.arange(done, done + len(table)))
         done += len(table)
     if not done or not any(part.any() for part in full):
         raise MetaPeftError("There are no rows, so there is no task to learn from.")
-    return _grouped(_names(list(code_of)), *(np.concatenate(parts) for parts in (codes, hashes, full)))
+    return _grouped(_names(list(code_of)), *(np.concatenate(parts) for parts in (codes, hashes, labels, full)))
 
 
-def hash_rows(columns: Sequence[pa.ChunkedArray]) -> np.ndarray:
+def hash_rows(columns: Sequence[pa.ChunkedArray], rows: int) -> np.ndarray:
     """64 bits for each row, the same in every process: equal rows have equal ones, and others by a chance of 2^-64."""
-    total = np.zeros(len(columns[0]), np.uint64)
+    total = np.zeros(rows, np.uint64)
     for column in columns:
         total = total * np.uint64(0x9E3779B97F4A7C15) + pd.util.hash_array(_as_text(column), categorize=False)
     return total
@@ -78,7 +81,7 @@ def _as_text(column: pa.ChunkedArray) -> np.ndarray:
     return np.array(["" if value is None else value for value in values], dtype=object)
 
 
-def _grouped(names: list[str], codes: np.ndarray, hashes: np.ndarray, full: np.ndarray) -> RowIndex:
+def _grouped(names: list[str], codes: np.ndarray, hashes: np.ndarray, labels: np.ndarray, full: np.ndarray) -> RowIndex:
     rows = np.flatnonzero(full)
     order = rows[np.lexsort((hashes[rows], codes[rows]))]  # stable: of equal rows the first one is first
     again = (codes[order][1:] == codes[order][:-1]) & (hashes[order][1:] == hashes[order][:-1])
@@ -87,7 +90,15 @@ def _grouped(names: list[str], codes: np.ndarray, hashes: np.ndarray, full: np.n
     ends = np.cumsum(np.bincount(codes[kept], minlength=len(names)))
     rows_of = {name: part for name, part in zip(names, np.split(by_task, ends[:-1]), strict=True) if len(part)}
     times = np.unique(hashes[kept], return_counts=True)[1]
-    return RowIndex(rows_of, int(again.sum()), int((~full).sum()), int(times[times > 1].sum()))
+    return RowIndex(
+        rows_of,
+        repeated_rows=int(again.sum()),
+        empty_rows=int((~full).sum()),
+        rows_in_several_tasks=int(times[times > 1].sum()),
+        single_label_tasks=sum(
+            len(rows) > 1 and bool((labels[rows] == labels[rows[0]]).all()) for rows in rows_of.values()
+        ),
+    )
 
 
 def _names(values: list[tuple[Any, ...]]) -> list[str]:

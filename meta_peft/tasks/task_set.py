@@ -65,6 +65,7 @@ class TaskSet:
             "repeated_rows": index.repeated_rows,
             "empty_rows": index.empty_rows,
             "rows_in_several_tasks": index.rows_in_several_tasks,
+            "single_label_tasks": index.single_label_tasks,
         }
 
     @property

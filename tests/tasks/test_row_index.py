@@ -45,6 +45,16 @@ def test_rows_in_several_tasks():
     assert index(rows).rows_in_several_tasks == 2
 
 
+def test_tasks_with_one_label():
+    """Of rows of text and label; and not of tasks of one row, nor where the label is the task."""
+    rows = [{"task": t, "text": str(i), "label": label} for i, (t, label) in enumerate(["ax", "ax", "by", "bz", "cx"])]
+    table = Dataset.from_list(rows)
+    columns = ("text", "label")
+    assert index_rows(table, ("task",), columns, columns).single_label_tasks == 1
+    assert index_rows(table, ("label",), columns, columns).single_label_tasks == 0
+    assert index([{"task": "a", "input": i, "target": "x"} for i in "12"]).single_label_tasks == 0
+
+
 def test_several_columns_name_a_task():
     rows = [{"who": who, "lang": lang, "input": "1", "target": "x"} for who in "ab" for lang in (1, 2)]
     assert list(index(rows, ("who", "lang")).rows_of) == ["a / 1", "a / 2", "b / 1", "b / 2"]
@@ -92,13 +102,13 @@ def test_nothing_but_empty_rows():
 def test_hashes_tell_rows_apart():
     """Whatever their types, and in which column a value stands."""
     columns = [pa.chunked_array([["a", "", "b", None]]), pa.chunked_array([["", "a", "b", "b"]])]
-    assert len(set(hash_rows(columns).tolist())) == 4
+    assert len(set(hash_rows(columns, 4).tolist())) == 4
     for values in ([1, -1, -2, 10**12], [True, False], [["a", "b"], ["ab"], []], [{"x": 1}, {"x": 2}], [b"a", b"b"]):
-        hashes = hash_rows([pa.chunked_array([values + values])])
+        hashes = hash_rows([pa.chunked_array([values + values])], 2 * len(values))
         assert len(set(hashes.tolist())) == len(values)
         assert (hashes[: len(values)] == hashes[len(values) :]).all()
 
 
 def test_hashes_are_the_same_in_every_process():
     """A number computed in another one."""
-    assert hash_rows([pa.chunked_array([["a"]]), pa.chunked_array([[1]])]).tolist() == [11399807700178370582]
+    assert hash_rows([pa.chunked_array([["a"]]), pa.chunked_array([[1]])], 1).tolist() == [11399807700178370582]

@@ -252,4 +252,5 @@ def test_what_was_found():
         "repeated_rows": 1,
         "empty_rows": 0,
         "rows_in_several_tasks": 5,  # of 0 there are three, and of 1 two
+        "single_label_tasks": 0,
     }
