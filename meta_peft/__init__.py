@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from meta_peft.outer_loop import LearnedRates, assign_gradient, meta_gradient
     from meta_peft.processes import StepShares, StepSum
     from meta_peft.support import select_support
-    from meta_peft.tasks import Encoding, EpisodeCollator, EpisodeDataset, PromptFormat, TaskSet
+    from meta_peft.tasks import Encoding, EpisodeCollator, EpisodeDataset, Labelling, PromptFormat, TaskSet
     from meta_peft.trainer import MetaTrainer
 
 __version__ = "0.1.0"
@@ -55,6 +55,7 @@ _HOMES = {
     "select_support": "support",
     "EpisodeCollator": "tasks",
     "EpisodeDataset": "tasks",
+    "Labelling": "tasks",
     "PromptFormat": "tasks",
     "TaskSet": "tasks",
     "MetaTrainer": "trainer",

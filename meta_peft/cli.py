@@ -152,13 +152,14 @@ def adapt_command(options: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from meta_peft.adaptation import adapt_many
-    from meta_peft.tasks.task_set import TaskSet, read_jsonl
+    from meta_peft.tasks import TaskSet
+    from meta_peft.tasks.sources import read_jsonl
 
     if options.task_column is None:
         tasks: dict[str, Any] = {"task": read_jsonl(options.support)}
         folders = {"task": Path(options.output)}
     else:
-        named = TaskSet.from_jsonl(options.support, options.task_column)
+        named = TaskSet.of(options.support, options.task_column)
         tasks = {name: named.rows(name) for name in named.names}
         folders = {name: Path(options.output) / _folder_name(name) for name in tasks}
         if len({str(folder).casefold() for folder in folders.values()}) < len(folders):
@@ -195,7 +196,7 @@ def evaluate_command(options: argparse.Namespace) -> int:
     one_of("--choice-score", options.choice_score, CHOICE_SCORES)
     if options.metric is not None:
         metric_named(options.metric)
-    tasks = TaskSet.from_jsonl(options.tasks, options.task_column)
+    tasks = TaskSet.of(options.tasks, options.task_column)
     model = _load(options)
     learned = meta_learned(model)
     sidecar = learned.sidecar

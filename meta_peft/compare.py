@@ -123,6 +123,7 @@ def _first(tasks: TaskSet, n: int, seed: int = 0) -> TaskSet:
 
 
 def _held_out(trainer: MetaTrainer, tasks: TaskSet, n: int) -> list[Episode]:
+    n = max(n, trainer.args.ways or 0)  # where tasks are classes, an episode takes so many of them
     return trainer.evaluation_episodes(_first(tasks, n)).by_length()
 
 

@@ -12,8 +12,8 @@ from transformers import TrainingArguments
 from meta_peft.algorithms import MAML, ImplicitMAML, MultiTask, Reptile
 from meta_peft.algorithms.implicit import SOLVERS
 from meta_peft.checked import at_least as _at_least
+from meta_peft.checked import is_number, whole
 from meta_peft.checked import one_of as _choice
-from meta_peft.checked import whole
 from meta_peft.errors import MetaPeftError
 from meta_peft.inner_optimizers import SGD, Adam, InnerRule
 from meta_peft.inner_path import check_memory
@@ -25,8 +25,10 @@ from meta_peft.schedule import AnyAlgorithm, Schedule
 from meta_peft.scoring import CHOICE_SCORES
 from meta_peft.sharding import LockstepPlan, asked_for
 from meta_peft.tasks.encoding.facts import MOST_CLASSES
+from meta_peft.tasks.labelling import LABEL_WORDS, Labelling
 from meta_peft.tasks.prompt import PromptFormat
 from meta_peft.tasks.sampling import ADAPTIVE, TaskSampling, check_sampling, task_sampling
+from meta_peft.tasks.self_supervised import KINDS as SELF_SUPERVISED
 from meta_peft.tasks.support_selection import NEED_THE_BASE, check_selection
 
 ALGORITHMS = ("maml", "fomaml", "imaml", "reptile", "multitask")
@@ -138,14 +140,127 @@ class ModelArguments:
 class TaskArguments:
     """Where the tasks come from."""
 
-    train_tasks: str = field(
-        default="locale_formatting",
-        metadata={"help": "Training tasks: a JSONL file with a task column, or locale_formatting (the demo)."},
+    train_tasks: list[str] = field(
+        default_factory=lambda: ["locale_formatting"],
+        metadata={
+            "help": "Training tasks: a file (JSONL, JSON, CSV, TSV, text, Parquet) with a task column; a folder or several"
+            " files, one for each task; or locale_formatting (the demo)."
+        },
     )
-    validation_tasks: str | None = field(
-        default=None, metadata={"help": "JSONL of validation tasks, on which adaptation rates are tuned."}
+    validation_tasks: list[str] | None = field(
+        default=None, metadata={"help": "Validation tasks, on which adaptation rates are tuned: files as above."}
     )
-    test_tasks: str | None = field(default=None, metadata={"help": "JSONL of held-out tasks for the final table."})
+    test_tasks: list[str] | None = field(
+        default=None, metadata={"help": "Held-out tasks for the final table: files as above."}
+    )
+    dataset_name: str | None = field(
+        default=None,
+        metadata={
+            "help": "In place of the three above, a dataset that holds all splits: a hub id, a folder that save_to_disk"
+            " wrote, or a folder with files or folders named train, validation and test."
+        },
+    )
+    dataset_config: str | None = field(
+        default=None, metadata={"help": "The hub's name for one of several datasets under one id."}
+    )
+    dataset_train_split: str = field(default="train", metadata={"help": "What dataset_name calls its training split."})
+    dataset_validation_split: str | None = field(
+        default=None, metadata={"help": "What it calls its validation split; validation, if there is one, by default."}
+    )
+    dataset_test_split: str | None = field(
+        default=None, metadata={"help": "What it calls its test split; test, if there is one, by default."}
+    )
+    streaming: bool = field(
+        default=False, metadata={"help": "Read the hub's rows one after the other, not whole files first."}
+    )
+    max_rows: int | None = field(default=None, metadata={"help": "With streaming, only so many first rows."})
+    rename_columns: list[str] | None = field(
+        default=None, metadata={"help": "Columns to rename, such as sentence=text sentiment=label."}
+    )
+    split_fractions: list[float] | None = field(
+        default=None,
+        metadata={
+            "help": "Split the training tasks (or the classes, where the label is the task column) into training,"
+            " validation and test tasks, such as 0.8 0.1 0.1."
+        },
+    )
+    split_seed: int = field(default=0, metadata={"help": "Which task is in which of these splits."})
+    source_lang: str | None = field(
+        default=None, metadata={"help": "Of translation rows, only those from this language; each by default."}
+    )
+    target_lang: str | None = field(
+        default=None, metadata={"help": "Of translation rows, only those into this language; each by default."}
+    )
+    self_supervised: str | None = field(
+        default=None,
+        metadata={
+            "help": "Make tasks of plain text: smlmt (which word was masked?), span (write what was taken out) or"
+            " continuation (write how a sentence goes on)."
+        },
+    )
+    mask_word: str = field(default="___", metadata={"help": "What stands for words that self_supervised takes out."})
+    empty_rows: str = field(
+        default="error",
+        metadata={"help": "Rows without input, answer or task: error, or leave_out, which leaves them out and counts."},
+    )
+    small_tasks: str = field(
+        default="error",
+        metadata={"help": "Tasks with too few rows or classes for an episode: error, or leave_out, which counts them."},
+    )
+
+    def __post_init__(self) -> None:
+        for option in ("train_tasks", "validation_tasks", "test_tasks"):
+            given = getattr(self, option)
+            if isinstance(given, list) and len(given) == 1:
+                setattr(self, option, given[0])  # one path is a path, as it is written in Python
+        for option in ("empty_rows", "small_tasks"):
+            _choice(option, getattr(self, option), ("error", "leave_out"))
+        if self.self_supervised is not None:
+            _choice("self_supervised", self.self_supervised, SELF_SUPERVISED)
+            if self.source_lang or self.target_lang:
+                raise MetaPeftError("self_supervised and languages are both set: tasks come from one of them.")
+        if not self.mask_word:
+            raise MetaPeftError("mask_word is empty: what is taken out must leave a mark.")
+        if self.dataset_name is not None:
+            if (
+                self.train_tasks not in ("locale_formatting", ["locale_formatting"])
+                or self.validation_tasks
+                or self.test_tasks
+            ):
+                raise MetaPeftError(
+                    "dataset_name holds all splits: leave train_tasks, validation_tasks and test_tasks out, or it."
+                )
+        elif self.streaming or self.dataset_config:
+            raise MetaPeftError("streaming and dataset_config are of the dataset that dataset_name names: name it.")
+        if self.max_rows is not None:
+            _at_least("max_rows", self.max_rows, 1)
+            if not self.streaming:
+                raise MetaPeftError("max_rows limits a stream: set streaming, or leave it out.")
+        if self.split_fractions is not None:
+            shares = self.split_fractions
+            if len(shares) != 3 or not all(is_number(s) and s > 0 for s in shares) or abs(sum(shares) - 1) > 1e-6:
+                raise MetaPeftError(
+                    "split_fractions must be three positive numbers that add up to 1, for training, validation and test"
+                    f" tasks; got {shares}."
+                )
+            if self.validation_tasks or self.test_tasks:
+                raise MetaPeftError("split_fractions make validation and test tasks: leave those files out, or them.")
+        self.new_names()
+
+    def new_names(self) -> dict[str, str]:
+        """What `rename_columns` says: new names by old ones."""
+        pairs = [pair.partition("=") for pair in self.rename_columns or []]
+        names = {old: new for old, _, new in pairs}
+        if (
+            not all(names)
+            or not all(names.values())
+            or len(names) < len(pairs)
+            or len(set(names.values())) < len(names)
+        ):
+            raise MetaPeftError(
+                f"rename_columns must be pairs such as sentence=text, each column once; got {self.rename_columns}."
+            )
+        return names
 
 
 @dataclass
@@ -240,7 +355,25 @@ class MetaLoraConfig(TrainingArguments):
             " Such a step changes nothing."
         },
     )
-    task_column: str = field(default="task", metadata={"help": "The column that names the task of a row."})
+    task_column: list[str] = field(
+        default_factory=lambda: ["task"],
+        metadata={"help": "The column that names the task of a row; several columns name it together."},
+    )
+    ways: int | None = field(
+        default=None,
+        metadata={
+            "help": "Episodes of so many classes, with shots and query_size rows of each. They are classes of one task; or"
+            " of all data, where task_column is label_column. By default rows are drawn whatever their label."
+        },
+    )
+    label_words: str = field(
+        default="given",
+        metadata={
+            "help": "With ways, what classes are called in an episode: given, permuted (among its classes) or letters (at"
+            " random)."
+        },
+    )
+    label_column: str = field(default="label", metadata={"help": "With ways, the column of labels."})
     task_sampling: str = field(
         default="uniform",
         metadata={
@@ -276,7 +409,16 @@ class MetaLoraConfig(TrainingArguments):
     completion_template: str = field(
         default=" {target}", metadata={"help": "Completion made of a target (or label, answer)."}
     )
+    context_template: str = field(
+        default="{context}\n{question}", metadata={"help": "Input made of a question that comes with a context."}
+    )
+    assistant_turns: str = field(
+        default="last", metadata={"help": "Turns of the assistant that a conversation teaches: last or all."}
+    )
     max_length: int = field(default=256, metadata={"help": "Longest row in tokens; longer prompts lose their start."})
+    dataset_num_proc: int | None = field(
+        default=None, metadata={"help": "Processes that tokenise; this one alone by default."}
+    )
     eval_query_size: int = field(default=8, metadata={"help": "Query rows of a task in evaluation."})
     metric: str | None = field(
         default=None,
@@ -325,6 +467,7 @@ class MetaLoraConfig(TrainingArguments):
             "tasks_per_forward",
             "tasks_per_step",
             "max_new_tokens",
+            "dataset_num_proc",
         ):
             if getattr(self, option) is not None:
                 _at_least(option, getattr(self, option), 1)
@@ -359,6 +502,7 @@ class MetaLoraConfig(TrainingArguments):
         self._check_choices()
         self.algorithm_object()
         self.prompt_format()
+        self.labelling()
         if not torch.cuda.is_available():
             self.dataloader_pin_memory = False  # there is no memory to pin, and torch would warn
         join(self.ddp_timeout)
@@ -408,7 +552,16 @@ class MetaLoraConfig(TrainingArguments):
 
     def prompt_format(self) -> PromptFormat:
         """How rows become text."""
-        return PromptFormat(self.prompt_template, self.completion_template)
+        return PromptFormat(self.prompt_template, self.completion_template, self.context_template, self.assistant_turns)
+
+    def labelling(self) -> Labelling | None:
+        """How the classes of an episode are drawn, if episodes are of classes."""
+        if self.ways is not None:
+            return Labelling(self.ways, self.label_words, self.label_column)
+        _choice("label_words", self.label_words, LABEL_WORDS)
+        if self.label_words != "given":
+            raise MetaPeftError(f"label_words: {self.label_words} is of episodes of classes: say of how many (ways).")
+        return None
 
     def inner_rule(self) -> InnerRule:
         """The inner rule that these options describe."""

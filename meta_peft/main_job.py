@@ -19,6 +19,7 @@ from meta_peft.objectives import objective_name
 from meta_peft.processes import group
 from meta_peft.report import Report
 from meta_peft.sharding import asked_for, check_sharding
+from meta_peft.task_loading import load_tasks, with_enough_rows
 from meta_peft.tasks import TaskSet
 from meta_peft.tasks.leakage import check_leakage
 from meta_peft.trainer import MetaTrainer
@@ -31,6 +32,7 @@ RECORDED = (
     *("max_steps", "multitask_warmup_steps", "per_device_train_batch_size", "learning_rate", "lr_scheduler_type"),
     *("max_grad_norm", "seed", "world_size", "prompt_template", "completion_template", "metric", "choice_score"),
     *("task_sampling", "sampling_temperature", "sampling_exploration", "curriculum_steps", "support_selection"),
+    *("context_template", "assistant_turns", "task_column", "ways", "label_words"),
 )
 
 
@@ -41,7 +43,7 @@ def run(
     _check_base(model_args, args)
     tasks = load_tasks(task_args, args.task_column)
     leakage = group.of_first(partial(check_leakage, tasks, args.task_leakage))
-    tasks["train"].check_rows(args.shots, args.query_size)
+    tasks = with_enough_rows(tasks, task_args, args)
     tokenizer = load_tokenizer(
         model_args.model_name_or_path,
         revision=model_args.model_revision,
@@ -89,21 +91,6 @@ def run(
     return report
 
 
-def load_tasks(task_args: TaskArguments, task_column: str) -> dict[str, TaskSet]:
-    """Tasks by split, each pair of splits disjoint."""
-    if task_args.train_tasks == "locale_formatting":
-        from meta_peft.tasks.locale_formatting import locale_formatting
-
-        return dict(locale_formatting())
-    named = {"train": task_args.train_tasks, "validation": task_args.validation_tasks, "test": task_args.test_tasks}
-    tasks = {split: TaskSet.from_jsonl(path, task_column) for split, path in named.items() if path}
-    splits = list(tasks)
-    for i, split in enumerate(splits):
-        for other in splits[i + 1 :]:
-            tasks[split].check_disjoint(tasks[other], (split, other))
-    return tasks
-
-
 def _check_base(model_args: ModelArguments, args: MetaLoraConfig) -> None:
     """What cannot work where the base is to be kept is refused before it is loaded."""
     sharding = asked_for()
@@ -130,6 +117,7 @@ def _about(
     return {
         "model": asdict(model_args),
         "tasks": {**asdict(task_args), **{f"n_{split}": len(t) for split, t in tasks.items()}},
+        "data": {split: t.found for split, t in tasks.items()},
         "training": {name: getattr(args, name) for name in RECORDED},
         "training_seconds": round(seconds, 1),
         "versions": {name: version(name) for name in ("torch", "transformers", "peft", "accelerate", "bitsandbytes")},

@@ -34,10 +34,10 @@ from meta_peft.checked import at_least
 from meta_peft.config import MetaLoraConfig, ModelArguments, TaskArguments
 from meta_peft.errors import MetaPeftError
 from meta_peft.evaluate import curve, interval
-from meta_peft.main_job import load_tasks
 from meta_peft.outer_loop import meta_gradient
 from meta_peft.params import flatten
 from meta_peft.patterns import matches
+from meta_peft.task_loading import load_tasks
 from meta_peft.tasks import EpisodeDataset, TaskSet
 from meta_peft.tasks.leakage import Leakage, find_leakage
 from meta_peft.trainer import MetaTrainer

@@ -29,6 +29,7 @@ from meta_peft.adapter_loss import AdapterLoss
 from meta_peft.base_model import BaseIdentity, agree_on_padding, load_base, load_tokenizer, with_adapter
 from meta_peft.card import model_card
 from meta_peft.config import MetaLoraConfig, ModelArguments
+from meta_peft.data_wait import DataWait
 from meta_peft.errors import MetaPeftError
 from meta_peft.evaluate import Start, curve
 from meta_peft.objectives import CLASSIFYING, objective_name
@@ -60,7 +61,7 @@ class MetaTrainer(Trainer):
         model: a `PeftModel`; or a model, or the name of one, with `peft_config` saying where LoRA goes.
         args: options of the run.
         train_dataset: tasks to learn from: whatever `TaskSet.of` takes (a `datasets.Dataset` with a task column, a
-            mapping of task names to rows, rows, the path of a JSONL file).
+            mapping of task names to rows, rows, the path of a file or a folder).
         eval_dataset: other tasks, to be evaluated on.
         processing_class: the base model's tokenizer, or its processor for speech; found by the model's name if not given.
         peft_config: a `LoraConfig`, unless the model is a `PeftModel` already.
@@ -89,10 +90,8 @@ class MetaTrainer(Trainer):
         args = args or MetaLoraConfig()
         tasks = None if train_dataset is None else TaskSet.of(train_dataset, args.task_column)
         eval_tasks = None if eval_dataset is None else TaskSet.of(eval_dataset, args.task_column)
-        if tasks is not None:
-            tasks.check_rows(args.shots, args.query_size)
-            if eval_tasks is not None:
-                tasks.check_disjoint(eval_tasks)
+        if tasks is not None and eval_tasks is not None:
+            tasks.check_disjoint(eval_tasks)
         peft_model = _peft_model(model, peft_config)
         self.algorithm = args.algorithm_object()
         shares = args.world_size * args.gradient_accumulation_steps
@@ -105,6 +104,7 @@ class MetaTrainer(Trainer):
         self._results: dict[str, Any] = {}
         self.interrupted: int | None = None
         self._signal = StopSignal()
+        self._data_wait = DataWait()
         self._skipped = 0  # updates in a row that were not made
         self._diverged = 0  # tasks since the last line of the log
         self._failure: MetaPeftError | None = None
@@ -151,8 +151,12 @@ class MetaTrainer(Trainer):
     # ---- data
 
     def _training_episodes(self, tasks: TaskSet, args: MetaLoraConfig) -> EpisodeDataset:
-        encoded = tasks.encoded(self.encoding)
         length = args.max_steps * args.tasks_in_a_step
+        encoded = tasks.encoded(
+            self.encoding,
+            rows_drawn=length * (args.shots + args.query_size) * (args.ways or 1),
+            num_proc=args.dataset_num_proc,
+        )
         return EpisodeDataset(
             encoded,
             shots=args.shots,
@@ -161,16 +165,18 @@ class MetaTrainer(Trainer):
             length=length,
             sampling=args.sampling([len(rows) for rows in encoded.rows_of.values()]),
             selection=self._selection(),
+            labels=args.labelling(),
         )
 
     def evaluation_episodes(self, tasks: TaskSet, args: Any = None) -> EpisodeDataset:
         """One fixed episode of each task, with as many query rows as its rows and `eval_query_size` allow."""
         args = args or self.args
         return held_out(
-            tasks.encoded(self.encoding),
+            tasks.encoded(self.encoding, num_proc=args.dataset_num_proc),
             shots=args.shots,
             query_size=args.eval_query_size,
             seed=args.seed + 1,
+            labels=args.labelling(),
             selection=self._selection(),
         )
 
@@ -200,6 +206,10 @@ class MetaTrainer(Trainer):
 
     def get_total_train_batch_size(self, args: Any) -> int:
         return int(args.tasks_in_a_step)
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        with self._data_wait.waiting():
+            return super().get_batch_samples(*args, **kwargs)
 
     def _get_num_items_in_batch(self, batch_samples: Any, device: Any) -> None:
         """Losses are means over tasks, so there are no tokens to count."""
@@ -318,6 +328,7 @@ class MetaTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
             logs["diverged_tasks"], self._diverged = self._diverged, 0
+            logs["data_wait_share"] = round(self._data_wait.share(), 4)
             if self.memory_plan.halvings:
                 logs["out_of_memory"] = self.memory_plan.halvings
         super().log(logs, start_time)
@@ -341,6 +352,7 @@ class MetaTrainer(Trainer):
         if found is None and self.train_dataset is not None:
             self.train_dataset.sampling.begin(self._losses_before)
         self.interrupted, self._failure, self._skipped = None, None, 0
+        self._data_wait = DataWait()
         with StopSignal() as self._signal:
             result = super().train(found and str(found), *args, **kwargs)
         self.attach()

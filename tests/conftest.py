@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import atexit
 import copy
 import hashlib
 import os
+import shutil
+import tempfile
 from collections.abc import Callable
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported: a test that asked the hub would wait for it
+os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="meta_peft_test_cache_")  # read when datasets is imported
 
 import pytest
 import torch
@@ -22,6 +26,8 @@ from meta_peft.adapter_loss import AdapterLoss
 from meta_peft.fast_weights import FastWeights
 from meta_peft.frozen_linear import dequantise, quantised_layers
 from meta_peft.types import EpisodeBatch, Params, Rows
+
+atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
 
 VOCAB = 40
 QUANTISED = ("nf4", "int8")

@@ -25,6 +25,7 @@ FLOORS = [
         "memory",
         "whole_weights",
         "metrics",
+        "data_wait",
     ],
     [
         "live_memory",
@@ -43,7 +44,7 @@ FLOORS = [
     ["memory_plan", "schedule", "base_view", "predictions"],
     ["sharding", "scoring"],
     ["outer_loop", "config"],
-    ["evaluate", "in_context", "base_model", "outer_step"],
+    ["evaluate", "in_context", "base_model", "outer_step", "task_loading"],
     ["sidecar", "report", "adapter_files", "weightless"],
     ["hub", "card", "estimate"],
     ["adaptation", "estimate_report", "support"],
@@ -59,7 +60,7 @@ PEFT = "fast_weights fast_forwards ops preflight dora adapter_files adapter_loss
 ONLY_IN = {
     "peft": [*PEFT.split(), "trainer", "compare", "main_job", "weightless"],
     "bitsandbytes": ["frozen_linear", "preflight"],
-    "datasets": ["tasks", "trainer", "cli"],
+    "datasets": ["tasks", "task_loading", "trainer", "cli"],
     "transformers.Trainer": ["trainer"],
 }
 # In these folders every file is one choice among several, and `rule` and `__init__` know the choices.

@@ -80,6 +80,15 @@ def test_compared_with_plain_lora(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert (about["training"]["memory"], about["training"]["fast_weights"]) == ("auto", None)
     assert about["versions"]["torch"] == version("torch")
     assert about["training_seconds"] > 0
+    assert about["data"]["train"] == {
+        "rows": 64,
+        "tasks": 8,
+        "repeated_rows": 0,
+        "empty_rows": 0,
+        "rows_in_several_tasks": 0,
+        "single_label_tasks": 0,
+        "cut_rows": 0,
+    }
 
 
 def test_compared_with_everything(tmp_path: Path):

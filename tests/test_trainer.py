@@ -18,6 +18,7 @@ from surface import (
     base_model,
     bits,
     config,
+    letter_rows,
     letter_tasks,
     lora,
     peft_model,
@@ -78,6 +79,21 @@ def test_the_loss_goes_down_and_the_log_says_so(tmp_path: Path):
     assert all(line["grad_norm"] > 0 and line["learning_rate"] == 0.01 for line in log)
     first, last = (sum(line["loss"] for line in part) / 5 for part in (log[:5], log[-5:]))
     assert last < 0.8 * first
+    assert all(0 < line["data_wait_share"] < 1 for line in log)
+
+
+def test_episodes_of_classes(tmp_path: Path):
+    """Two ways, two shots of each, words permuted: rows and classes as the options say, in training and evaluation."""
+    rows = [{"text": row["input"], "label": row["target"]} for letter in TRAIN for row in letter_rows(letter)]
+    held_out = [{"text": row["input"], "label": row["target"]} for letter in EVAL for row in letter_rows(letter)]
+    options = {"task_column": ["label"], "ways": 2, "label_words": "permuted", "eval_query_size": 3}
+    run = trainer(tmp_path, tasks=rows, eval_tasks=held_out, **options)
+    batch = run.data_collator([run.train_dataset[0], run.train_dataset[1]])
+    assert (batch.support.labels_BL.shape[0], batch.query.labels_BL.shape[0]) == (2 * 2 * 2, 2 * 2 * 2)
+    run.train()
+    assert 0 <= run.evaluate()["eval_exact_match"] <= 1
+    assert len(run.eval_dataset) == len(EVAL)
+    assert len(run.eval_dataset[0].query) == 2 * 3
 
 
 RUNS = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from meta_peft.tasks.episodes import EpisodeDataset
+from meta_peft.tasks.labelling import Labelling
 from meta_peft.tasks.support_selection import SupportSelection
 from meta_peft.tasks.task_set import TaskSet
 
@@ -13,19 +14,22 @@ def held_out(
     shots: int,
     query_size: int | None = None,
     seed: int = 0,
+    labels: Labelling | None = None,
     selection: SupportSelection | None = None,
 ) -> EpisodeDataset:
     """Episode i is of task i, and the same each time; all have as many query rows as the smallest task has to give.
 
     Args:
         tasks: encoded tasks (see `TaskSet.encoded`).
-        shots: support rows of each task.
+        shots: support rows of each task, or with `labels` of each class.
         query_size: query rows at most; by default all that the smallest task has.
+        labels: how classes are drawn and called, if episodes are of classes.
         selection: chooses the support rows; by default they are random.
 
     Raises:
         MetaPeftError: a task has no row beyond its support rows.
     """
-    left = max(1, min(len(rows) for rows in tasks.rows_of.values()) - shots)
-    size = left if query_size is None else min(query_size, left)
-    return EpisodeDataset(tasks, shots=shots, query_size=size, seed=seed, shuffle=False, selection=selection)
+    size = (tasks if labels is None else labels.classes(tasks)).query_size(shots, query_size)
+    return EpisodeDataset(
+        tasks, shots=shots, query_size=size, seed=seed, shuffle=False, labels=labels, selection=selection
+    )

@@ -2,71 +2,116 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Mapping
+import copy
+import hashlib
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from datasets import Dataset
-from pyarrow import ArrowException
 
-from meta_peft.checked import shown
 from meta_peft.errors import MetaPeftError
 from meta_peft.tasks.encoding import Encoding
-from meta_peft.tasks.multiple_choice import CHOICES
-from meta_peft.tasks.prompt import PromptFormat, example_columns
+from meta_peft.tasks.fingerprint import fingerprint
+from meta_peft.tasks.prompt import PromptFormat, example_columns, read_columns
+from meta_peft.tasks.row_index import index_rows
+from meta_peft.tasks.sources import opened
+from meta_peft.tasks.sources.class_names import with_class_names
+from meta_peft.tasks.sources.opened import from_rows
+from meta_peft.tasks.sources.text_files import existing
+
+logger = logging.getLogger("meta_peft")
+
+LARGE = 100_000  # rows; of a larger table only those are encoded that are drawn, if fewer than all of them are
+WAS_CUT = "was_cut"
+
+Encodings = Encoding | Mapping[str, Encoding]
 
 
 class TaskSet:
     """Rows grouped by task.
 
     Args:
-        dataset: a `datasets.Dataset` whose rows have a task column and one of the column pairs that `PromptFormat`
-            reads (prompt/completion, input/target, text/label, question/answer, or messages).
-        task_column: the column that names the task.
+        dataset: a `datasets.Dataset` whose rows have a task column and are of one of the forms that `PromptFormat` knows.
+        task_column: the column that names the task, or several of them, whose values together do.
+        empty_rows: what becomes of rows without an input, an answer or a task: ``error`` or ``leave_out``.
 
-    Rows that repeat an earlier row of their task are left out, so that support and query can never share a row.
+    Rows that repeat an earlier row of their task are left out, so that support and query can never share a row. The
+    table stays on disk if it is there: of each row its number is kept.
+
+    `dataset` is what episodes are made of, `table` the same rows before they were encoded, and `found` counts what was
+    found in them.
     """
 
-    def __init__(self, dataset: Dataset, task_column: str = "task"):
-        if task_column not in dataset.column_names:
-            raise MetaPeftError(
-                f"Expected a column {task_column!r} that names the task of each row; the columns are"
-                f" {dataset.column_names}. Name the right one with task_column."
-            )
-        columns = [*example_columns(dataset.column_names), *({CHOICES} & set(dataset.column_names))]
-        self.dataset = dataset
-        self.task_column = task_column
-        self.rows_of: dict[str, list[int]] = {}
-        seen: set[tuple[str, str]] = set()
-        examples = dataset.select_columns(columns)
-        for i, (task, row) in enumerate(zip(dataset[task_column], examples, strict=True)):
-            if task is None or task == "" or isinstance(task, (list, dict)):
+    def __init__(self, dataset: Dataset, task_column: str | Sequence[str] = "task", *, empty_rows: str = "error"):
+        self.task_columns = (task_column,) if isinstance(task_column, str) else tuple(task_column)
+        for column in self.task_columns:
+            if column not in dataset.column_names:
                 raise MetaPeftError(
-                    f"Row {i + 1} has {shown(task)} in the column {task_column!r}: name its task, as a text or a number."
+                    f"Expected a column {column!r} that names the task of each row; the columns are"
+                    f" {dataset.column_names}. Name the right one with task_column."
                 )
-            key = (str(task), json.dumps(row, sort_keys=True, default=str))
-            if key not in seen:
-                seen.add(key)
-                self.rows_of.setdefault(str(task), []).append(i)
-        if not self.rows_of:
-            raise MetaPeftError("There are no rows, so there is no task to learn from.")
-        self.repeated_rows = len(dataset) - len(seen)
+        needed, read = example_columns(dataset.column_names), read_columns(dataset.column_names)
+        self.dataset = self.table = with_class_names(dataset)
+        self.encoding: Any = None  # an `Encoding`, of encoded tasks
+        index = index_rows(self.table, self.task_columns, read, needed, empty_rows=empty_rows)
+        self.rows_of = index.rows_of
+        self.found = {
+            "rows": len(dataset),
+            "tasks": len(self.rows_of),
+            "repeated_rows": index.repeated_rows,
+            "empty_rows": index.empty_rows,
+            "rows_in_several_tasks": index.rows_in_several_tasks,
+            "single_label_tasks": index.single_label_tasks,
+        }
 
     @property
     def names(self) -> list[str]:
         return list(self.rows_of)
 
+    @property
+    def repeated_rows(self) -> int:
+        """Rows that were left out because they repeat another one of their task."""
+        return self.found["repeated_rows"]
+
     def __len__(self) -> int:
         return len(self.rows_of)
 
     def rows(self, task: str) -> list[dict[str, Any]]:
-        return [self.dataset[i] for i in self.rows_of[task]]
+        return [self.dataset[int(i)] for i in self.rows_of[task]]
 
     def select(self, tasks: Iterable[str]) -> TaskSet:
         """These tasks alone, in this order."""
-        indices = [i for task in tasks for i in self.rows_of[task]]
-        return TaskSet(self.dataset.select(indices), self.task_column)
+        chosen = {task: self.rows_of[task] for task in tasks}
+        if not chosen:
+            raise MetaPeftError("No tasks are left.")
+        rows = np.concatenate(list(chosen.values()))
+        ends = np.cumsum([len(part) for part in chosen.values()])
+        selected = copy.copy(self)
+        selected.rows_of = dict(zip(chosen, np.split(np.arange(len(rows)), ends[:-1]), strict=True))
+        selected.dataset, selected.table = self.dataset.select(rows), self.table.select(rows)
+        selected.found = self.found | {"rows": len(rows), "tasks": len(chosen)}
+        return selected
+
+    def enough(self, shots: int, query_size: int) -> list[str]:
+        """The tasks that have rows enough for an episode."""
+        return [task for task, rows in self.rows_of.items() if len(rows) >= shots + query_size]
+
+    def only(self, tasks: Sequence[str]) -> TaskSet:
+        """These tasks, because the others are too small: `found` counts how many those are."""
+        if len(tasks) == len(self):
+            return self
+        if not tasks:
+            raise MetaPeftError(
+                f"None of the {len(self)} tasks has rows enough for an episode: lower shots, query_size or ways."
+            )
+        selected = self.select(tasks)
+        selected.found["small_tasks"] = len(self) - len(tasks)
+        return selected
 
     def check_rows(self, shots: int, query_size: int) -> None:
         """Raise unless every task has rows enough for one episode."""
@@ -75,8 +120,13 @@ class TaskSet:
                 raise MetaPeftError(
                     f"Task {task!r} has {len(rows)} distinct rows, but an episode takes {shots} support rows and"
                     f" {query_size} query rows ({shots + query_size} in all). Lower shots or query_size, or leave the"
-                    " task out."
+                    " task out (small_tasks: leave_out)."
                 )
+
+    def query_size(self, shots: int, most: int | None = None) -> int:
+        """Query rows that every task can give besides its support rows: `most`, or what the smallest task has left."""
+        left = max(1, min(len(rows) for rows in self.rows_of.values()) - shots)
+        return left if most is None else min(most, left)
 
     def check_disjoint(self, other: TaskSet, names: tuple[str, str] = ("training", "evaluation")) -> None:
         """Raise if a task is in both sets."""
@@ -84,96 +134,133 @@ class TaskSet:
         if shared:
             raise MetaPeftError(
                 f"{len(shared)} tasks are in both the {names[0]} and the {names[1]} tasks, {shared[0]!r} for one: what"
-                " is measured on them is memory, not adaptation. Keep the sets apart."
+                " is measured on them is memory, not adaptation. Keep the sets apart, or have them made of one"
+                " (split_fractions)."
             )
 
-    def encoded(self, how: Encoding | PromptFormat, tokenizer: Any = None, max_length: int = 256) -> TaskSet:
-        """The same tasks with features, such as `input_ids` and `labels`, in place of text; encoded once.
+    def split(self, fractions: Sequence[float], seed: int = 0) -> tuple[TaskSet, ...]:
+        """The tasks in as many parts as `fractions`, which add up to 1; the seed decides which task is where.
 
-        `how` may be a `PromptFormat`, with the tokenizer and the longest row in tokens, where a causal language model is
-        to read the rows.
+        Where a task is a class (the task column is the label), so are the parts: no class is in two of them.
         """
-        if isinstance(how, PromptFormat):
-            how = Encoding("causal_lm", how, tokenizer, max_length)
-        of_task = how.of_tasks(self.rows, self.names)
-        encoded = self.dataset.map(
-            lambda row: of_task[str(row[self.task_column])](row),
-            remove_columns=[c for c in self.dataset.column_names if c != self.task_column],
+        names, order = self.names, np.random.default_rng(seed).permutation(len(self))
+        ends = np.rint(np.cumsum(fractions) * len(names)).astype(int)
+        parts = np.split(order, ends[:-1])
+        if not all(len(part) for part in parts):
+            raise MetaPeftError(
+                f"{len(names)} tasks cannot be split into {', '.join(f'{share:g}' for share in fractions)} of them: a"
+                " part would have none. Give other split_fractions, or more tasks."
+            )
+        return tuple(self.select(names[i] for i in sorted(part)) for part in parts)
+
+    def encoded(
+        self,
+        how: Encoding | PromptFormat,
+        tokenizer: Any = None,
+        max_length: int = 256,
+        *,
+        rows_drawn: int | None = None,
+        num_proc: int | None = None,
+    ) -> TaskSet:
+        """The same tasks with features, such as `input_ids` and `labels`, in place of text.
+
+        Rows are encoded once, by `num_proc` processes, and found again by the next run if the table is on disk. Of a
+        large table of which a run draws but few rows (`rows_drawn`), rows are encoded when they are drawn.
+
+        Args:
+            how: an `Encoding`; or a `PromptFormat`, with the tokenizer and the longest row in tokens, where a causal
+                language model is to read the rows.
+        """
+        encoding = Encoding("causal_lm", how, tokenizer, max_length) if isinstance(how, PromptFormat) else how
+        encoded = copy.copy(self)
+        encoded.encoding = encoding
+        options: dict[str, Any] = {
+            "encoding": encoding.of_tasks(self.rows, self.names),
+            "task_columns": self.task_columns,
+        }
+        if rows_drawn is not None and len(self.dataset) > LARGE and rows_drawn < len(self.dataset):
+            encoded.dataset = self.dataset.with_transform(partial(_encode_batch, **options))
+            return encoded
+        parts = fingerprint(*options.values())
+        name = parts and hashlib.sha256(f"{self.dataset._fingerprint}{parts}".encode()).hexdigest()[:32]
+        dataset = self.dataset.map(
+            _encode_counted,
+            fn_kwargs=options,
+            remove_columns=[c for c in self.dataset.column_names if c not in self.task_columns],
+            new_fingerprint=name,
+            num_proc=num_proc,
             desc="encoding",
         )
-        if "input_features" in encoded.column_names:  # as lists of numbers they would be slow
-            encoded = encoded.with_format("numpy", columns=["input_features"], output_all_columns=True)
-        copy = object.__new__(TaskSet)
-        copy.__dict__.update(self.__dict__, dataset=encoded)
-        return copy
+        self.found["cut_rows"] = sum(int(np.sum(part[WAS_CUT])) for part in _columns(dataset, WAS_CUT))
+        if self.found["cut_rows"]:
+            logger.warning(
+                "%d of %d rows are longer than max_length=%d and lost the start of their prompt.",
+                *(self.found["cut_rows"], len(dataset), encoding.max_length),
+            )
+        encoded.dataset = dataset.remove_columns([WAS_CUT])
+        if "input_features" in dataset.column_names:  # as lists of numbers they would be slow
+            encoded.dataset = encoded.dataset.with_format("numpy", ["input_features"], output_all_columns=True)
+        return encoded
 
     @classmethod
-    def from_rows(cls, rows: Iterable[Mapping[str, Any]], task_column: str = "task") -> TaskSet:
+    def from_rows(cls, rows: Iterable[Mapping[str, Any]], task_column: str | Sequence[str] = "task") -> TaskSet:
         """From an iterable of dicts."""
-        try:
-            rows = [dict(row) for row in rows]
-            if any(_has_nul_in_names(row) for row in rows):  # Arrow would cut the names there
-                raise MetaPeftError("A column has a name with a NUL character: rename it.")
-            dataset = Dataset.from_list(rows)
-        except MetaPeftError:
-            raise
-        except (ArrowException, TypeError, ValueError, OverflowError, RecursionError) as error:
-            raise MetaPeftError(
-                f"The rows do not make a table ({shown(str(error))}): each must have columns, and a column the same kind"
-                " of value in every row, text for one."
-            ) from error
-        return cls(dataset, task_column)
+        return cls(from_rows(rows), task_column)
 
     @classmethod
     def from_mapping(cls, tasks: Mapping[str, Iterable[Mapping[str, Any]]]) -> TaskSet:
         """From ``{task: rows}``."""
-        return cls.from_rows({**row, "task": name} for name, rows in tasks.items() for row in rows)
+        return cls.of(tasks)
 
     @classmethod
-    def from_jsonl(cls, path: str | Path, task_column: str = "task") -> TaskSet:
+    def from_jsonl(cls, path: str | Path, task_column: str | Sequence[str] = "task") -> TaskSet:
         """From a file with one JSON object a line."""
-        return cls.from_rows(read_jsonl(path), task_column)
+        return cls.of(existing(path), task_column)
 
     @classmethod
-    def of(cls, source: Any, task_column: str = "task") -> TaskSet:
-        """From whatever holds tasks: a `TaskSet`, a `datasets.Dataset`, a mapping, rows, or the path of a JSONL file."""
+    def of(cls, source: Any, task_column: str | Sequence[str] = "task", *, empty_rows: str = "error") -> TaskSet:
+        """From whatever holds tasks: a `TaskSet`, or what `meta_peft.tasks.sources.opened` takes."""
         if isinstance(source, TaskSet):
             return source
-        if isinstance(source, Dataset):
-            return cls(source, task_column)
-        if isinstance(source, (str, Path)):
-            return cls.from_jsonl(source, task_column)
-        if isinstance(source, Mapping):
-            return cls.from_mapping(source)
-        return cls.from_rows(source, task_column)
+        first = task_column if isinstance(task_column, str) else task_column[0]
+        return cls(opened(source, first), task_column, empty_rows=empty_rows)
 
 
-def _has_nul_in_names(value: Any) -> bool:
-    if isinstance(value, Mapping):
-        return any("\0" in str(name) or _has_nul_in_names(part) for name, part in value.items())
-    return isinstance(value, list) and any(map(_has_nul_in_names, value))
+def _encode_counted(row: Mapping[str, Any], encoding: Encodings, task_columns: Sequence[str]) -> dict[str, Any]:
+    features = _encode(row, encoding, task_columns)
+    how = _of_its_task(row, encoding, task_columns)
+    cut = False
+    if len(features.get("input_ids", ())) >= how.max_length:  # with room for one token more, would it have that one?
+        roomier = replace(how, max_length=how.max_length + 1)
+        cut = len(roomier(row)["input_ids"]) > how.max_length
+    return features | {WAS_CUT: cut}
 
 
-def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
-    """The rows of a JSONL file; a bad line is named by its number."""
-    path = Path(path)
-    if not path.is_file():
-        raise MetaPeftError(f"There is no file {str(path)!r}.")
-    rows = []
+def _encode_batch(
+    batch: Mapping[str, list[Any]], encoding: Encodings, task_columns: Sequence[str]
+) -> dict[str, list[Any]]:
+    """What `datasets` calls when rows are drawn."""
+    rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
+    encoded = [
+        {**{column: row[column] for column in task_columns}, **_encode(row, encoding, task_columns)} for row in rows
+    ]
+    return {name: [row[name] for row in encoded] for name in encoded[0]}
+
+
+def _encode(row: Mapping[str, Any], encoding: Encodings, task_columns: Sequence[str]) -> dict[str, Any]:
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")  # splitlines() would split at U+2028 inside a string too
-    except UnicodeDecodeError as error:
-        raise MetaPeftError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}).") from error
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:  # integers of thousands of digits and deep nesting too
-            raise MetaPeftError(f"{path}, line {number}: not JSON ({getattr(error, 'msg', error)}).") from error
-        if not isinstance(row, dict):
-            raise MetaPeftError(f"{path}, line {number}: expected an object with columns, got {line[:60]!r}.")
-        rows.append(row)
-    if not rows:
-        raise MetaPeftError(f"{path} has no rows.")
-    return rows
+        return _of_its_task(row, encoding, task_columns)(row)
+    except MetaPeftError as error:
+        raise MetaPeftError(f"{error} (In task {_task(row, task_columns)!r}.)") from error
+
+
+def _of_its_task(row: Mapping[str, Any], encoding: Encodings, task_columns: Sequence[str]) -> Encoding:
+    return encoding[_task(row, task_columns)] if isinstance(encoding, Mapping) else encoding
+
+
+def _task(row: Mapping[str, Any], task_columns: Sequence[str]) -> str:
+    return " / ".join(str(row[column]) for column in task_columns)
+
+
+def _columns(dataset: Dataset, column: str) -> Iterable[dict[str, Any]]:
+    return dataset.select_columns([column]).with_format("numpy").iter(100_000)

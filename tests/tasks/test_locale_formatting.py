@@ -21,7 +21,10 @@ def some_locales(monkeypatch) -> None:
 
 
 def contents(splits: dict[str, TaskSet]) -> dict:
-    return {split: (tasks.rows_of, tasks.dataset.to_dict()) for split, tasks in splits.items()}
+    return {
+        split: ({t: r.tolist() for t, r in tasks.rows_of.items()}, tasks.dataset.to_dict())
+        for split, tasks in splits.items()
+    }
 
 
 def test_there_are_many_tasks(everything):

@@ -5,7 +5,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from meta_peft.errors import MetaPeftError
-from meta_peft.tasks.prompt import PromptFormat, example_columns
+from meta_peft.tasks.prompt import PromptFormat, answer_length, example_columns, read_columns
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}> {{ m.content }} <end> {% endfor %}"
@@ -140,3 +140,112 @@ def test_templates_without_their_field(template: dict):
 def test_the_first_known_form_wins():
     assert example_columns(["label", "text", "prompt", "completion"]) == ("prompt", "completion")
     assert example_columns(["task", "messages"]) == ("messages",)
+
+
+# ---- questions with a context
+
+
+@pytest.mark.parametrize(
+    ("row", "prompt", "completion"),
+    [
+        ({"question": "one", "answer": "two"}, "one ->", " two"),
+        ({"question": "one", "context": "six", "answer": "two"}, "six\none ->", " two"),
+        ({"question": "one", "context": None, "answer": "two"}, "one ->", " two"),
+        ({"question": "one", "context": "", "answers": ["two", "three"]}, "one ->", " two"),
+        (
+            {"question": "one", "context": "six", "answers": {"text": ["two"], "answer_start": [4]}},
+            "six\none ->",
+            " two",
+        ),
+        (
+            {"question": "one", "context": "six", "answers": {"text": [], "answer_start": []}},
+            "six\none ->",
+            " unanswerable",
+        ),
+        ({"question": "{context}", "context": "{question}", "answer": "two"}, "{question}\n{context} ->", " two"),
+    ],
+)
+def test_questions(row: dict, prompt: str, completion: str):
+    """With their context in front of them; the first of several answers is learned."""
+    assert PromptFormat().render({"id": 1, **row}) == (prompt, completion)
+
+
+def test_the_context_has_a_template():
+    own = PromptFormat("{input} =", context_template="five {question} six {context}")
+    row = {"question": "one", "context": "two", "answer": "three"}
+    assert own.render(row)[0] == "five one six two ="
+    assert PromptFormat(**own.to_dict()) == own
+    with pytest.raises(MetaPeftError, match=r"context_template must contain \{question\}"):
+        PromptFormat(context_template="{context}")
+    assert read_columns(["question", "answers", "context"]) == ("question", "answers", "context")
+    assert read_columns(["text", "label", "context"]) == ("text", "label")
+
+
+@pytest.mark.parametrize("answers", [3, {"texts": ["a"]}, None])
+def test_answers_of_another_form(answers):
+    with pytest.raises(MetaPeftError, match="Column 'answers' must hold a list of texts, or SQuAD's"):
+        PromptFormat().render({"question": "one", "answers": answers})
+
+
+@pytest.mark.parametrize(
+    "row", [{"audio": "a.wav", "sentence": "x"}, {"audio": "a.wav", "text": "x"}, {"tokens": ["a"], "ner_tags": [0]}]
+)
+def test_rows_that_are_no_text(row: dict):
+    assert set(example_columns(row)) == set(row)
+    with pytest.raises(MetaPeftError, match="are no prompt and completion: choose the objective"):
+        PromptFormat().render(row)
+
+
+# ---- every turn of the assistant
+
+TURNS = [("user", "one"), ("assistant", "two"), ("user", "three"), ("assistant", "four five")]
+CHAT = {"messages": [{"role": role, "content": content} for role, content in TURNS]}
+
+
+def test_all_turns_of_the_assistant():
+    """What it wrote, and the ends of its turns; what it was told is not learned."""
+    text, learned = words(PromptFormat(assistant_turns="all").encode(CHAT, tokenizer(), 99))
+    assert text == "<user> one <end> <assistant> two <end> <user> three <end> <assistant> four five <end>"
+    assert learned == "two <end> four five <end>"
+
+
+def test_a_long_conversation_is_cut_at_its_start():
+    encoded = PromptFormat(assistant_turns="all").encode(CHAT, tokenizer(), 10)
+    assert words(encoded) == (
+        "<user> two <end> <user> three <end> <assistant> four five <end>",
+        "two <end> four five <end>",
+    )
+    assert words(PromptFormat(assistant_turns="all").encode(CHAT, tokenizer(), 6)) == (
+        "<user> <end> <assistant> four five <end>",
+        "four five <end>",
+    )
+    assert answer_length(encoded["labels"]) == 3
+
+
+def test_turns_that_a_template_rewrites():
+    """Some templates drop earlier thoughts: then only the last turn can be learned."""
+    odd = tokenizer()
+    odd.chat_template = TEMPLATE.replace(
+        "{{ m.content }}", "{{ m.content if loop.last or m.role == 'user' else 'six' }}"
+    )
+    assert words(PromptFormat().encode(CHAT, odd, 99))[1] == "four five <end>"
+    with pytest.raises(MetaPeftError, match=r"does not continue its own prompt.* or assistant_turns: last"):
+        PromptFormat(assistant_turns="all").encode(CHAT, odd, 99)
+
+
+def test_turns_must_be_known():
+    with pytest.raises(MetaPeftError, match=r"assistant_turns must be one of last, all; got 'al'. Did you mean 'all'"):
+        PromptFormat(assistant_turns="al")
+
+
+# ---- another answer
+
+
+def test_another_label():
+    """As if the row had had it from the start."""
+    own, row = PromptFormat("five {input} six", " {target} four"), {"text": "one two", "label": "three"}
+    encoded = {"weight": 7, **own.encode(row, tokenizer(), 99)}
+    expected = own.encode({**row, "label": "two two"}, tokenizer(), 99)
+    assert own.with_label(encoded, "two two", tokenizer(), 64) == {"weight": 7, **expected}
+    cut = own.with_label(encoded, "two two", tokenizer(), len(expected["input_ids"]) - 1)
+    assert cut == {"weight": 7, **own.encode({**row, "label": "two two"}, tokenizer(), len(expected["input_ids"]) - 1)}

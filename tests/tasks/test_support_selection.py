@@ -108,7 +108,9 @@ def test_a_task_is_looked_at_once_and_a_large_one_in_part(monkeypatch: pytest.Mo
     assert episodes.selection._view.asked == 3
     looked_at, _ = episodes.selection._known["task 1"]
     assert len(looked_at) == 12
-    assert {int(name.split(".")[1]) for name in support} <= {large.rows_of["task 1"].index(60 + i) for i in looked_at}
+    assert {int(name.split(".")[1]) for name in support} <= {
+        list(large.rows_of["task 1"]).index(60 + i) for i in looked_at
+    }
 
 
 def test_what_cannot_be():

@@ -4,10 +4,13 @@ import json
 
 import pytest
 from datasets import Dataset
+from surface import run_python, tiny_folder, tiny_tokenizer
 
 from meta_peft.errors import MetaPeftError
+from meta_peft.tasks import EpisodeDataset, task_set
+from meta_peft.tasks.encoding import Encoding
 from meta_peft.tasks.prompt import PromptFormat
-from meta_peft.tasks.task_set import TaskSet, read_jsonl
+from meta_peft.tasks.task_set import TaskSet
 
 
 def rows(n: int, prefix: str = "") -> list[dict]:
@@ -107,28 +110,12 @@ def test_encoded_keeps_tasks_and_drops_text():
     tasks = TaskSet.from_rows([*FLAT, FLAT[0]])
     encoded = tasks.encoded(PromptFormat(), Letters(), 99)
     assert encoded.names == tasks.names
-    assert encoded.rows_of == tasks.rows_of
+    assert {t: r.tolist() for t, r in encoded.rows_of.items()} == {t: r.tolist() for t, r in tasks.rows_of.items()}
     assert set(encoded.dataset.column_names) == {"task", "input_ids", "labels"}
     assert [{**r} for r in encoded.rows("a")] == [
         {"task": "a", **PromptFormat().encode(row, Letters(), 99)} for row in MAPPING["a"]
     ]
     assert set(tasks.dataset.column_names) == {"task", "input", "target"}
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ('{"task": 1}\n{"task": \n', r"tasks.jsonl, line 2: not JSON"),
-        ('{"task": 1}\n\n[1, 2]\n', r"tasks.jsonl, line 3: expected an object with columns, got '\[1, 2\]'"),
-        ("\n \n", r"tasks.jsonl has no rows"),
-        (b"\xff\xfe{}", r"tasks.jsonl is not UTF-8 text \(invalid start byte at byte 0\)"),
-    ],
-)
-def test_bad_files(tmp_path, content, message: str):
-    path = tmp_path / "tasks.jsonl"
-    path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.raises(MetaPeftError, match=message):
-        read_jsonl(path)
 
 
 @pytest.mark.parametrize(
@@ -162,10 +149,109 @@ def test_no_file(tmp_path):
         TaskSet.of(tmp_path / "absent.jsonl")
 
 
-def test_characters_that_end_a_line_elsewhere_are_content(tmp_path):
-    """JSON lines end at newlines only; U+2028 and its like may stand inside a string."""
+# ---- tokens
+
+
+def on_disk(tmp_path, n: int = 6) -> TaskSet:
     path = tmp_path / "tasks.jsonl"
-    path.write_text(
-        json.dumps({"task": "a", "input": "x\u2028y\x85z", "target": "1"}, ensure_ascii=False) + "\r\n", "utf-8"
-    )
-    assert read_jsonl(path)[0]["input"] == "x\u2028y\x85z"
+    path.write_text("".join(json.dumps({"task": "a", **row}) + "\n" for row in rows(n)), encoding="utf-8")
+    return TaskSet.of(path)
+
+
+COUNTING = """
+import sys
+from meta_peft.base_model import load_tokenizer
+from meta_peft.tasks import PromptFormat, TaskSet
+from meta_peft.tasks.encoding import Encoding
+calls = []
+once = Encoding.__call__
+Encoding.__call__ = lambda self, row: calls.append(1) or once(self, row)
+for max_length in map(int, sys.argv[3:]):
+    encoded = TaskSet.of(sys.argv[1]).encoded(PromptFormat(), load_tokenizer(sys.argv[2]), max_length)
+    print(len(calls), encoded.rows("a")[0]["labels"][-1])
+    calls.clear()
+"""
+
+
+def test_a_second_run_does_not_tokenise_again(tmp_path):
+    """Another process, with a tokenizer of its own; a changed option does."""
+    on_disk(tmp_path)
+    arguments = [str(tmp_path / "tasks.jsonl"), str(tiny_folder())]
+    assert run_python(COUNTING, *arguments, "20") == "6 1\n"
+    assert run_python(COUNTING, *arguments, "20", "21") == "0 1\n6 1\n"
+
+
+def test_tokenising_in_several_processes(tmp_path):
+    tasks = on_disk(tmp_path)
+    one, two = (tasks.encoded(PromptFormat(), tiny_tokenizer(), 20 + n, num_proc=n) for n in (1, 2))
+    assert one.rows("a") == two.rows("a")
+
+
+def test_cut_rows_are_counted_once(tmp_path, caplog):
+    """Rows of exactly `max_length` tokens are not cut."""
+    tasks = TaskSet.from_rows([{"task": "a", "input": "x" * n, "target": "y"} for n in (1, 2, 3, 4)])
+    longest = len(PromptFormat().encode({"input": "xx", "target": "y"}, tiny_tokenizer(), 99)["input_ids"])
+    with caplog.at_level("WARNING", "meta_peft"):
+        encoded = tasks.encoded(PromptFormat(), tiny_tokenizer(), longest)
+    assert tasks.found["cut_rows"] == 2
+    assert caplog.messages == [f"2 of 4 rows are longer than max_length={longest} and lost the start of their prompt."]
+    assert set(encoded.dataset.column_names) == {"task", "input_ids", "labels"}
+
+
+def test_a_row_that_cannot_be_encoded_is_of_a_task():
+    tasks = TaskSet.from_rows([{"task": "a", "input": "x", "target": "y" * 50}])
+    with pytest.raises(MetaPeftError, match=r"does not fit max_length=20.*\(In task 'a'.\)"):
+        tasks.encoded(PromptFormat(), tiny_tokenizer(), 20)
+
+
+def test_rows_of_a_large_table_are_encoded_when_they_are_drawn(tmp_path, monkeypatch):
+    """The same rows; but not all of them."""
+    tasks = on_disk(tmp_path)
+    whole = tasks.encoded(PromptFormat(), tiny_tokenizer(), 20)
+    calls = []
+    once = Encoding.__call__
+    monkeypatch.setattr(task_set, "LARGE", 5)
+    monkeypatch.setattr(Encoding, "__call__", lambda self, row: calls.append(1) or once(self, row))
+    some = tasks.encoded(PromptFormat(), tiny_tokenizer(), 20, rows_drawn=5)
+    assert not calls
+    episodes = [EpisodeDataset(t, shots=1, query_size=1)[0] for t in (whole, some)]
+    assert episodes[0] == episodes[1]
+    assert len(calls) == 2
+    assert len(tasks.encoded(PromptFormat(), tiny_tokenizer(), 22, rows_drawn=6).rows("a")) == 6
+    assert len(calls) == 2 + 6
+
+
+# ---- choosing tasks
+
+
+def test_splits_are_disjoint_and_by_the_seed():
+    tasks = TaskSet.from_mapping({str(t): rows(2) for t in range(10)})
+    parts = tasks.split([0.5, 0.3, 0.2], seed=1)
+    assert [len(part) for part in parts] == [5, 3, 2]
+    assert sorted(name for part in parts for name in part.names) == sorted(tasks.names)
+    assert [part.names for part in tasks.split([0.5, 0.3, 0.2], seed=1)] == [part.names for part in parts]
+    assert [part.names for part in tasks.split([0.5, 0.3, 0.2], seed=2)] != [part.names for part in parts]
+    with pytest.raises(MetaPeftError, match=r"10 tasks cannot be split into 0.98, 0.01, 0.01 of them: a part"):
+        tasks.split([0.98, 0.01, 0.01])
+
+
+def test_small_tasks_are_left_out_and_counted():
+    tasks = TaskSet.from_mapping(MAPPING)
+    left = tasks.only(tasks.enough(2, 1))
+    assert contents(left) == {"b": MAPPING["b"]}
+    assert (left.found["small_tasks"], left.found["tasks"]) == (1, 1)
+    assert tasks.only(tasks.names) is tasks
+    with pytest.raises(MetaPeftError, match="None of the 2 tasks has rows enough"):
+        tasks.only(tasks.enough(3, 1))
+
+
+def test_what_was_found():
+    tasks = TaskSet.from_rows([*FLAT, FLAT[0], {**FLAT[0], "task": "c"}])
+    assert tasks.found == {
+        "rows": 7,
+        "tasks": 3,
+        "repeated_rows": 1,
+        "empty_rows": 0,
+        "rows_in_several_tasks": 5,  # of 0 there are three, and of 1 two
+        "single_label_tasks": 0,
+    }

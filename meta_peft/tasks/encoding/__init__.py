@@ -97,10 +97,12 @@ class Encoding:
         kind: Any = _KINDS[self.objective]
         return self._with_names(class_names(kind.label(row) for row in rows))
 
-    def of_tasks(self, rows_of: Callable[[str], list[dict[str, Any]]], names: Iterable[str]) -> dict[str, Encoding]:
-        """`of_task` for each of the tasks called `names`, whose rows `rows_of` gives."""
-        if self.objective not in CLASSIFYING:
-            return dict.fromkeys(names, self)
+    def of_tasks(
+        self, rows_of: Callable[[str], list[dict[str, Any]]], names: Iterable[str]
+    ) -> Encoding | dict[str, Encoding]:
+        """`of_task` for each of the tasks called `names`, whose rows `rows_of` gives; itself if it is the same for all."""
+        if self.objective not in CLASSIFYING or self.facts.label_names:
+            return self
         return {name: self.of_task(rows_of(name)) for name in names}
 
     def _with_names(self, names: tuple[str, ...]) -> Encoding:

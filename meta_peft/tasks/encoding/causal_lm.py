@@ -15,4 +15,4 @@ def encode(row: Mapping[str, Any], how: Encoding) -> dict[str, Any]:
 
 
 def with_label(features: Mapping[str, Any], label: str, how: Encoding) -> dict[str, Any]:
-    return dict(how.prompt_format.with_label(features, label, how.tokenizer))
+    return dict(how.prompt_format.with_label(features, label, how.tokenizer, how.max_length))

@@ -1,0 +1,61 @@
+"""What an encoding is, in a few letters that are the same in every run: the name that encoded rows are kept by.
+
+`datasets` hashes what a tokenizer pickles to, which changes when it is first used; here it is what the tokenizer does.
+The code that encodes counts too: a new version of it must not find what an old one made.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+
+def fingerprint(*values: Any) -> str | None:
+    """A hash of `values`; None if one of them is not known to be described by its parts."""
+    parts = [_described(value) for value in values]
+    if None in parts:
+        return None
+    return _digest(_digest_of_code(), *map(str, parts))
+
+
+def _described(value: Any) -> str | None:
+    if value is None or isinstance(value, (str, int, float, bool)):
+        return repr(value)
+    if isinstance(value, Mapping):
+        return _of_parts(value)
+    if isinstance(value, (list, tuple)):
+        return _of_parts({str(i): part for i, part in enumerate(value)})
+    if is_dataclass(value) and not isinstance(value, type):
+        return _of_parts({"": type(value).__name__, **{f.name: getattr(value, f.name) for f in fields(value)}})
+    if hasattr(value, "backend_tokenizer"):
+        special = ("bos_token", "eos_token", "pad_token", "chat_template")
+        parts = {name: getattr(value, name, None) for name in special}
+        # Padding and truncation are what the last caller asked for; who encodes asks anew.
+        does = {**json.loads(value.backend_tokenizer.to_str()), "padding": None, "truncation": None}
+        return _of_parts({"": type(value).__name__, "tokenizer": json.dumps(does), **parts})
+    if hasattr(value, "tokenizer") and hasattr(value, "feature_extractor"):  # a processor of sound
+        extractor = value.feature_extractor.to_json_string()
+        return _of_parts({"tokenizer": value.tokenizer, "feature_extractor": extractor})
+    return None
+
+
+def _of_parts(parts: Mapping[str, Any]) -> str | None:
+    described = {name: _described(part) for name, part in parts.items()}
+    if None in described.values():
+        return None
+    return _digest(*(f"{name}={part}" for name, part in described.items()))
+
+
+@cache
+def _digest_of_code() -> str:
+    files = sorted(Path(__file__).parent.rglob("*.py"))
+    return _digest(*(file.read_text(encoding="utf-8") for file in files))
+
+
+def _digest(*parts: str) -> str:
+    return hashlib.sha256("\0".join(parts).encode("utf-8", "surrogatepass")).hexdigest()[:32]

@@ -1,0 +1,214 @@
+"""A table from whatever rows are kept in: a file, several, a folder, a saved dataset, a hub id, a stream."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from datasets import (
+    Audio,
+    Dataset,
+    DatasetDict,
+    IterableDataset,
+    IterableDatasetDict,
+    concatenate_datasets,
+    load_dataset,
+    load_from_disk,
+)
+
+from meta_peft.checked import shown
+from meta_peft.errors import MetaPeftError, did_you_mean
+from meta_peft.tasks.sources.arrow_cache import cached, key_of_files, no_table, table_of, uncached
+from meta_peft.tasks.sources.class_names import name_classes
+from meta_peft.tasks.sources.text_files import READERS, existing, rows_of_file
+
+SPLITS = ("train", "validation", "test")
+SPLIT_NAMES = (*SPLITS, "dev", "eval", "valid")
+
+
+def opened(source: Any, task_column: str = "task") -> Dataset:
+    """The rows of `source` as one table.
+
+    Args:
+        source: a `Dataset`; an `IterableDataset`, which is written to disk once; a mapping of task names to rows or
+            datasets, a `DatasetDict` for one; the path of a file, a folder, or several of them; or rows.
+        task_column: is added where `source` has one file or one dataset for each task, with the name of that.
+    """
+    if isinstance(source, Dataset):
+        return source
+    if isinstance(source, IterableDataset):
+        return streamed(source)
+    if isinstance(source, (str, Path)):
+        return _from_paths([source], task_column)
+    if isinstance(source, Mapping):
+        return _from_mapping(source, task_column)
+    source = source if isinstance(source, (list, tuple)) else _first_seen(source)
+    if isinstance(source, (list, tuple)) and source and all(isinstance(path, (str, Path)) for path in source):
+        return _from_paths(source, task_column)
+    return from_rows(source)
+
+
+def from_rows(rows: Iterable[Mapping[str, Any]]) -> Dataset:
+    """A table of rows that are in memory already; of an iterator's rows, on disk."""
+    if not isinstance(rows, (list, tuple)):
+        return uncached(_objects(rows))
+    table = table_of(list(_objects(rows)))
+    return Dataset(table) if len(table) else uncached([])
+
+
+def streamed(stream: IterableDataset, max_rows: int | None = None) -> Dataset:
+    """The rows of a stream, at most `max_rows` of them, written to disk once."""
+    for column, kind in (stream.features or {}).items():
+        if isinstance(kind, Audio):
+            stream = stream.cast_column(column, Audio(decode=False))
+    named = name_classes(stream.features)
+    return uncached(map(named, stream if max_rows is None else stream.take(max_rows)))
+
+
+def opened_splits(
+    name: str,
+    config: str | None = None,
+    splits: Mapping[str, str | None] | None = None,
+    *,
+    task_column: str = "task",
+    streaming: bool = False,
+    max_rows: int | None = None,
+) -> dict[str, Dataset]:
+    """The splits of a dataset that holds them all, by our names for them: train, validation and test.
+
+    Args:
+        name: a hub id; a folder that `save_to_disk` wrote; a folder whose files or subfolders are named after their
+            splits, such as ``train.jsonl``; or else a file or folder, all of which is the split train.
+        config: the hub's name for one of several datasets under one id.
+        splits: what the dataset calls each split; None is our name, if there is such a split.
+        streaming: read the hub's rows one after the other, and not whole files first.
+        max_rows: of a stream, only so many first rows.
+    """
+    wanted = dict.fromkeys(SPLITS) | dict(splits or {})
+    found = _splits(name, config, task_column, streaming)
+    taken: dict[str, Dataset] = {}
+    for split, called in wanted.items():
+        if called is None and split != "train" and split not in found:
+            continue
+        called = called or "train" if split == "train" else called or split
+        if called not in found:
+            raise MetaPeftError(
+                f"{name} has no split {called!r}; its splits are {', '.join(map(str, found))}."
+                f"{did_you_mean(called, map(str, found))} Name it with dataset_{split}_split."
+            )
+        table = found[called]()
+        taken[split] = streamed(table, max_rows) if isinstance(table, IterableDataset) else table
+    return taken
+
+
+def _splits(name: str, config: str | None, task_column: str, streaming: bool) -> dict[str, Callable[[], Any]]:
+    """What opens each split, by the name that it has in the dataset."""
+    path = Path(name)
+    if path.is_dir():
+        saved = _saved(path)
+        if isinstance(saved, DatasetDict):
+            return {str(split): lambda table=table: table for split, table in saved.items()}  # type: ignore[misc]
+        parts = [part for part in sorted(path.iterdir()) if part.stem in SPLIT_NAMES and _holds_rows(part)]
+        if saved is None and parts:
+            return {part.stem: lambda part=part: _from_paths([part], task_column) for part in parts}  # type: ignore[misc]
+    if path.exists() or path.suffix in READERS:
+        return {"train": lambda: _from_paths([path], task_column)}
+    try:
+        loaded = load_dataset(name, config, streaming=streaming)
+    except Exception as error:  # of many kinds: no such id, no such config, no network, files of another format
+        raise MetaPeftError(
+            f"The dataset {name!r} cannot be loaded ({shown(str(error))}): dataset_name is a hub id, with dataset_config"
+            " where it has several, or a file or folder that is here."
+        ) from error
+    assert isinstance(loaded, (DatasetDict, IterableDatasetDict))
+    return {str(split): lambda table=table: table for split, table in loaded.items()}  # type: ignore[misc]
+
+
+def _from_paths(paths: Sequence[str | Path], task_column: str) -> Dataset:
+    """One table of all files. Where there may be several, rows without the task column are of the task of their file."""
+    named: dict[str, Path] = {}
+    for path in map(Path, paths):
+        if path.is_dir():
+            saved = _saved(path)
+            if isinstance(saved, DatasetDict):
+                raise MetaPeftError(
+                    f"{path} holds the splits {', '.join(map(str, saved))}: give it as dataset_name, or one of them."
+                )
+            if saved is not None:
+                return saved
+            inside = [file for file in sorted(path.rglob("*")) if _holds_rows(file) and file.is_file()]
+            if not inside:
+                raise MetaPeftError(f"The folder {path} has no file that ends with {', '.join(READERS)}.")
+            new = {file.relative_to(path).with_suffix("").as_posix(): file for file in inside}
+        else:
+            new = {path.stem: existing(path)}
+        if twice := set(new) & set(named):
+            raise MetaPeftError(f"Two files would be the task {min(twice)!r}: rename one, or give a task column.")
+        named |= new
+    alone = len(paths) == 1 and not Path(paths[0]).is_dir()
+
+    def rows() -> Iterator[Mapping[str, Any]]:
+        for name, path in named.items():
+            for row in rows_of_file(path):
+                row = row if alone else {task_column: name, **row}
+                yield _with_sound_beside(row, path.parent)
+
+    places = [str(path.parent.resolve()) for path in named.values()]  # of sounds that rows name
+    key = [key_of_files(named.values()), *named, *places, task_column, str(alone)]
+    return cached("\0".join(key), rows)
+
+
+def _holds_rows(path: Path) -> bool:
+    return path.is_dir() or path.suffix.lower() in READERS
+
+
+def _with_sound_beside(row: Mapping[str, Any], folder: Path) -> Mapping[str, Any]:
+    """Sound is named by its path from the file that names it, or from anywhere."""
+    sound = row.get("audio")
+    if isinstance(sound, str) and (folder / sound).is_file():
+        return {**row, "audio": str((folder / sound).resolve())}
+    return row
+
+
+def _saved(folder: Path) -> Dataset | DatasetDict | None:
+    """What `save_to_disk` wrote there, if it did."""
+    if not any((folder / name).is_file() for name in ("dataset_dict.json", "state.json")):
+        return None
+    try:
+        return load_from_disk(str(folder))
+    except Exception as error:  # JSON, Arrow and the system each have their own
+        raise MetaPeftError(f"{folder} is damaged or not a saved dataset ({shown(str(error))}).") from error
+
+
+def _from_mapping(tasks: Mapping[str, Any], task_column: str) -> Dataset:
+    if isinstance(tasks, DatasetDict) and set(map(str, tasks)) & set(SPLIT_NAMES):
+        raise MetaPeftError(
+            f"This DatasetDict holds splits ({', '.join(map(str, tasks))}), and a set of tasks is one of them: give"
+            " tasks['train'], say."
+        )
+    if tasks and all(isinstance(table, Dataset) for table in tasks.values()):
+        tables = []
+        for name, table in tasks.items():
+            table = table.remove_columns([c for c in table.column_names if c == task_column])
+            tables.append(table.add_column(task_column, [str(name)] * len(table)))
+        try:
+            return concatenate_datasets(tables)
+        except (ValueError, TypeError) as error:
+            raise no_table(f"the datasets of the tasks differ: {shown(str(error))}") from error
+    return from_rows([{**row, task_column: name} for name, rows in tasks.items() for row in rows])
+
+
+def _first_seen(rows: Any) -> Any:
+    if not isinstance(rows, Iterable):
+        raise MetaPeftError(
+            f"Expected tasks, got {shown(rows)}: a dataset, a mapping of task names to rows, rows, or the path of a file."
+        )
+    return rows
+
+
+def _objects(rows: Iterable[Any]) -> Iterator[Mapping[str, Any]]:
+    for number, row in enumerate(rows, start=1):
+        if not isinstance(row, Mapping):
+            raise no_table(f"row {number} is {shown(row)}")
+        yield row

@@ -1,0 +1,146 @@
+"""Rows of a file, one at a time; what cannot be read is named by its file and line.
+
+Text is read here and not by `pandas` or `pyarrow`, which guess types: they turn "2024-03-05" into a time stamp, "007"
+into a number and "NA" into nothing.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from meta_peft.checked import shown
+from meta_peft.errors import MetaPeftError, did_you_mean
+from meta_peft.tasks.sources.class_names import name_classes
+
+Row = dict[str, Any]
+
+
+def read_jsonl(path: str | Path) -> list[Row]:
+    """The rows of a JSONL file; a bad line is named by its number."""
+    path = existing(path)
+    rows = list(_jsonl(path))
+    if not rows:
+        raise MetaPeftError(f"{path} has no rows.")
+    return rows
+
+
+def rows_of_file(path: Path) -> Iterator[Row]:
+    """Rows of a .jsonl, .json, .csv, .tsv, .txt or .parquet file. A line of a .txt file is a row with the column `text`."""
+    reader = READERS.get(path.suffix.lower())
+    if reader is None:
+        raise MetaPeftError(
+            f"{path} is of no known kind: name it {', '.join(READERS)}.{did_you_mean(path.suffix, READERS)}"
+        )
+    empty = True
+    for row in reader(path):
+        empty = False
+        yield row
+    if empty:
+        raise MetaPeftError(f"{path} has no rows.")
+
+
+def existing(path: str | Path) -> Path:
+    """The path, or an error if there is no such file."""
+    if not Path(path).is_file():
+        raise MetaPeftError(f"There is no file {str(path)!r}.")
+    return Path(path)
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Numbered lines, which end at newlines only: `str.splitlines` would split at U+2028 inside a string too."""
+    start = 0
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                yield number, line.decode("utf-8")
+            except UnicodeDecodeError as error:
+                at = start + error.start
+                raise MetaPeftError(
+                    f"{path}, line {number}: not UTF-8 text ({error.reason} at byte {at}). Save the file as UTF-8."
+                ) from error
+            start += len(line)
+
+
+def _jsonl(path: Path) -> Iterator[Row]:
+    for number, line in _lines(path):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:  # integers of thousands of digits and deep nesting too
+            raise MetaPeftError(f"{path}, line {number}: not JSON ({getattr(error, 'msg', error)}).") from error
+        yield _checked(row, f"{path}, line {number}")
+
+
+def _json(path: Path) -> Iterator[Row]:
+    """A list of objects, which is read as a whole; or, as is common too, an object a line."""
+    with path.open("rb") as file:
+        first = file.read(1024).lstrip()[:1]
+    if first != b"[":
+        yield from _jsonl(path)
+        return
+    try:
+        rows = json.loads("".join(line for _, line in _lines(path)))
+    except (ValueError, RecursionError) as error:
+        where = f", line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
+        raise MetaPeftError(f"{path}{where}: not JSON ({getattr(error, 'msg', error)}).") from error
+    for number, row in enumerate(rows, start=1):
+        yield _checked(row, f"{path}, item {number}")
+
+
+def _checked(row: Any, where: str) -> Row:
+    if not isinstance(row, dict):
+        raise MetaPeftError(f"{where}: expected an object with columns, got {shown(row)}.")
+    return row
+
+
+def _csv(path: Path, delimiter: str = ",") -> Iterator[Row]:
+    """Every value is text, as it stands there."""
+    lines = (line.removeprefix("\ufeff") if number == 1 else line for number, line in _lines(path))
+    reader = csv.reader(lines, delimiter=delimiter, strict=True)
+    header: list[str] = []
+    try:
+        for values in reader:
+            if not values:
+                continue
+            if not header:
+                header = values
+                if len(set(header)) < len(header) or "" in header:
+                    raise MetaPeftError(f"{path}: the first line must name each column once; it is {shown(header)}.")
+                continue
+            if len(values) != len(header):
+                raise MetaPeftError(
+                    f"{path}, line {reader.line_num}: expected {len(header)} values, as in the first line, got"
+                    f" {len(values)}. Put quotes around values that hold {delimiter!r}."
+                )
+            yield dict(zip(header, values, strict=True))
+    except csv.Error as error:
+        raise MetaPeftError(f"{path}, line {reader.line_num}: not CSV ({error}).") from error
+
+
+def _tsv(path: Path) -> Iterator[Row]:
+    return _csv(path, "\t")
+
+
+def _txt(path: Path) -> Iterator[Row]:
+    return ({"text": line.strip()} for _, line in _lines(path) if line.strip())
+
+
+def _parquet(path: Path) -> Iterator[Row]:
+    try:
+        with pq.ParquetFile(path) as file:
+            named = name_classes(file.schema_arrow)
+            for batch in file.iter_batches(1000):
+                yield from map(named, batch.to_pylist())
+    except pa.ArrowException as error:
+        raise MetaPeftError(f"{path} is damaged or not Parquet ({shown(str(error))}).") from error
+
+
+READERS = {".jsonl": _jsonl, ".json": _json, ".csv": _csv, ".tsv": _tsv, ".txt": _txt, ".parquet": _parquet}

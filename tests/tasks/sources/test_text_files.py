@@ -1,0 +1,86 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from datasets import ClassLabel, Dataset, Features, Value
+
+from meta_peft.errors import MetaPeftError
+from meta_peft.tasks.sources.text_files import read_jsonl, rows_of_file
+
+ROWS = [{"input": "007", "target": "2024-03-05"}, {"input": "NA", "target": "a, b"}]
+
+
+def written(tmp_path: Path, name: str, content: str | bytes) -> Path:
+    path = tmp_path / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("x.jsonl", "".join(json.dumps(row) + "\n" for row in ROWS)),
+        ("x.json", json.dumps(ROWS, indent=1)),
+        ("x.json", "".join(json.dumps(row) + "\n" for row in ROWS)),
+        ("x.csv", '\ufeffinput,target\r\n007,2024-03-05\r\n\r\nNA,"a, b"\r\n'),
+        ("x.TSV", "input\ttarget\n007\t2024-03-05\nNA\ta, b\n"),
+    ],
+)
+def test_every_value_is_what_stands_there(tmp_path: Path, name: str, content: str):
+    """Nothing is taken for a number, a date or a missing value."""
+    assert list(rows_of_file(written(tmp_path, name, content))) == ROWS
+
+
+def test_text_has_a_row_for_each_line(tmp_path: Path):
+    assert list(rows_of_file(written(tmp_path, "x.txt", " one \n\ntwo\u2028three\n"))) == [
+        {"text": "one"},
+        {"text": "two\u2028three"},
+    ]
+
+
+def test_parquet_with_classes(tmp_path: Path):
+    """Class numbers are learned by their names; a missing class is nothing."""
+    features = Features({"text": Value("string"), "label": ClassLabel(names=["bad", "good"])})
+    dataset = Dataset.from_dict({"text": ["a", "b", "c"], "label": [1, 0, -1]}, features=features)
+    dataset.to_parquet(tmp_path / "x.parquet")
+    assert list(rows_of_file(tmp_path / "x.parquet")) == [
+        {"text": "a", "label": "good"},
+        {"text": "b", "label": "bad"},
+        {"text": "c", "label": None},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("x.jsonl", '{"a": 1}\n{"a": \n', "x.jsonl, line 2: not JSON"),
+        ("x.jsonl", '{"a": 1}\n\n[1, 2]\n', r"x.jsonl, line 3: expected an object with columns, got \[1, 2\]"),
+        ("x.jsonl", "\n \n", "x.jsonl has no rows"),
+        ("x.jsonl", b'{"a": 1}\n\xff\xfe{}', r"x.jsonl, line 2: not UTF-8 text \(invalid start byte at byte 9\)"),
+        ("x.json", '[{"a": 1},\n 2\n]', "x.json, item 2: expected an object"),
+        ("x.json", '[{"a": 1},\n 2', "x.json, line 2: not JSON"),
+        ("x.json", "[" * 10**5, "x.json: not JSON"),
+        ("x.csv", "a,b\n1,2\n1,2,3\n", "x.csv, line 3: expected 2 values, as in the first line, got 3"),
+        ("x.csv", "a,a\n", "x.csv: the first line must name each column once"),
+        ("x.csv", 'a,b\n1,"2"3\n', "x.csv, line 2: not CSV"),
+        ("x.csv", b"a\n\xe9\n", "x.csv, line 2: not UTF-8 text"),
+        ("x.parquet", "no", "x.parquet is damaged or not Parquet"),
+        ("x.jsnl", "{}", r"x.jsnl is of no known kind: name it .jsonl, .*Did you mean '.jsonl'"),
+    ],
+)
+def test_what_cannot_be_read_is_named_by_file_and_line(tmp_path: Path, name: str, content, message: str):
+    with pytest.raises(MetaPeftError, match=message):
+        list(rows_of_file(written(tmp_path, name, content)))
+
+
+def test_characters_that_end_a_line_elsewhere_are_content(tmp_path: Path):
+    """JSON lines end at newlines only; U+2028 and its like may stand inside a string."""
+    line = json.dumps({"input": "x\u2028y\x85z", "target": "1"}, ensure_ascii=False) + "\r\n"
+    assert read_jsonl(written(tmp_path, "x.jsonl", line))[0]["input"] == "x\u2028y\x85z"
+
+
+def test_no_file(tmp_path: Path):
+    with pytest.raises(MetaPeftError, match=r"There is no file '.*absent.jsonl'"):
+        read_jsonl(tmp_path / "absent.jsonl")
