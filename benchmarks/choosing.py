@@ -24,6 +24,8 @@ from meta_peft.tasks.support_selection import SupportSelection
 
 LAYERS = list(range(24, 30))  # of SmolLM2's 30: those below run once for each batch of rows
 TEST_SHARE = 0.3
+Scores = dict[str, list[dict[str, np.ndarray]]]
+"""By choice, for each seed, loss and exact match by task ``[T]``."""
 
 
 def parser_of(program: str) -> argparse.ArgumentParser:
@@ -129,18 +131,19 @@ def adapted(
     return {"loss": found.loss[:, 0].astype(float), "exact_match": found.exact_match[:, 0].astype(float)}
 
 
-def compared(scores: dict[str, list[dict[str, np.ndarray]]], reference: str) -> list[dict[str, Any]]:
-    """A row for each choice: means over tasks, and paired differences from `reference` with 95 % intervals over tasks.
+def compared(scores: Scores) -> list[dict[str, Any]]:
+    """A row for each choice: means over tasks, and paired differences from the first one, with 95 % intervals over tasks.
 
-    `scores` holds by choice, for each seed, values by task ``[T]``; each task is averaged over the seeds first.
+    Each task is averaged over the seeds first.
     """
+    reference = next(iter(scores))
     by_task = {
         name: {key: np.mean([one[key] for one in of_seeds], axis=0) for key in ("loss", "exact_match")}
         for name, of_seeds in scores.items()
     }
     rows = []
     for name, values in by_task.items():
-        row: dict[str, Any] = {"choice": name}
+        row: dict[str, Any] = {"choice": name, "seeds": len(scores[name])}
         for key, of_tasks in values.items():
             row[key], row[f"worst_{key}"] = (
                 float(of_tasks.mean()),
@@ -154,7 +157,8 @@ def compared(scores: dict[str, list[dict[str, np.ndarray]]], reference: str) -> 
     return rows
 
 
-def table(rows: Sequence[dict[str, Any]], reference: str) -> str:
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    reference = rows[0]["choice"]
     columns = ["choice", "query loss", f"minus {reference} (95 % interval)", "worst task"]
     columns += ["exact match, %", f"minus {reference}, points (95 % interval)"]
 
@@ -174,16 +178,16 @@ def table(rows: Sequence[dict[str, Any]], reference: str) -> str:
     return report.table(columns, lines)
 
 
-def finish(
-    program: str, given: argparse.Namespace, facts: dict[str, Any], rows: list[dict[str, Any]], **more: Any
-) -> None:
-    """Print the table, and write it beside the JSON."""
+def record(program: str, given: argparse.Namespace, facts: dict[str, Any], scores: Scores, **more: Any) -> None:
+    """Write JSON and table of the seeds so far: a run that is stopped keeps those that are done."""
+    if given.output is None:
+        return
     settings = {n: str(v) if isinstance(v, Path) else v for n, v in vars(given).items() if n != "output"}
-    text = table(rows, rows[0]["choice"])
-    report.write_json({"program": program, "run": facts, "settings": settings, "rows": rows, **more}, given.output)
-    if given.output is not None:
-        report.write_text(text, given.output.with_suffix(".md"))
-    print(f"\n{text}")
+    rows = compared(scores)
+    found = {"program": program, "run": facts, "settings": settings, "seeds_done": rows[0]["seeds"], "rows": rows}
+    by_task = {name: {k: [one[k].tolist() for one in of] for k in of[0]} for name, of in scores.items()}
+    report.write_json({**found, **more, "by_task": by_task}, given.output)
+    report.write_text(table(rows), given.output.with_suffix(".md"))
 
 
 def _save_tiny(folder: Path) -> None:

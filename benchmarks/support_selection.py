@@ -39,10 +39,9 @@ def main() -> None:
                 selection = None if name == "random" else SupportSelection(name, view, seed)
                 scores[name].append(choosing.adapted(run, test, given, seed, selection))
                 print(f"    seed {seed}, {name}: {scores[name][-1]['loss'].mean():.3f}", flush=True)
-    by_task = {name: {k: [one[k].tolist() for one in of] for k in of[0]} for name, of in scores.items()}
-    rows = choosing.compared(scores, "random")
-    more = {"tasks": test.names, "by_task": by_task, "seconds": time.monotonic() - began}
-    choosing.finish("support_selection", given, facts, rows, **more)
+            more = {"tasks": test.names, "seconds": time.monotonic() - began}
+            choosing.record("support_selection", given, facts, scores, **more)
+    print(f"\n{choosing.table(choosing.compared(scores))}")
 
 
 if __name__ == "__main__":

@@ -44,10 +44,9 @@ def main() -> None:
                 )
                 scores[name].append(choosing.adapted(run, test, given, seed))
                 print(f"    seed {seed}, {name}: {scores[name][-1]['loss'].mean():.3f}", flush=True)
-    by_task = {name: {k: [one[k].tolist() for one in of] for k in of[0]} for name, of in scores.items()}
-    rows = choosing.compared(scores, "uniform")
-    more = {"tasks": test.names, "training_tasks": len(train), "by_task": by_task, "seconds": time.monotonic() - began}
-    choosing.finish("task_sampling", given, facts, rows, **more)
+            more = {"tasks": test.names, "training_tasks": len(train), "seconds": time.monotonic() - began}
+            choosing.record("task_sampling", given, facts, scores, **more)
+    print(f"\n{choosing.table(choosing.compared(scores))}")
 
 
 if __name__ == "__main__":
