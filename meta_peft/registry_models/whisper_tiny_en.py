@@ -87,7 +87,7 @@ def config_of(variables: dict[str, Any]) -> Any:
 
 
 def generation_config() -> Any:
-    """As OpenAI's decoder: no language to choose, no timestamps, and a text neither begins with a space nor ends at once."""
+    """As OpenAI's decoder: no language to choose, no timestamps; a text neither begins with a space nor ends at once."""
     from transformers import GenerationConfig
 
     return GenerationConfig(
