@@ -42,10 +42,7 @@ class EpisodeDataset(Dataset[Episode]):
         if shots < 1 or query_size < 1:
             raise MetaPeftError(f"shots and query_size must be 1 or more, got {shots} and {query_size}.")
         self.classes = None if labels is None else labels.classes(tasks)
-        if self.classes is None:
-            tasks.check_rows(shots, query_size)
-        else:
-            self.classes.check(shots, query_size)
+        (self.classes or tasks).check_rows(shots, query_size)
         self.tasks, self.shots, self.query_size, self.seed = tasks, shots, query_size, seed
         self.length = len(tasks) if length is None else length
         self.shuffle = shuffle

@@ -20,7 +20,7 @@ from meta_peft.tasks.prompt import PromptEncoding, PromptFormat, example_columns
 from meta_peft.tasks.row_index import index_rows
 from meta_peft.tasks.sources import opened
 from meta_peft.tasks.sources.class_names import with_class_names
-from meta_peft.tasks.sources.opened import from_rows
+from meta_peft.tasks.sources.opening import from_rows
 from meta_peft.tasks.sources.text_files import existing
 
 logger = logging.getLogger("meta_peft")
@@ -212,7 +212,7 @@ class TaskSet:
 
     @classmethod
     def of(cls, source: Any, task_column: str | Sequence[str] = "task", *, empty_rows: str = "error") -> TaskSet:
-        """From whatever holds tasks: a `TaskSet`, or what `meta_peft.tasks.sources.opened` takes."""
+        """From whatever holds tasks: a `TaskSet`, or what `meta_peft.tasks.sources.opening` takes."""
         if isinstance(source, TaskSet):
             return source
         first = task_column if isinstance(task_column, str) else task_column[0]
