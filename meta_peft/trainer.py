@@ -147,7 +147,13 @@ class MetaTrainer(Trainer):
         args, tokenizer = args or self.args, tokenizer or self.processing_class
         labels = args.labelling()
         query_size = (tasks if labels is None else labels.classes(tasks)).query_size(args.shots, args.eval_query_size)
-        encoded = tasks.encoded(self._prompt_format, tokenizer, args.max_length, num_proc=args.dataset_num_proc)
+        encoded = tasks.encoded(
+            self._prompt_format,
+            tokenizer,
+            args.max_length,
+            rows_drawn=len(tasks) * (args.shots + query_size) * (args.ways or 1),
+            num_proc=args.dataset_num_proc,
+        )
         return EpisodeDataset(
             encoded, shots=args.shots, query_size=query_size, seed=args.seed + 1, shuffle=False, labels=labels
         )

@@ -41,6 +41,8 @@ class EpisodeDataset(Dataset[Episode]):
     ):
         if shots < 1 or query_size < 1:
             raise MetaPeftError(f"shots and query_size must be 1 or more, got {shots} and {query_size}.")
+        if labels is not None and labels.words != "given" and tasks.encoding is None:
+            raise MetaPeftError(f"label_words: {labels.words} are put into encoded rows: give tasks.encoded(...).")
         self.classes = None if labels is None else labels.classes(tasks)
         (self.classes or tasks).check_rows(shots, query_size)
         self.tasks, self.shots, self.query_size, self.seed = tasks, shots, query_size, seed

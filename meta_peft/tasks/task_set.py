@@ -16,8 +16,9 @@ from datasets import Dataset
 
 from meta_peft.errors import MetaPeftError
 from meta_peft.tasks.fingerprint import fingerprint
-from meta_peft.tasks.prompt import PromptEncoding, PromptFormat, example_columns, read_columns
+from meta_peft.tasks.prompt import SOUND, PromptEncoding, PromptFormat, example_columns, read_columns
 from meta_peft.tasks.row_index import index_rows
+from meta_peft.tasks.sound import check_sound
 from meta_peft.tasks.sources import opened
 from meta_peft.tasks.sources.class_names import with_class_names
 from meta_peft.tasks.sources.opening import from_rows
@@ -55,6 +56,8 @@ class TaskSet:
                     f" {dataset.column_names}. Name the right one with task_column."
                 )
         needed, read = example_columns(dataset.column_names), read_columns(dataset.column_names)
+        if needed in SOUND:
+            check_sound(dataset.features)
         self.dataset = self.table = with_class_names(dataset)
         self.encoding: Any = None
         index = index_rows(self.table, self.task_columns, read, needed, empty_rows=empty_rows)

@@ -164,3 +164,9 @@ def test_a_class_with_too_few_rows():
     with pytest.raises(MetaPeftError, match="Class 'bb' has 2 distinct rows"):
         Labelling(2).classes(tasks).check_rows(2, 1)
     assert Labelling(2).classes(tasks).enough(2, 1) == ["aa"]
+
+
+def test_words_are_put_into_encoded_rows():
+    with pytest.raises(MetaPeftError, match=r"letters are put into encoded rows: give tasks.encoded"):
+        episodes("letters", TaskSet.from_rows(ROWS, "label"))
+    assert episodes("given", TaskSet.from_rows(ROWS, "label"))[0].support[0]["text"]
