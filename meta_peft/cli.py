@@ -67,13 +67,13 @@ def command_parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.Argum
     commands.add_parser("train", help="meta-train an adapter; --config FILE and --key value", add_help=False)
     adapt = commands.add_parser("adapt", help="adapt to one task, or to each task of a file", allow_abbrev=False)
     _model_options(adapt)
-    adapt.add_argument("--support", required=True, metavar="JSONL", help="examples; with --task-column, of many tasks")
+    adapt.add_argument("--support", required=True, metavar="FILE", help="examples; with --task-column, of many tasks")
     adapt.add_argument("--output", required=True, metavar="DIR", help="where the adapted PEFT adapter goes")
     adapt.add_argument("--task-column", help="adapt to each task this column names, into one folder each")
     adapt.add_argument("--steps", type=int, help="gradient steps (as in meta-training by default)")
     evaluate = commands.add_parser("evaluate", help="query loss and a metric on held-out tasks", allow_abbrev=False)
     _model_options(evaluate)
-    evaluate.add_argument("--tasks", required=True, metavar="JSONL", help="rows with a column that names their task")
+    evaluate.add_argument("--tasks", required=True, metavar="FILE", help="rows with a column that names their task")
     evaluate.add_argument("--task-column", default="task", help="that column (default: task)")
     evaluate.add_argument("--shots", type=int, help="support rows of a task (as in meta-training by default)")
     evaluate.add_argument("--steps", type=int, nargs="+", default=[0, 1, 3, 10], help="numbers of adaptation steps")
@@ -153,10 +153,10 @@ def adapt_command(options: argparse.Namespace) -> int:
 
     from meta_peft.adaptation import adapt_many
     from meta_peft.tasks import TaskSet
-    from meta_peft.tasks.sources import read_jsonl
+    from meta_peft.tasks.sources import read_rows
 
     if options.task_column is None:
-        tasks: dict[str, Any] = {"task": read_jsonl(options.support)}
+        tasks: dict[str, Any] = {"task": read_rows(options.support)}
         folders = {"task": Path(options.output)}
     else:
         named = TaskSet.of(options.support, options.task_column)

@@ -9,7 +9,8 @@ from datasets import Dataset
 
 from meta_peft.config import MetaLoraConfig, TaskArguments
 from meta_peft.errors import MetaPeftError, did_you_mean
-from meta_peft.tasks import TaskSet, translation
+from meta_peft.tasks import Labelling, TaskSet, translation
+from meta_peft.tasks.labelling import Classes
 from meta_peft.tasks.self_supervised import self_supervised
 from meta_peft.tasks.sources import opened, opened_splits
 
@@ -55,18 +56,19 @@ def with_enough_rows(tasks: dict[str, TaskSet], task_args: TaskArguments, args: 
     labels, checked = args.labelling(), {}
     for split, of_split in tasks.items():
         query_size = args.query_size if split == "train" else 1
-        classes = None if labels is None else labels.classes(of_split)
         if task_args.small_tasks == "leave_out":
-            of_split = of_split.only((classes or of_split).enough(args.shots, query_size))
-        elif classes is None:
-            of_split.check_rows(args.shots, query_size)
-        else:
-            classes.check(args.shots, query_size)
+            of_split = of_split.only(_episodes_of(of_split, labels).enough(args.shots, query_size))
+        _episodes_of(of_split, labels).check_rows(args.shots, query_size)
         checked[split] = of_split
         said = [f"{n} {WORDS[name]}" for name, n in of_split.found.items() if n and name in WORDS]
         if said:
             logger.info("%s: %s.", split, ", ".join(said))
     return checked
+
+
+def _episodes_of(tasks: TaskSet, labels: Labelling | None) -> TaskSet | Classes:
+    """What episodes are drawn of."""
+    return tasks if labels is None else labels.classes(tasks)
 
 
 def _tables(task_args: TaskArguments, task_column: str) -> dict[str, Dataset]:

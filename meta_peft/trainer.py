@@ -172,7 +172,11 @@ class MetaTrainer(Trainer):
         """One fixed episode of each task, with as many query rows as its rows and `eval_query_size` allow."""
         args = args or self.args
         return held_out(
-            tasks.encoded(self.encoding, num_proc=args.dataset_num_proc),
+            tasks.encoded(
+                self.encoding,
+                rows_drawn=len(tasks) * (args.shots + args.eval_query_size) * (args.ways or 1),
+                num_proc=args.dataset_num_proc,
+            ),
             shots=args.shots,
             query_size=args.eval_query_size,
             seed=args.seed + 1,

@@ -51,11 +51,10 @@ class EpisodeDataset(Dataset[Episode]):
             raise MetaPeftError(f"shots and query_size must be 1 or more, got {shots} and {query_size}.")
         if labels is not None and selection is not None:
             raise MetaPeftError("Support rows of episodes of classes are random: leave support_selection or ways out.")
+        if labels is not None and labels.words != "given" and tasks.encoding is None:
+            raise MetaPeftError(f"label_words: {labels.words} are put into encoded rows: give tasks.encoded(...).")
         self.classes = None if labels is None else labels.classes(tasks)
-        if self.classes is None:
-            tasks.check_rows(shots, query_size)
-        else:
-            self.classes.check(shots, query_size)
+        (self.classes or tasks).check_rows(shots, query_size)
         self.tasks, self.shots, self.query_size, self.seed = tasks, shots, query_size, seed
         self.length = len(tasks) if length is None else length
         self.sampling = sampling or Rounds(len(tasks), seed, shuffle)

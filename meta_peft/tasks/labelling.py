@@ -87,7 +87,7 @@ class Classes:
             return [label for label, rows in self.everywhere.items() if len(rows) >= least]
         return [t for t, classes in self.within.items() if sum(len(rows) >= least for rows in classes.values()) >= ways]
 
-    def check(self, shots: int, query_size: int) -> None:
+    def check_rows(self, shots: int, query_size: int) -> None:
         """Raise unless an episode can be drawn of every task."""
         ways, least = self.labelling.ways, shots + query_size
         if self.everywhere and len(self.everywhere) < ways:

@@ -17,11 +17,12 @@ from datasets import Dataset
 from meta_peft.errors import MetaPeftError
 from meta_peft.tasks.encoding import Encoding
 from meta_peft.tasks.fingerprint import fingerprint
-from meta_peft.tasks.prompt import PromptFormat, example_columns, read_columns
+from meta_peft.tasks.prompt import SOUND, PromptFormat, example_columns, read_columns
 from meta_peft.tasks.row_index import index_rows
+from meta_peft.tasks.sound import check_sound
 from meta_peft.tasks.sources import opened
 from meta_peft.tasks.sources.class_names import with_class_names
-from meta_peft.tasks.sources.opened import from_rows
+from meta_peft.tasks.sources.opening import from_rows
 from meta_peft.tasks.sources.text_files import existing
 
 logger = logging.getLogger("meta_peft")
@@ -56,6 +57,8 @@ class TaskSet:
                     f" {dataset.column_names}. Name the right one with task_column."
                 )
         needed, read = example_columns(dataset.column_names), read_columns(dataset.column_names)
+        if needed in SOUND:
+            check_sound(dataset.features)
         self.dataset = self.table = with_class_names(dataset)
         self.encoding: Any = None  # an `Encoding`, of encoded tasks
         index = index_rows(self.table, self.task_columns, read, needed, empty_rows=empty_rows)
@@ -219,7 +222,7 @@ class TaskSet:
 
     @classmethod
     def of(cls, source: Any, task_column: str | Sequence[str] = "task", *, empty_rows: str = "error") -> TaskSet:
-        """From whatever holds tasks: a `TaskSet`, or what `meta_peft.tasks.sources.opened` takes."""
+        """From whatever holds tasks: a `TaskSet`, or what `meta_peft.tasks.sources.opening` takes."""
         if isinstance(source, TaskSet):
             return source
         first = task_column if isinstance(task_column, str) else task_column[0]

@@ -118,7 +118,7 @@ def test_smaller_classes_of_a_task_are_not_drawn():
     with pytest.raises(
         MetaPeftError, match=r"Task 'x' has 4 classes with 3 distinct rows or more \(of 5 in all\), .* ways=5"
     ):
-        classes.check(2, 1)
+        classes.check_rows(2, 1)
     assert classes.enough(2, 1) == []
     assert classes.enough(1, 0) == ["x", "y", "z"]
 
@@ -152,11 +152,17 @@ def test_query_size_is_what_the_smallest_class_has_left():
 )
 def test_what_cannot_be_drawn(labelling: dict, message: str):
     with pytest.raises(MetaPeftError, match=message):
-        Labelling(**labelling).classes(TaskSet.from_rows(ROWS, "label")).check(2, 1)
+        Labelling(**labelling).classes(TaskSet.from_rows(ROWS, "label")).check_rows(2, 1)
 
 
 def test_a_class_with_too_few_rows():
     tasks = TaskSet.from_rows(ROWS[:20], "label")  # 18 of the first class, 2 of the next
     with pytest.raises(MetaPeftError, match="Class 'bb' has 2 distinct rows"):
-        Labelling(2).classes(tasks).check(2, 1)
+        Labelling(2).classes(tasks).check_rows(2, 1)
     assert Labelling(2).classes(tasks).enough(2, 1) == ["aa"]
+
+
+def test_words_are_put_into_encoded_rows():
+    with pytest.raises(MetaPeftError, match=r"letters are put into encoded rows: give tasks.encoded"):
+        episodes("letters", TaskSet.from_rows(ROWS, "label"))
+    assert episodes("given", TaskSet.from_rows(ROWS, "label"))[0].support[0]["text"]

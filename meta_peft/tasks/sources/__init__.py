@@ -1,6 +1,6 @@
 """Tables from wherever rows are kept: files, folders, the hub, streams."""
 
-from meta_peft.tasks.sources.opened import opened, opened_splits
-from meta_peft.tasks.sources.text_files import read_jsonl
+from meta_peft.tasks.sources.opening import opened, opened_splits
+from meta_peft.tasks.sources.text_files import read_rows
 
-__all__ = ["opened", "opened_splits", "read_jsonl"]
+__all__ = ["opened", "opened_splits", "read_rows"]

@@ -22,13 +22,9 @@ from meta_peft.tasks.sources.class_names import name_classes
 Row = dict[str, Any]
 
 
-def read_jsonl(path: str | Path) -> list[Row]:
-    """The rows of a JSONL file; a bad line is named by its number."""
-    path = existing(path)
-    rows = list(_jsonl(path))
-    if not rows:
-        raise MetaPeftError(f"{path} has no rows.")
-    return rows
+def read_rows(path: str | Path) -> list[Row]:
+    """All rows of a file, in memory."""
+    return list(rows_of_file(existing(path)))
 
 
 def rows_of_file(path: Path) -> Iterator[Row]:

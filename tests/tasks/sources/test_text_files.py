@@ -7,7 +7,7 @@ import pytest
 from datasets import ClassLabel, Dataset, Features, Value
 
 from meta_peft.errors import MetaPeftError
-from meta_peft.tasks.sources.text_files import read_jsonl, rows_of_file
+from meta_peft.tasks.sources.text_files import read_rows, rows_of_file
 
 ROWS = [{"input": "007", "target": "2024-03-05"}, {"input": "NA", "target": "a, b"}]
 
@@ -78,9 +78,9 @@ def test_what_cannot_be_read_is_named_by_file_and_line(tmp_path: Path, name: str
 def test_characters_that_end_a_line_elsewhere_are_content(tmp_path: Path):
     """JSON lines end at newlines only; U+2028 and its like may stand inside a string."""
     line = json.dumps({"input": "x\u2028y\x85z", "target": "1"}, ensure_ascii=False) + "\r\n"
-    assert read_jsonl(written(tmp_path, "x.jsonl", line))[0]["input"] == "x\u2028y\x85z"
+    assert read_rows(written(tmp_path, "x.jsonl", line))[0]["input"] == "x\u2028y\x85z"
 
 
 def test_no_file(tmp_path: Path):
     with pytest.raises(MetaPeftError, match=r"There is no file '.*absent.jsonl'"):
-        read_jsonl(tmp_path / "absent.jsonl")
+        read_rows(tmp_path / "absent.jsonl")

@@ -4,11 +4,12 @@ import json
 from pathlib import Path
 
 import pytest
-from datasets import ClassLabel, Dataset, DatasetDict, Features, IterableDataset, Value
+from datasets import ClassLabel, Dataset, DatasetDict, Features, IterableDataset, Value, load_dataset
 
 from meta_peft.errors import MetaPeftError
+from meta_peft.tasks import TaskSet
 from meta_peft.tasks.sources import opened, opened_splits
-from meta_peft.tasks.sources.opened import streamed
+from meta_peft.tasks.sources.opening import streamed
 
 ROWS = [{"input": str(i), "target": "x"} for i in range(3)]
 
@@ -96,6 +97,33 @@ def test_splits_by_the_names_of_files_or_folders(tmp_path: Path):
 def test_a_file_or_folder_without_splits_is_for_training(tmp_path: Path):
     for source in (jsonl(tmp_path / "x" / "a.jsonl", ROWS), tmp_path / "x"):
         assert list(opened_splits(str(source))) == ["train"]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_datasets_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, streaming: bool):
+    """The hub's files lie here; all else is what `datasets` does with them."""
+    features = Features({"text": Value("string"), "label": ClassLabel(names=["bad", "good"])})
+    table = Dataset.from_dict({"text": list("abc"), "label": [1, 0, 1]}, features=features)
+    files = {split: str(tmp_path / f"{split}.parquet") for split in ("train", "test")}
+    for file in files.values():
+        table.to_parquet(file)
+    asked = []
+
+    def load(name, config, streaming):
+        asked.append((name, config))
+        return load_dataset("parquet", data_files=files, streaming=streaming)
+
+    monkeypatch.setattr("meta_peft.tasks.sources.opening.load_dataset", load)
+    limits = {"streaming": True, "max_rows": 2} if streaming else {}
+    splits = opened_splits("some-user/some-dataset", "english", **limits)
+    assert asked == [("some-user/some-dataset", "english")]
+    assert {split: len(rows) for split, rows in splits.items()} == dict.fromkeys(files, 2 if streaming else 3)
+    assert TaskSet(splits["train"], "label").names == ["good", "bad"]
+
+
+def test_what_is_here_is_not_streamed(tmp_path: Path):
+    with pytest.raises(MetaPeftError, match=r"streaming is for datasets of the hub, and .* is here"):
+        opened_splits(str(tmp_path), streaming=True)
 
 
 def test_what_is_not_there(tmp_path: Path):

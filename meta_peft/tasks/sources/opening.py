@@ -105,6 +105,8 @@ def opened_splits(
 def _splits(name: str, config: str | None, task_column: str, streaming: bool) -> dict[str, Callable[[], Any]]:
     """What opens each split, by the name that it has in the dataset."""
     path = Path(name)
+    if streaming and path.exists():
+        raise MetaPeftError(f"streaming is for datasets of the hub, and {name} is here: leave it out.")
     if path.is_dir():
         saved = _saved(path)
         if isinstance(saved, DatasetDict):
