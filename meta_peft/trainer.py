@@ -19,42 +19,40 @@ from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback
-from transformers.trainer_callback import ExportableState, ProgressCallback
-from transformers.trainer_utils import rotate_checkpoints
+from transformers import TrainerCallback
+from transformers.trainer_callback import ProgressCallback
 
 from meta_peft import hub
 from meta_peft.adapter_files import WEIGHTS, tensor_shapes
 from meta_peft.adapter_loss import AdapterLoss
 from meta_peft.base_model import BaseIdentity, agree_on_padding, load_base, load_tokenizer, with_adapter
 from meta_peft.card import model_card
+from meta_peft.checkpointed_trainer import CheckpointedTrainer
 from meta_peft.config import MetaLoraConfig, ModelArguments
 from meta_peft.data_wait import DataWait
 from meta_peft.errors import MetaPeftError
 from meta_peft.evaluate import Start, curve
-from meta_peft.objectives import CLASSIFYING, objective_name
+from meta_peft.objectives import objective_name
 from meta_peft.outer_loop import LearnedRates, assign_gradient, bind
 from meta_peft.outer_step import OuterStep
 from meta_peft.processes import Share, StepShares, group, restarts
-from meta_peft.processes.replicas import check_replicas, same_everywhere
+from meta_peft.processes.replicas import same_everywhere
 from meta_peft.processes.step_shares import only
+from meta_peft.run_episodes import RunEpisodes, run_encoding
 from meta_peft.scoring import scorer_for
 from meta_peft.sharding import shard_as_asked
 from meta_peft.sidecar import Sidecar
-from meta_peft.support import episode_selection
-from meta_peft.survival import checkpoints, training_state
+from meta_peft.survival import checkpoints
 from meta_peft.survival.stop_signal import StopSignal
-from meta_peft.tasks import Encoding, EpisodeCollator, EpisodeDataset, TaskSet
+from meta_peft.tasks import EpisodeCollator, EpisodeDataset, TaskSet
 from meta_peft.tasks.encoding import tokenizer_of
-from meta_peft.tasks.held_out import held_out
-from meta_peft.tasks.prompt import example_columns
 from meta_peft.tasks.sampling import Adaptive
 from meta_peft.types import Episode, EpisodeBatch
 
 logger = logging.getLogger("meta_peft")
 
 
-class MetaTrainer(Trainer):
+class MetaTrainer(CheckpointedTrainer):
     """Meta-train a LoRA adapter of a frozen language model.
 
     Args:
@@ -73,8 +71,6 @@ class MetaTrainer(Trainer):
 
     args: MetaLoraConfig
     data_collator: EpisodeCollator
-    optimizer: Any  # a torch optimizer, None until training starts
-    control: Any
 
     def __init__(
         self,
@@ -115,8 +111,9 @@ class MetaTrainer(Trainer):
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
         agree_on_padding(base, objective, tokenizer)
-        self.encoding = _encoding(base, objective, args, processor, [t for t in (tasks, eval_tasks) if t is not None])
-        self._selection = partial(episode_selection, peft_model, self.encoding, args, sharded=sharded)
+        given = [of_split for of_split in (tasks, eval_tasks) if of_split is not None]
+        self.encoding = run_encoding(base, objective, args, processor, given)
+        self._episodes = RunEpisodes(peft_model, self.encoding, args, sharded)
         self.scorer = scorer_for(
             args.metric,
             AdapterLoss(peft_model, second_order=False, checkpoint=args.gradient_checkpointing),
@@ -129,8 +126,8 @@ class MetaTrainer(Trainer):
             model=peft_model,
             args=args,
             data_collator=self.encoding.collator(),
-            train_dataset=None if tasks is None else self._training_episodes(tasks, args),
-            eval_dataset=None if eval_tasks is None else self.evaluation_episodes(eval_tasks, args),
+            train_dataset=None if tasks is None else self._episodes.training(tasks),
+            eval_dataset=None if eval_tasks is None else self._episodes.held_out(eval_tasks),
             processing_class=processor,
             callbacks=callbacks,
             optimizers=optimizers,
@@ -150,39 +147,9 @@ class MetaTrainer(Trainer):
 
     # ---- data
 
-    def _training_episodes(self, tasks: TaskSet, args: MetaLoraConfig) -> EpisodeDataset:
-        length = args.max_steps * args.tasks_in_a_step
-        encoded = tasks.encoded(
-            self.encoding,
-            rows_drawn=length * (args.shots + args.query_size) * (args.ways or 1),
-            num_proc=args.dataset_num_proc,
-        )
-        return EpisodeDataset(
-            encoded,
-            shots=args.shots,
-            query_size=args.query_size,
-            seed=args.seed,
-            length=length,
-            sampling=args.sampling([len(rows) for rows in encoded.rows_of.values()]),
-            selection=self._selection(),
-            labels=args.labelling(),
-        )
-
-    def evaluation_episodes(self, tasks: TaskSet, args: Any = None) -> EpisodeDataset:
+    def evaluation_episodes(self, tasks: TaskSet) -> EpisodeDataset:
         """One fixed episode of each task, with as many query rows as its rows and `eval_query_size` allow."""
-        args = args or self.args
-        return held_out(
-            tasks.encoded(
-                self.encoding,
-                rows_drawn=len(tasks) * (args.shots + args.eval_query_size) * (args.ways or 1),
-                num_proc=args.dataset_num_proc,
-            ),
-            shots=args.shots,
-            query_size=args.eval_query_size,
-            seed=args.seed + 1,
-            labels=args.labelling(),
-            selection=self._selection(),
-        )
+        return self._episodes.held_out(tasks)
 
     def batches(self, episodes: Sequence[Episode]) -> list[EpisodeBatch]:
         """Episodes stacked for evaluation."""
@@ -241,7 +208,7 @@ class MetaTrainer(Trainer):
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """The adapter's initialisation and the learned rates, each with a learning rate of its own."""
         if self.optimizer is None:
-            kind, options = Trainer.get_optimizer_cls_and_kwargs(self.args, self.model)
+            kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
             groups: list[dict[str, Any]] = [
                 {"params": list(self.loss_fn.weights.parameters().values()), "weight_decay": self.args.weight_decay}
             ]
@@ -352,7 +319,7 @@ class MetaTrainer(Trainer):
         folder = Path(str(self.args.output_dir))
         resume = partial(checkpoints.to_resume, resume_from_checkpoint, folder, restarted=restarts() > 0)
         found = group.of_first(resume)
-        same_everywhere([*self.loss_fn.weights.parameters().values(), self.rates.log_rates])
+        same_everywhere(self._trained())
         if found is None and self.train_dataset is not None:
             self.train_dataset.sampling.begin(self._losses_before)
         self.interrupted, self._failure, self._skipped = None, None, 0
@@ -397,66 +364,23 @@ class MetaTrainer(Trainer):
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """The card is written with the adapter (see `_save`)."""
 
-    # ---- checkpoints: whole or not there, and enough to go on with the same bits
+    # ---- what a checkpoint holds
 
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        random = group.gathered_objects(training_state.random_numbers())
-        check_replicas([*self.loss_fn.weights.parameters().values(), self.rates.log_rates])
-        self.store_flos()
-        parent = Path(self._get_output_dir(trial))
-        folder, best = (parent / f"checkpoint-{n}" for n in (self.state.global_step, self.state.best_global_step))
-        if best == folder or best.is_dir():
-            self.state.best_model_checkpoint = str(best)
-        if self.args.should_save:
-            checkpoints.write(folder, partial(self._fill_checkpoint, random))
-            rotate_checkpoints(
-                output_dir=str(parent),
-                save_total_limit=self.args.save_total_limit,
-                best_model_checkpoint=self.state.best_model_checkpoint,
-                use_mtime=False,
-            )
-        group.gathered_objects(None)  # until it is there for all of them
-        if self.args.push_to_hub:
-            self._push_from_checkpoint(str(folder))
+    def _trained(self) -> list[Tensor]:
+        return [*self.loss_fn.weights.parameters().values(), self.rates.log_rates]
 
-    def _fill_checkpoint(self, random: list[Any], folder: Path) -> None:
-        self._save(str(folder))
-        if not self.args.save_only_model:
-            values = {
-                "optimizer": self.optimizer.state_dict(),
-                "schedule": self.lr_scheduler.state_dict(),
-                "memory_plan": self.memory_plan.state(),
-                "skipped": self._skipped,
-                "sampling": self.train_dataset.sampling.state(),
-                "random": random,
-            }
-            training_state.save(folder, values)
-        for callback in (*self.callback_handler.callbacks, self.control):
-            if isinstance(callback, ExportableState):
-                name, kept = type(callback).__name__, callback.state()
-                if isinstance(self.state.stateful_callbacks[name], list):
-                    self.state.stateful_callbacks[name].append(kept)
-                else:
-                    self.state.stateful_callbacks[name] = kept
-        self.state.save_to_json(str(folder / "trainer_state.json"))
+    def _progress(self) -> dict[str, Any]:
+        return {
+            "memory_plan": self.memory_plan.state(),
+            "skipped": self._skipped,
+            "sampling": self.train_dataset.sampling.state(),
+        }
 
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is None:
-            return
-        values = training_state.load(Path(checkpoint))
-        self.optimizer.load_state_dict(values["optimizer"])
-        self.lr_scheduler.load_state_dict(values["schedule"])
-        self.memory_plan.restore(values["memory_plan"], self.args.device)
-        self._skipped = values["skipped"]
-        if "sampling" in values:  # checkpoints from before there was a choice have none
-            self.train_dataset.sampling.restore(values["sampling"])
-
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        if checkpoint is None:
-            return
-        random = training_state.load(Path(checkpoint))["random"]
-        if len(random) == self.args.world_size:
-            training_state.set_random_numbers(random[self.args.process_index])
+    def _go_on(self, progress: dict[str, Any]) -> None:
+        self.memory_plan.restore(progress["memory_plan"], self.args.device)
+        self._skipped = progress["skipped"]
+        if "sampling" in progress:  # checkpoints from before there was a choice have none
+            self.train_dataset.sampling.restore(progress["sampling"])
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         folder = Path(resume_from_checkpoint)
@@ -473,9 +397,6 @@ class MetaTrainer(Trainer):
         with torch.no_grad():
             self.rates.log_rates.copy_(sidecar.log_rates)
 
-    def _load_best_model(self) -> None:
-        self._load_from_checkpoint(self.state.best_model_checkpoint)
-
 
 class LossInProgressBar(ProgressCallback):
     """The Trainer's bar with the latest loss in it, instead of a line for every log."""
@@ -483,15 +404,6 @@ class LossInProgressBar(ProgressCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if state.is_world_process_zero and self.training_bar is not None and logs and "loss" in logs:
             self.training_bar.set_postfix(loss=f"{float(logs['loss']):.3f}")
-
-
-def _encoding(base: Any, objective: str, args: MetaLoraConfig, processor: Any, task_sets: list[TaskSet]) -> Encoding:
-    """How rows are encoded; names of classes get the same numbers in all tasks if the head has room for all of them."""
-    encoding = Encoding.of(base, objective, args.prompt_format(), processor, args.max_length)
-    if objective not in CLASSIFYING:
-        return encoding
-    columns = [(tasks.dataset, example_columns(tasks.dataset.column_names)[-1]) for tasks in task_sets]
-    return encoding.naming(label for dataset, column in columns for label in dataset[column])
 
 
 def _peft_model(model: Any, peft_config: LoraConfig | None) -> PeftModel:

@@ -39,7 +39,7 @@ FLOORS = [
         "registry_models",
     ],
     ["survival", "processes", "ops", "preflight", "dora", "inner_loop", "hessian"],
-    ["objectives", "fast_forwards", "fast_attention", "inner_path", "health"],
+    ["objectives", "fast_forwards", "fast_attention", "inner_path", "health", "checkpointed_trainer"],
     ["tasks", "adapter_loss", "algorithms", "model_kinds"],
     ["memory_plan", "schedule", "base_view", "predictions"],
     ["sharding", "scoring"],
@@ -48,6 +48,7 @@ FLOORS = [
     ["sidecar", "report", "adapter_files", "weightless"],
     ["hub", "card", "estimate"],
     ["adaptation", "estimate_report", "support"],
+    ["run_episodes"],
     ["trainer"],
     ["compare"],
     ["main_job"],
@@ -61,7 +62,7 @@ ONLY_IN = {
     "peft": [*PEFT.split(), "trainer", "compare", "main_job", "weightless"],
     "bitsandbytes": ["frozen_linear", "preflight"],
     "datasets": ["tasks", "task_loading", "trainer", "cli"],
-    "transformers.Trainer": ["trainer"],
+    "transformers.Trainer": ["checkpointed_trainer"],
 }
 # In these folders every file is one choice among several, and `rule` and `__init__` know the choices.
 INDEPENDENT = {"inner_optimizers": ["__init__", "rule"], "algorithms": ["__init__"]}

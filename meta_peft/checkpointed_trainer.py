@@ -1,0 +1,94 @@
+"""`transformers.Trainer` with checkpoints that are whole or not there, and enough to go on with the same bits."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import Trainer
+from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import rotate_checkpoints
+
+from meta_peft.processes import group
+from meta_peft.processes.replicas import check_replicas
+from meta_peft.survival import checkpoints, training_state
+
+
+class CheckpointedTrainer(Trainer):
+    """What is trained a subclass knows: it says so in `_trained`, and writes and reads it in `_save` and
+    `_load_from_checkpoint`; what else its run has come to, in `_progress` and `_go_on`."""
+
+    optimizer: Any  # a torch optimizer, None until training starts
+    lr_scheduler: Any
+    control: Any
+
+    def _trained(self) -> list[Tensor]:
+        """The tensors that have to be the same in every process."""
+        raise NotImplementedError
+
+    def _progress(self) -> dict[str, Any]:
+        """What the run has come to, beside weights, optimizer, schedule and random numbers: numbers, texts, tensors."""
+        raise NotImplementedError
+
+    def _go_on(self, progress: dict[str, Any]) -> None:
+        """Take up what `_progress` gave."""
+        raise NotImplementedError
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        random = group.gathered_objects(training_state.random_numbers())
+        check_replicas(self._trained())
+        self.store_flos()
+        parent = Path(self._get_output_dir(trial))
+        folder, best = (parent / f"checkpoint-{n}" for n in (self.state.global_step, self.state.best_global_step))
+        if best == folder or best.is_dir():
+            self.state.best_model_checkpoint = str(best)
+        if self.args.should_save:
+            checkpoints.write(folder, partial(self._fill_checkpoint, random))
+            rotate_checkpoints(
+                output_dir=str(parent),
+                save_total_limit=self.args.save_total_limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+                use_mtime=False,
+            )
+        group.gathered_objects(None)  # until it is there for all of them
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(folder))
+
+    def _fill_checkpoint(self, random: list[Any], folder: Path) -> None:
+        self._save(str(folder))
+        if not self.args.save_only_model:
+            values = {
+                "optimizer": self.optimizer.state_dict(),
+                "schedule": self.lr_scheduler.state_dict(),
+                "random": random,
+                **self._progress(),
+            }
+            training_state.save(folder, values)
+        for callback in (*self.callback_handler.callbacks, self.control):
+            if isinstance(callback, ExportableState):
+                name, kept = type(callback).__name__, callback.state()
+                if isinstance(self.state.stateful_callbacks[name], list):
+                    self.state.stateful_callbacks[name].append(kept)
+                else:
+                    self.state.stateful_callbacks[name] = kept
+        self.state.save_to_json(str(folder / "trainer_state.json"))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        values = training_state.load(Path(checkpoint))
+        self.optimizer.load_state_dict(values["optimizer"])
+        self.lr_scheduler.load_state_dict(values["schedule"])
+        self._go_on(values)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        random = training_state.load(Path(checkpoint))["random"]
+        if len(random) == self.args.world_size:
+            training_state.set_random_numbers(random[self.args.process_index])
+
+    def _load_best_model(self) -> None:
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
