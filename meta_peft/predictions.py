@@ -196,14 +196,19 @@ def _answered(rows: Rows, answers: Sequence[Tokens], causal: bool) -> Rows:
 
 
 def _filled_in(rows: Rows, answers: Sequence[Tokens]) -> Rows:
-    """A masked language model's: the masks stand already where answers go."""
-    labels_BL = rows.labels_BL.clone()
-    for labels_L, answer in zip(labels_BL, answers, strict=True):
-        places = labels_L != IGNORED
-        if len(answer) != int(places.sum()):
+    """A masked language model's: the one run of masks of each row becomes as long as its answer."""
+    all_ids, all_labels, spans = [], [], _spans(rows)
+    there = rows.inputs["attention_mask"].sum(1).tolist()
+    for i, (labels, answer) in enumerate(zip(rows.labels_BL.tolist(), answers, strict=True)):
+        start, stop = spans[i]
+        if any(label != IGNORED for label in labels[:start]) or set(rows.inputs) != {"input_ids", "attention_mask"}:
             raise MetaPeftError(
-                f"An answer of {len(answer)} tokens cannot fill {int(places.sum())} masks: a masked language model can only"
-                " choose between answers of equally many tokens."
+                "Answers can only be chosen for rows of tokens that have one run of masks; this row has several, or other"
+                " inputs. Take exact_match or a metric of text."
             )
-        labels_L[places] = labels_L.new_tensor(answer)
-    return Rows(rows.inputs, labels_BL, rows.n_tasks)
+        ids = rows.inputs["input_ids"][i, : there[i]].tolist()
+        all_ids.append([*ids[:start], *ids[start : start + 1] * len(answer), *ids[stop:]])
+        all_labels.append([*[IGNORED] * start, *answer, *[IGNORED] * (len(ids) - stop)])
+    ids_BL, mask_BL = _padded(all_ids, 0, rows.labels_BL)
+    labels_BL, _ = _padded(all_labels, IGNORED, rows.labels_BL)
+    return Rows({"input_ids": ids_BL, "attention_mask": mask_BL}, labels_BL, rows.n_tasks)

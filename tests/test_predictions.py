@@ -227,6 +227,7 @@ def log_likelihood(model: PeftModel, rows: Rows, i: int, answer: list[int]) -> f
 
 
 def test_a_masked_language_model_fills_its_masks():
+    """As many as an answer has tokens, all at once."""
     loss_fn = AdapterLoss(with_lora(base_of("bert"), ["query", "value"]), second_order=False)
     model = loss_fn.model.eval()
     ids = torch.tensor([[7, 3, 3, 9], [8, 3, 9, 2]])
@@ -234,20 +235,29 @@ def test_a_masked_language_model_fills_its_masks():
     labels = torch.tensor([[-100, 4, 5, -100], [-100, 6, -100, -100]])
     rows = Rows({"input_ids": ids, "attention_mask": mask}, labels, 1)
     own = dict(loss_fn.weights.parameters())
-    each = with_choices(rows, [[[4, 5], [5, 4]], [[6], [7]]], causal=False)
-    with torch.no_grad():
-        log_p = model.get_base_model()(input_ids=ids, attention_mask=mask).logits.log_softmax(-1)
-    expected = [
-        [log_p[0, 1, 4] + log_p[0, 2, 5], log_p[0, 1, 5] + log_p[0, 2, 4]],
-        [log_p[1, 1, 6], log_p[1, 1, 7]],
-    ]
+
+    def log_p(*tokens: int) -> Tensor:
+        with torch.no_grad():
+            return model.get_base_model()(input_ids=torch.tensor([tokens])).logits[0].log_softmax(-1)
+
+    first, one, second, two = log_p(7, 3, 3, 9), log_p(7, 3, 9), log_p(8, 3, 9), log_p(8, 3, 3, 9)
+    expected = [[first[1, 4] + first[2, 5], one[1, 6]], [second[1, 6], two[1, 7] + two[2, 8]]]
+    each = with_choices(rows, [[[4, 5], [6]], [[6], [7, 8]]], causal=False)
     torch.testing.assert_close(choice_scores(loss_fn, own, each), torch.tensor(expected, dtype=torch.float64))
-    assert loss_fn.predicted(own, rows).tolist() == torch.where(labels == -100, -100, log_p.argmax(-1)).tolist()
-    torch.testing.assert_close(
-        loss_fn.confidences(own, rows), torch.where(labels == -100, 0, log_p.amax(-1).exp()).float(), atol=1e-6, rtol=0
-    )
-    with pytest.raises(MetaPeftError, match="An answer of 1 tokens cannot fill 2 masks"):
-        with_choices(rows, [[[4]], [[6]]], causal=False)
+    several = Rows(rows.inputs, torch.tensor([[4, -100, 5, -100]] * 2), 1)
+    with pytest.raises(MetaPeftError, match="that have one run of masks; this row has several"):
+        with_choices(several, [[[4]], [[6]]], causal=False)
+
+
+def test_labels_and_their_probabilities_at_labelled_positions():
+    loss_fn = AdapterLoss(with_lora(base_of("bert"), ["query", "value"]), second_order=False)
+    rows = rows_for(loss_fn.model.get_base_model())
+    with torch.no_grad():
+        p = loss_fn.model.eval().get_base_model()(**rows.inputs).logits.softmax(-1)
+    own, labelled = dict(loss_fn.weights.parameters()), rows.labels_BL != -100
+    assert loss_fn.predicted(own, rows).tolist() == torch.where(labelled, p.argmax(-1), -100).tolist()
+    expected = torch.where(labelled, p.amax(-1), 0).float()
+    torch.testing.assert_close(loss_fn.confidences(own, rows), expected, atol=1e-6, rtol=0)
 
 
 def test_the_model_is_as_it_was():
