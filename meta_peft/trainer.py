@@ -60,6 +60,7 @@ class MetaTrainer(Trainer):
         processing_class: the base model's tokenizer, or its processor for speech; found by the model's name if not given.
         peft_config: a `LoraConfig`, unless the model is a `PeftModel` already.
         callbacks, optimizers: as in `transformers.Trainer`.
+        encoding: how rows become features; by default as the model, its tokenizer and `args` say.
 
     After `train()` the model is ready for `meta_peft.adapt`. If SIGTERM or Ctrl-C ended it early, `interrupted` is the
     signal's number, and the last outer step has a checkpoint.
@@ -80,6 +81,7 @@ class MetaTrainer(Trainer):
         peft_config: LoraConfig | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
+        encoding: Encoding | None = None,
     ):
         args = args or MetaLoraConfig()
         tasks = None if train_dataset is None else TaskSet.of(train_dataset, args.task_column)
@@ -110,7 +112,8 @@ class MetaTrainer(Trainer):
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
         agree_on_padding(base, objective, tokenizer)
-        self.encoding = _encoding(base, objective, args, processor, [t for t in (tasks, eval_tasks) if t is not None])
+        task_sets = [t for t in (tasks, eval_tasks) if t is not None]
+        self.encoding = encoding or _encoding(base, objective, args, processor, task_sets)
 
         super().__init__(
             model=peft_model,

@@ -252,3 +252,15 @@ def test_every_option_of_ours_has_a_help_text(group: type):
     for field in dataclasses.fields(group):
         if theirs.get(field.name) is not field:
             assert field.metadata.get("help"), field.name
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"objective": "maskd_lm"}, "objective must be one of causal_lm, .*got 'maskd_lm'. Did you mean 'masked_lm'?"),
+        ({"num_labels": 1}, "num_labels must be a whole number from 2 to 10000; got 1"),
+    ],
+)
+def test_kinds_of_models_that_are_refused(options: dict, message: str):
+    with pytest.raises(MetaPeftError, match=message):
+        ModelArguments(**options)
