@@ -184,7 +184,7 @@ def _check_head(base: Any, config: LoraConfig, shapes: dict[str, list[int]], fol
                 module = getattr(module, "original_module", module)
                 own |= {f"base_model.model.{path}.{name}": list(p.shape) for name, p in module.named_parameters()}
     found = {name: shape for name, shape in shapes.items() if not is_lora(name)}
-    if found != own:
+    if found != own or (config.task_type in WITH_HEAD and not own):
         raise MetaPeftError(
             f"The head in {folder / WEIGHTS} has weights {shown(found)}, that of {type(base).__name__} {shown(own)}: load"
             " the base with the objective and the num_labels that the adapter was learned with."

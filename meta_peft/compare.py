@@ -96,6 +96,7 @@ def multitask_start(of: MetaTrainer, tasks: TaskSet, new_model: Callable[[], Pef
         args=own,
         train_dataset=tasks,
         processing_class=of.processing_class,
+        encoding=of.encoding,  # so that classes have the same numbers
     )
     trainer.train()
     return trainer.start("multi-task LoRA")

@@ -64,6 +64,7 @@ class MetaTrainer(CheckpointedTrainer):
         processing_class: the base model's tokenizer, or its processor for speech; found by the model's name if not given.
         peft_config: a `LoraConfig`, unless the model is a `PeftModel` already.
         callbacks, optimizers: as in `transformers.Trainer`.
+        encoding: how rows become features; by default as the model, its tokenizer and `args` say.
 
     After `train()` the model is ready for `meta_peft.adapt`. If SIGTERM or Ctrl-C ended it early, `interrupted` is the
     signal's number, and the last outer step has a checkpoint.
@@ -82,6 +83,7 @@ class MetaTrainer(CheckpointedTrainer):
         peft_config: LoraConfig | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
+        encoding: Encoding | None = None,
     ):
         args = args or MetaLoraConfig()
         tasks = None if train_dataset is None else TaskSet.of(train_dataset, args.task_column)
@@ -112,7 +114,7 @@ class MetaTrainer(CheckpointedTrainer):
             tokenizer.pad_token = tokenizer.eos_token
         agree_on_padding(base, objective, tokenizer)
         given = [of_split for of_split in (tasks, eval_tasks) if of_split is not None]
-        self.encoding = run_encoding(base, objective, args, processor, given)
+        self.encoding = encoding or run_encoding(base, objective, args, processor, given)
         self._episodes = RunEpisodes(peft_model, self.encoding, args, sharded)
         self.scorer = scorer_for(
             args.metric,

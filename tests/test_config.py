@@ -269,3 +269,15 @@ def test_every_option_of_ours_has_a_help_text(group: type):
 )
 def test_the_best_checkpoint_is_the_one_with_the_better_metric(tmp_path: Path, options: dict, greater: bool | None):
     assert config(tmp_path, **options).greater_is_better is greater
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"objective": "maskd_lm"}, "objective must be one of causal_lm, .*got 'maskd_lm'. Did you mean 'masked_lm'?"),
+        ({"num_labels": 1}, "num_labels must be a whole number from 2 to 10000; got 1"),
+    ],
+)
+def test_kinds_of_models_that_are_refused(options: dict, message: str):
+    with pytest.raises(MetaPeftError, match=message):
+        ModelArguments(**options)

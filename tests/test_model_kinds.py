@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from kinds import KINDS, arguments, folder, processor, rows, trainer
+from kinds import HEAD, KINDS, arguments, folder, peft_model, processor, rows, tasks, trainer
 from peft import PeftModel
+from surface import config, write_jsonl
 
 import meta_peft
-from meta_peft.base_model import load_base
+from meta_peft import MetaPeftError, MetaTrainer, TaskArguments
+from meta_peft.base_model import agree_on_padding, load_base, load_tokenizer, objective_of
+from meta_peft.compare import CompareArguments
 from meta_peft.fast_weights import FastWeights
+from meta_peft.main_job import run
 from meta_peft.model_kinds import auto_class
 from meta_peft.sidecar import Sidecar
 
@@ -76,5 +81,68 @@ def test_names_of_classes_lie_beside_the_adapter(kind: str, tmp_path: Path):
     assert names["label2id"] == {name: i for i, name in enumerate(expected)}
 
 
-def test_a_processor_is_needed_where_sound_is_heard():
+def test_the_main_job(tmp_path: Path):
+    """From a config's options to the table, with all three starts; each has the same numbers for the same classes."""
+    files = {
+        f"{split}_tasks": str(write_jsonl(tmp_path / f"{split}.jsonl", tasks(HEAD, letters)))
+        for split, letters in {"train": "abcd", "validation": "ef", "test": "gh"}.items()
+    }
+    options = {"inner_steps": 1, "eval_query_size": 2, "prompt_template": "{input}"}
+    report = run(
+        arguments(HEAD),
+        TaskArguments(**files),
+        config(tmp_path / "out", **options),
+        CompareArguments("full", [0, 1], [1.0]),
+    )
+    assert list(report.curves) == ["plain LoRA", "multi-task LoRA", "meta-learned LoRA"]
+    assert report.in_context is None
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "pipeline_tag: text-classification" in card
+    assert 'adapt(model, [{"text": "...", "label": "..."}])' in card
+    assert Sidecar.read(tmp_path / "out").facts.label_names == ("no", "yes")
+
+
+def test_names_of_classes_come_with_the_encoding(tmp_path: Path):
+    """Numbers that another trainer found, in which a start is to be comparable."""
+    own = trainer(HEAD, tmp_path).encoding
+    assert own.facts.label_names == ("no", "yes")
+    given = replace(own, facts=replace(own.facts, label_names=("yes", "no")))
+    run = MetaTrainer(
+        peft_model(HEAD), config(tmp_path), train_dataset=tasks(HEAD), processing_class=processor(HEAD), encoding=given
+    )
+    assert run.sidecar().facts.label_names == ("yes", "no")
+
+
+def test_tokenizers_and_processors():
     assert type(processor("speech_seq2seq")).__name__ == "WhisperProcessor"
+    spanish = load_tokenizer(str(folder("speech_seq2seq")), objective="speech_seq2seq", speech_language="spanish")
+    assert "<|es|>" in spanish.tokenizer.convert_ids_to_tokens(spanish.tokenizer("a")["input_ids"])
+    with pytest.raises(MetaPeftError, match=r"cannot be loaded: .*klingon"):
+        load_tokenizer(str(folder("speech_seq2seq")), objective="speech_seq2seq", speech_language="klingon")
+    with pytest.raises(MetaPeftError, match="set_prefix_tokens"):
+        load_tokenizer(str(folder(HEAD)), speech_language="spanish")
+
+
+def test_an_encoder_needs_no_end_of_sequence(tmp_path: Path):
+    words = processor(HEAD)
+    words.eos_token = None
+    words.save_pretrained(tmp_path)
+    assert load_tokenizer(str(tmp_path), objective=HEAD).eos_token is None
+    with pytest.raises(MetaPeftError, match="has no end-of-sequence token"):
+        load_tokenizer(str(tmp_path))
+
+
+def test_what_is_padded_with():
+    """A decoder under a head finds the last token of a row by it."""
+    base, words = load_base(arguments("head of a decoder")), processor("head of a decoder")
+    base.config.pad_token_id = None
+    agree_on_padding(base, HEAD, words)
+    assert base.config.pad_token_id == 2
+    base.config.pad_token_id = 5
+    with pytest.raises(MetaPeftError, match=r"pads with token 2, the config of LlamaForSequenceClassification says"):
+        agree_on_padding(base, HEAD, words)
+
+
+@pytest.mark.parametrize("kind", ["seq2seq_lm", "speech_seq2seq", "masked_lm"])
+def test_a_config_says_what_its_model_is_for(kind: str):
+    assert objective_of(arguments(kind, objective=None)) == KINDS[kind].objective
