@@ -41,6 +41,7 @@ from meta_peft.sidecar import Sidecar
 from meta_peft.survival import checkpoints, training_state
 from meta_peft.survival.stop_signal import StopSignal
 from meta_peft.tasks import EpisodeCollator, EpisodeDataset, TaskSet
+from meta_peft.tasks.labelling import episodes_of
 from meta_peft.types import Episode, EpisodeBatch
 
 logger = logging.getLogger("meta_peft")
@@ -82,8 +83,10 @@ class MetaTrainer(Trainer):
         args = args or MetaLoraConfig()
         tasks = None if train_dataset is None else TaskSet.of(train_dataset, args.task_column)
         eval_tasks = None if eval_dataset is None else TaskSet.of(eval_dataset, args.task_column)
-        if tasks is not None and eval_tasks is not None:
-            tasks.check_disjoint(eval_tasks)
+        if tasks is not None:
+            episodes_of(tasks, args.labelling()).check_rows(args.shots, args.query_size)
+            if eval_tasks is not None:
+                tasks.check_disjoint(eval_tasks)
         peft_model = _peft_model(model, peft_config)
         self.algorithm = args.algorithm_object()
         shares = args.world_size * args.gradient_accumulation_steps
@@ -146,7 +149,7 @@ class MetaTrainer(Trainer):
         """One fixed episode of each task, with as many query rows as its rows and `eval_query_size` allow."""
         args, tokenizer = args or self.args, tokenizer or self.processing_class
         labels = args.labelling()
-        query_size = (tasks if labels is None else labels.classes(tasks)).query_size(args.shots, args.eval_query_size)
+        query_size = episodes_of(tasks, labels).query_size(args.shots, args.eval_query_size)
         encoded = tasks.encoded(
             self._prompt_format,
             tokenizer,

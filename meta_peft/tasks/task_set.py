@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import is_dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -29,8 +29,6 @@ logger = logging.getLogger("meta_peft")
 LARGE = 100_000  # rows; of a larger table only those are encoded that are drawn, if fewer than all of them are
 WAS_CUT = "was_cut"
 
-Encode = Callable[[Mapping[str, Any]], dict[str, Any]]
-
 
 class TaskSet:
     """Rows grouped by task.
@@ -43,7 +41,8 @@ class TaskSet:
     Rows that repeat an earlier row of their task are left out, so that support and query can never share a row. The
     table stays on disk if it is there: of each row its number is kept.
 
-    `dataset` is what episodes are made of, `table` the same rows before they were encoded, and `found` counts what was
+    `names` are those of the tasks, in the order of their first rows, and `rows_of` has each one's row numbers. `dataset`
+    is what episodes are made of, `table` the same rows before they were encoded, and `found` counts what was
     found in them.
     """
 
@@ -61,7 +60,7 @@ class TaskSet:
         self.dataset = self.table = with_class_names(dataset)
         self.encoding: Any = None
         index = index_rows(self.table, self.task_columns, read, needed, empty_rows=empty_rows)
-        self.rows_of = index.rows_of
+        self.rows_of, self.names = index.rows_of, list(index.rows_of)
         self.found = {
             "rows": len(dataset),
             "tasks": len(self.rows_of),
@@ -70,10 +69,6 @@ class TaskSet:
             "rows_in_several_tasks": index.rows_in_several_tasks,
             "single_label_tasks": index.single_label_tasks,
         }
-
-    @property
-    def names(self) -> list[str]:
-        return list(self.rows_of)
 
     @property
     def repeated_rows(self) -> int:
@@ -95,6 +90,7 @@ class TaskSet:
         ends = np.cumsum([len(part) for part in chosen.values()])
         selected = copy.copy(self)
         selected.rows_of = dict(zip(chosen, np.split(np.arange(len(rows)), ends[:-1]), strict=True))
+        selected.names = list(chosen)
         selected.dataset, selected.table = self.dataset.select(rows), self.table.select(rows)
         selected.found = self.found | {"rows": len(rows), "tasks": len(chosen)}
         return selected
