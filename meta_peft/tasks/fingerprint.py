@@ -28,6 +28,8 @@ def _described(value: Any) -> str | None:
         return repr(value)
     if isinstance(value, Mapping):
         return _of_parts(value)
+    if isinstance(value, (list, tuple)):
+        return _of_parts({str(i): part for i, part in enumerate(value)})
     if is_dataclass(value) and not isinstance(value, type):
         return _of_parts({"": type(value).__name__, **{f.name: getattr(value, f.name) for f in fields(value)}})
     if hasattr(value, "backend_tokenizer"):
@@ -46,7 +48,7 @@ def _of_parts(parts: Mapping[str, Any]) -> str | None:
     described = {name: _described(part) for name, part in parts.items()}
     if None in described.values():
         return None
-    return _digest(*(f"{name}={part}" for name, part in described.items()))
+    return _digest("parts", *(f"{name}={part}" for name, part in described.items()))
 
 
 @cache

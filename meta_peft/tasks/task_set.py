@@ -17,7 +17,7 @@ from datasets import Dataset
 from meta_peft.errors import MetaPeftError
 from meta_peft.tasks.fingerprint import fingerprint
 from meta_peft.tasks.prompt import SOUND, PromptEncoding, PromptFormat, example_columns, read_columns
-from meta_peft.tasks.row_index import index_rows
+from meta_peft.tasks.row_index import index_rows, task_name
 from meta_peft.tasks.sound import check_sound
 from meta_peft.tasks.sources import opened
 from meta_peft.tasks.sources.class_names import with_class_names
@@ -152,26 +152,25 @@ class TaskSet:
 
     def encoded(
         self,
-        prompt_format: PromptFormat,
-        tokenizer: Any,
-        max_length: int,
+        how: Any,
+        tokenizer: Any = None,
+        max_length: int = 256,
         *,
         rows_drawn: int | None = None,
         num_proc: int | None = None,
     ) -> TaskSet:
-        """The same tasks with columns `input_ids` and `labels` in place of text; see `encoded_by`."""
-        encoding = PromptEncoding(prompt_format, tokenizer, max_length)
-        return self.encoded_by(encoding, rows_drawn=rows_drawn, num_proc=num_proc)
-
-    def encoded_by(self, encoding: Any, *, rows_drawn: int | None = None, num_proc: int | None = None) -> TaskSet:
-        """The same tasks with the features that `encoding` makes of a row.
+        """The same tasks with features, such as `input_ids` and `labels`, in place of text.
 
         Rows are encoded once, by `num_proc` processes, and found again by the next run if the table is on disk. Of a
         large table of which a run draws but few rows (`rows_drawn`), rows are encoded when they are drawn.
+
+        Args:
+            how: ``row -> features``; or a `PromptFormat`, with the tokenizer and the longest row in tokens.
         """
+        encoding = PromptEncoding(how, tokenizer, max_length) if isinstance(how, PromptFormat) else how
         encoded = copy.copy(self)
         encoded.encoding = encoding
-        options = {"encoding": encoding, "task_columns": self.task_columns}
+        options: dict[str, Any] = {"encoding": encoding, "task_columns": self.task_columns}
         if rows_drawn is not None and len(self.dataset) > LARGE and rows_drawn < len(self.dataset):
             encoded.dataset = self.dataset.with_transform(partial(_encode_batch, **options))
             return encoded
@@ -245,7 +244,7 @@ def _encode(row: Mapping[str, Any], encoding: Any, task_columns: Sequence[str]) 
     try:
         return dict(encoding(row))
     except MetaPeftError as error:
-        task = " / ".join(str(row[column]) for column in task_columns)
+        task = task_name(row[column] for column in task_columns)
         raise MetaPeftError(f"{error} (In task {task!r}.)") from error
 
 

@@ -102,7 +102,7 @@ def test_numbers_for_a_head():
         def with_label(self, features, label):
             return {**features, "labels": label}
 
-    tasks = TaskSet.from_rows(ROWS, "label").encoded_by(Numbered())
+    tasks = TaskSet.from_rows(ROWS, "label").encoded(Numbered())
     orders = {"given": set(), "letters": set()}
     for words, seen in orders.items():
         for episode in (episodes(words, tasks)[i] for i in range(40)):
