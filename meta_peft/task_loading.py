@@ -9,14 +9,18 @@ from datasets import Dataset
 
 from meta_peft.config import MetaLoraConfig, TaskArguments
 from meta_peft.errors import MetaPeftError, did_you_mean
-from meta_peft.tasks import Labelling, TaskSet, translation
-from meta_peft.tasks.labelling import Classes
+from meta_peft.tasks import TaskSet, translation
+from meta_peft.tasks.labelling import episodes_of
 from meta_peft.tasks.self_supervised import self_supervised
 from meta_peft.tasks.sources import opened, opened_splits
 
 logger = logging.getLogger("meta_peft")
 
 DEMO = ("locale_formatting", ["locale_formatting"])  # one path is read as a text
+OF_OWN_TASKS = (
+    *("validation_tasks", "test_tasks", "split_fractions", "rename_columns"),
+    *("source_lang", "target_lang", "self_supervised"),
+)
 WORDS = {
     "repeated_rows": "repeated rows left out",
     "empty_rows": "empty rows left out",
@@ -32,6 +36,11 @@ def load_tasks(task_args: TaskArguments, task_column: str | Sequence[str] = "tas
     if task_args.dataset_name is None and task_args.train_tasks in DEMO:
         from meta_peft.tasks.locale_formatting import locale_formatting
 
+        if given := [option for option in OF_OWN_TASKS if getattr(task_args, option)]:
+            raise MetaPeftError(
+                f"{given[0]} is of tasks of your own, and the demo, which train_tasks names, has all its splits: name your"
+                " tasks with train_tasks or dataset_name, or leave it out."
+            )
         return dict(locale_formatting())
     tables = {split: _in_form(table, task_args, columns[0]) for split, table in _tables(task_args, columns[0]).items()}
     if task_args.self_supervised == "smlmt":
@@ -57,18 +66,13 @@ def with_enough_rows(tasks: dict[str, TaskSet], task_args: TaskArguments, args: 
     for split, of_split in tasks.items():
         query_size = args.query_size if split == "train" else 1
         if task_args.small_tasks == "leave_out":
-            of_split = of_split.only(_episodes_of(of_split, labels).enough(args.shots, query_size))
-        _episodes_of(of_split, labels).check_rows(args.shots, query_size)
+            of_split = of_split.only(episodes_of(of_split, labels).enough(args.shots, query_size))
+        episodes_of(of_split, labels).check_rows(args.shots, query_size)
         checked[split] = of_split
         said = [f"{n} {WORDS[name]}" for name, n in of_split.found.items() if n and name in WORDS]
         if said:
             logger.info("%s: %s.", split, ", ".join(said))
     return checked
-
-
-def _episodes_of(tasks: TaskSet, labels: Labelling | None) -> TaskSet | Classes:
-    """What episodes are drawn of."""
-    return tasks if labels is None else labels.classes(tasks)
 
 
 def _tables(task_args: TaskArguments, task_column: str) -> dict[str, Dataset]:

@@ -44,8 +44,9 @@ from meta_peft.sharding import shard_as_asked
 from meta_peft.sidecar import Sidecar
 from meta_peft.survival import checkpoints
 from meta_peft.survival.stop_signal import StopSignal
-from meta_peft.tasks import EpisodeCollator, EpisodeDataset, TaskSet
+from meta_peft.tasks import Encoding, EpisodeCollator, EpisodeDataset, TaskSet
 from meta_peft.tasks.encoding import tokenizer_of
+from meta_peft.tasks.labelling import episodes_of
 from meta_peft.tasks.sampling import Adaptive
 from meta_peft.types import Episode, EpisodeBatch
 
@@ -88,8 +89,10 @@ class MetaTrainer(CheckpointedTrainer):
         args = args or MetaLoraConfig()
         tasks = None if train_dataset is None else TaskSet.of(train_dataset, args.task_column)
         eval_tasks = None if eval_dataset is None else TaskSet.of(eval_dataset, args.task_column)
-        if tasks is not None and eval_tasks is not None:
-            tasks.check_disjoint(eval_tasks)
+        if tasks is not None:
+            episodes_of(tasks, args.labelling()).check_rows(args.shots, args.query_size)
+            if eval_tasks is not None:
+                tasks.check_disjoint(eval_tasks)
         peft_model = _peft_model(model, peft_config)
         self.algorithm = args.algorithm_object()
         shares = args.world_size * args.gradient_accumulation_steps

@@ -156,6 +156,13 @@ def test_a_class_in_two_splits(tmp_path: Path):
         loaded(tmp_path, "label", train_tasks=files[0], test_tasks=files[0])
 
 
+@pytest.mark.parametrize("options", [{"split_fractions": [0.8, 0.1, 0.1]}, {"self_supervised": "smlmt"}])
+def test_options_of_tasks_that_are_not_named(tmp_path: Path, options: dict):
+    """They must not end in a run on the demo."""
+    with pytest.raises(MetaPeftError, match=f"{next(iter(options))} is of tasks of your own, and the demo"):
+        loaded(tmp_path, **options)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

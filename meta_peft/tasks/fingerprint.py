@@ -48,7 +48,7 @@ def _of_parts(parts: Mapping[str, Any]) -> str | None:
     described = {name: _described(part) for name, part in parts.items()}
     if None in described.values():
         return None
-    return _digest(*(f"{name}={part}" for name, part in described.items()))
+    return _digest("parts", *(f"{name}={part}" for name, part in described.items()))
 
 
 @cache

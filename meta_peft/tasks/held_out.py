@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from meta_peft.tasks.episodes import EpisodeDataset
-from meta_peft.tasks.labelling import Labelling
+from meta_peft.tasks.labelling import Labelling, episodes_of
 from meta_peft.tasks.support_selection import SupportSelection
 from meta_peft.tasks.task_set import TaskSet
 
@@ -29,7 +29,7 @@ def held_out(
     Raises:
         MetaPeftError: a task has no row beyond its support rows.
     """
-    size = (tasks if labels is None else labels.classes(tasks)).query_size(shots, query_size)
+    size = episodes_of(tasks, labels).query_size(shots, query_size)
     return EpisodeDataset(
         tasks, shots=shots, query_size=size, seed=seed, shuffle=False, labels=labels, selection=selection
     )

@@ -147,6 +147,11 @@ class Classes:
         return [(rows[label], called) for label, called in zip(chosen, labels, strict=True)]
 
 
+def episodes_of(tasks: TaskSet, labels: Labelling | None) -> TaskSet | Classes:
+    """What episodes are drawn of: tasks, or with `labels` classes. Both say which are large enough for an episode."""
+    return tasks if labels is None else labels.classes(tasks)
+
+
 def _by_label(tasks: TaskSet, column: str) -> dict[str, dict[str, np.ndarray]]:
     code_of: dict[Any, int] = {}
     parts = []

@@ -17,7 +17,8 @@ INPUT_TARGET = [("input", "target"), ("text", "label"), ("question", "answer")]
 ANSWERS = ("question", "answers")
 SOUND = [("audio", "sentence"), ("audio", "text"), ("audio", "transcription")]
 TAGGED = [("tokens", "tags"), ("tokens", "ner_tags")]
-FORMS = [("prompt", "completion"), *SOUND, *TAGGED, *INPUT_TARGET, ANSWERS, ("messages",)]
+NOT_TEXT = [*SOUND, *TAGGED]  # which only the models read that are made for them
+FORMS = [("prompt", "completion"), *NOT_TEXT, *INPUT_TARGET, ANSWERS, ("messages",)]
 NO_ANSWER = "unanswerable"  # what SQuAD 2.0's questions without an answer are answered with
 ASSISTANT_TURNS = ("last", "all")
 
@@ -86,7 +87,7 @@ class PromptFormat:
     def render(self, row: Mapping[str, Any]) -> tuple[str, str]:
         """Prompt and completion of a row that is text."""
         form = example_columns(row.keys())
-        if form in SOUND or form in TAGGED or form == ("messages",):
+        if form in NOT_TEXT or form == ("messages",):
             raise MetaPeftError(
                 f"Rows of {' + '.join(form)} are no prompt and completion: choose the objective that is made for them."
             )

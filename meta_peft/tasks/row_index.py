@@ -6,7 +6,7 @@ Kept are 16 bytes for each row: the number of its task, and a hash of its exampl
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -101,8 +101,13 @@ def _grouped(names: list[str], codes: np.ndarray, hashes: np.ndarray, labels: np
     )
 
 
+def task_name(values: Iterable[Any]) -> str:
+    """The name of the task that has these values in the task columns."""
+    return " / ".join(map(str, values))
+
+
 def _names(values: list[tuple[Any, ...]]) -> list[str]:
-    names = [" / ".join(map(str, value)) for value in values]
+    names = list(map(task_name, values))
     if len(set(names)) < len(names):
         twice = next(name for i, name in enumerate(names) if name in names[:i])
         raise MetaPeftError(

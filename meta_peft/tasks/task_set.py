@@ -18,7 +18,7 @@ from meta_peft.errors import MetaPeftError
 from meta_peft.tasks.encoding import Encoding
 from meta_peft.tasks.fingerprint import fingerprint
 from meta_peft.tasks.prompt import SOUND, PromptFormat, example_columns, read_columns
-from meta_peft.tasks.row_index import index_rows
+from meta_peft.tasks.row_index import index_rows, task_name
 from meta_peft.tasks.sound import check_sound
 from meta_peft.tasks.sources import opened
 from meta_peft.tasks.sources.class_names import with_class_names
@@ -44,7 +44,8 @@ class TaskSet:
     Rows that repeat an earlier row of their task are left out, so that support and query can never share a row. The
     table stays on disk if it is there: of each row its number is kept.
 
-    `dataset` is what episodes are made of, `table` the same rows before they were encoded, and `found` counts what was
+    `names` are those of the tasks, in the order of their first rows, and `rows_of` has each one's row numbers. `dataset`
+    is what episodes are made of, `table` the same rows before they were encoded, and `found` counts what was
     found in them.
     """
 
@@ -62,7 +63,7 @@ class TaskSet:
         self.dataset = self.table = with_class_names(dataset)
         self.encoding: Any = None  # an `Encoding`, of encoded tasks
         index = index_rows(self.table, self.task_columns, read, needed, empty_rows=empty_rows)
-        self.rows_of = index.rows_of
+        self.rows_of, self.names = index.rows_of, list(index.rows_of)
         self.found = {
             "rows": len(dataset),
             "tasks": len(self.rows_of),
@@ -71,10 +72,6 @@ class TaskSet:
             "rows_in_several_tasks": index.rows_in_several_tasks,
             "single_label_tasks": index.single_label_tasks,
         }
-
-    @property
-    def names(self) -> list[str]:
-        return list(self.rows_of)
 
     @property
     def repeated_rows(self) -> int:
@@ -96,6 +93,7 @@ class TaskSet:
         ends = np.cumsum([len(part) for part in chosen.values()])
         selected = copy.copy(self)
         selected.rows_of = dict(zip(chosen, np.split(np.arange(len(rows)), ends[:-1]), strict=True))
+        selected.names = list(chosen)
         selected.dataset, selected.table = self.dataset.select(rows), self.table.select(rows)
         selected.found = self.found | {"rows": len(rows), "tasks": len(chosen)}
         return selected
@@ -262,7 +260,7 @@ def _of_its_task(row: Mapping[str, Any], encoding: Encodings, task_columns: Sequ
 
 
 def _task(row: Mapping[str, Any], task_columns: Sequence[str]) -> str:
-    return " / ".join(str(row[column]) for column in task_columns)
+    return task_name(row[column] for column in task_columns)
 
 
 def _columns(dataset: Dataset, column: str) -> Iterable[dict[str, Any]]:

@@ -39,6 +39,8 @@ def test_what_encodes_otherwise_has_another():
         *(Encoding("causal_lm", PromptFormat(), Processor(tiny_tokenizer(), e), 32) for e in extractors),
     ]
     assert len({fingerprint(value) for value in values}) == len(values)
+    plain = ["ab", ["a", "b"], ["ab"], [], {}, {"a": "b"}, {"a": ["b"]}, None, 1, "1", True]
+    assert len({fingerprint(value) for value in plain}) == len(plain) - 1  # an empty list is like an empty mapping
     assert fingerprint("a", "b") != fingerprint("ab")
 
 

@@ -91,7 +91,7 @@ def opened_splits(
     for split, called in wanted.items():
         if called is None and split != "train" and split not in found:
             continue
-        called = called or "train" if split == "train" else called or split
+        called = called or split
         if called not in found:
             raise MetaPeftError(
                 f"{name} has no split {called!r}; its splits are {', '.join(map(str, found))}."
@@ -137,6 +137,8 @@ def _from_paths(paths: Sequence[str | Path], task_column: str) -> Dataset:
                 raise MetaPeftError(
                     f"{path} holds the splits {', '.join(map(str, saved))}: give it as dataset_name, or one of them."
                 )
+            if saved is not None and len(paths) > 1:
+                raise MetaPeftError(f"{path} is a saved dataset, which is given alone: as files, several can be given.")
             if saved is not None:
                 return saved
             inside = [file for file in sorted(path.rglob("*")) if _holds_rows(file) and file.is_file()]

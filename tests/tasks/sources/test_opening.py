@@ -53,6 +53,8 @@ def test_saved_datasets(tmp_path: Path):
         opened(tmp_path / "all")
     splits = opened_splits(str(tmp_path / "all"))
     assert {split: len(rows) for split, rows in splits.items()} == {"train": 3, "test": 1}
+    with pytest.raises(MetaPeftError, match="is a saved dataset, which is given alone"):
+        opened([tmp_path / "one", tmp_path / "one"])
     (tmp_path / "one" / "state.json").write_text("{")
     with pytest.raises(MetaPeftError, match="damaged or not a saved dataset"):
         opened(tmp_path / "one")
