@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from accelerate import PartialState
 from conftest import random_batch, tiny_base, with_lora
+from test_heads import model_of, rows_of
 
 import meta_peft as mp
 from meta_peft.base_model import BaseIdentity, load_base
@@ -22,6 +23,7 @@ from meta_peft.frozen_linear import FOUR_BIT
 from meta_peft.params import flatten
 from meta_peft.sharding import LockstepPlan, asked_for, refusal, rounds_in_step, shard_base, sharded_bytes
 from meta_peft.sharding.table import kind_of
+from meta_peft.types import EpisodeBatch
 from meta_peft.whole_weights import is_elsewhere
 
 SGD = mp.InnerRule(mp.SGD(), lr=0.1, steps=2, learn_rates=True)
@@ -90,6 +92,21 @@ def cells(folder: Path) -> dict:
     return found
 
 
+def heads() -> dict:
+    """The meta-gradient of a classifier, each task with a head of its own, on a sharded base and on a whole one."""
+    found, algorithm = {}, ALGORITHMS["replay"]
+    for case in ("bert", "llama"):
+        whole, sharded = (model_of(case) for _ in range(2))
+        shard_base(sharded, asked_for())
+        batch = EpisodeBatch(rows_of(case, seed=2), rows_of(case, seed=3), ["one", "other"])
+        expected, here = (
+            flat(mp.meta_gradient(model, batch, algorithm, tasks_per_forward=LockstepPlan()).grads)
+            for model in (whole, sharded)
+        )
+        found[case] = error(here, expected)
+    return found
+
+
 def flat(grads: mp.types.Meta) -> dict:
     return {**grads.adapter, **grads.hyper}
 
@@ -139,7 +156,7 @@ def main() -> None:
     assert sharding.back_end == sys.argv[1]
     assert dist.get_world_size() == 2
     folder = Path(sys.argv[2])  # with a tiny model in it
-    result = {"cells": cells(folder), "training": training(folder)}
+    result = {"cells": cells(folder), "training": training(folder), "heads": heads()}
     dist.barrier()
     if dist.get_rank() == 0:
         print(json.dumps(result))

@@ -58,6 +58,14 @@ def two_processes(back_end: str) -> dict:
 
 @pytest.mark.launch
 @back_ends
+def test_heads_of_classifiers_stay_whole(back_end: str):
+    errors = two_processes(back_end)["heads"]
+    assert set(errors) == {"bert", "llama"}
+    assert max(errors.values()) < 1e-10
+
+
+@pytest.mark.launch
+@back_ends
 def test_meta_gradients_are_those_of_a_whole_base(back_end: str):
     cells = two_processes(back_end)["cells"]
     for quantisation, cell in cells.items():

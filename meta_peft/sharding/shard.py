@@ -1,4 +1,4 @@
-"""Shard the frozen weights of a base; LoRA, norms, biases and the scales of 4-bit weights stay whole in each process.
+"""Shard the frozen weights of a base; LoRA, heads, norms, biases and scales of 4-bit weights stay whole in each process.
 
 What is sharded are the weights of layers whose formula is known by their class, because `fast_forwards` computes with
 those through `whole_weight`, which gathers them at the moment of use. So no graph holds a gathered weight, second
