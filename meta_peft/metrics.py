@@ -161,7 +161,9 @@ def _of_corpus(function: str, metric: str) -> Callable[[Sequence[str], Sequence[
 def _calibration_error(confidences: Sequence[float], right: Sequence[bool]) -> float:
     """The mean gap between confidence and accuracy in bins of equal width, weighted by their rows."""
     error = _imported(CLASSIFICATION, "ece").binary_calibration_error
-    return float(error(torch.tensor(confidences), torch.tensor(right).long(), n_bins=BINS, norm="l1"))
+    # Rounded above 1, they would be taken for logits; a model that diverged has no confidence at all.
+    known = torch.tensor(confidences).nan_to_num(0.0).clamp(0, 1)
+    return float(error(known, torch.tensor(right).long(), n_bins=BINS, norm="l1"))
 
 
 TEXT, CLASSIFICATION = "torchmetrics.functional.text", "torchmetrics.functional.classification"

@@ -112,7 +112,13 @@ def _padded(sequences: Sequence[Tokens], padding: int, like: Tensor, side: str =
 
 def _decode(model: Any, rows: Rows, options: GenerationConfig) -> list[Tokens]:
     """Prompts are padded on the left, so that all answers begin at the same place."""
-    ids_BL, mask_BL = _padded(_prompts(rows), options.pad_token_id, rows.labels_BL, "left")
+    prompts = _prompts(rows)
+    if not all(prompts):
+        raise MetaPeftError(
+            "A row has no prompt, all of its tokens are to be learned, so there is nothing to write an answer to: take a"
+            " metric that needs none written, such as exact_match."
+        )
+    ids_BL, mask_BL = _padded(prompts, options.pad_token_id, rows.labels_BL, "left")
     _fit(options, model, ids_BL, rows)
     made: Any = GenerationMixin.generate(model, input_ids=ids_BL, attention_mask=mask_BL, generation_config=options)
     return made[:, ids_BL.shape[1] :].tolist()
@@ -126,7 +132,7 @@ def _decode_from_encoder(model: Any, rows: Rows, options: GenerationConfig) -> l
             f"The answers of the rows begin at the decoder positions {sorted(starts)}; to be written at once they must"
             " begin at the same one."
         )
-    inputs = dict(rows.inputs)
+    inputs = {name: t.to(model.dtype) if t.is_floating_point() else t for name, t in rows.inputs.items()}
     prompt_BL = inputs.pop("decoder_input_ids")[:, : starts.pop() + 1]
     options.decoder_start_token_id = int(prompt_BL[0, 0])
     _fit(options, model, prompt_BL, rows)

@@ -50,6 +50,8 @@ def test_a_perfect_and_a_hopeless_task(name: str):
         ("cer", ["abc", "a"], ["abd", "ab"], 2 / 5),
         ("ece", [0.9, 0.9, 0.6], [True, False, True], (2 * 0.4 + 0.4) / 3),
         ("ece", [1.0, 1.0], [True, True], 0),
+        ("ece", [1.0000001, 0.75], [True, True], 1 / 8),
+        ("ece", [float("nan"), 1.0], [False, True], 0),
     ],
 )
 def test_by_hand(name: str, predictions: list, references: list, expected: float):
@@ -133,5 +135,5 @@ def test_without_the_library(name: str, package: str, monkeypatch: pytest.Monkey
 
 def test_no_library_is_imported_before_it_is_used():
     run_python(
-        "import sys\nimport meta_peft.config\nassert not {'torchmetrics', 'sacrebleu'} & set(sys.modules), sys.modules"
+        "import sys\nimport meta_peft.metrics\nassert not {'torchmetrics', 'sacrebleu'} & set(sys.modules), sys.modules"
     )

@@ -186,6 +186,25 @@ def test_answers_that_begin_at_different_places_of_a_decoder_are_refused():
         written(loss_fn, dict(loss_fn.weights.parameters()), rows, stop=[END])
 
 
+def test_rows_without_a_prompt_are_refused():
+    loss_fn = AdapterLoss(tiny(), second_order=False)
+    ids = torch.tensor([[5, 6, 7]])
+    rows = Rows({"input_ids": ids, "attention_mask": torch.ones_like(ids)}, ids.clone(), 1)
+    with pytest.raises(MetaPeftError, match="A row has no prompt, all of its tokens are to be learned"):
+        written(loss_fn, dict(loss_fn.weights.parameters()), rows, stop=[END])
+
+
+def test_sound_is_heard_in_the_precision_of_the_model():
+    loss_fn = model_of("whisper")
+    rows, own = rows_of(loss_fn, n_tasks=1), dict(loss_fn.weights.parameters())
+    heard = rows.inputs["input_features"].float()
+    found = [
+        written(loss_fn, own, Rows({**rows.inputs, "input_features": sound}, rows.labels_BL, 1), stop=[END])
+        for sound in (heard, heard.double())
+    ]
+    assert found[0] == found[1]
+
+
 CHOICES = [[[4], [6, 7], [8, 9, 10]], [[4, 4], [5]], [[6], [7]], [[3, 8], [9], [10]]]
 
 
