@@ -163,8 +163,11 @@ def test_commands_name_what_exists(page: Path, workplace: Path, monkeypatch: pyt
                 del words[2:5]
             script, *options = words[2:]
             assert Path(script).is_file(), script
+            config = Path("recipes/configs") / f"{Path(script).stem}.yaml"
             if script == "recipes/meta_lora.py":
                 words = ["meta-peft", "train", *options]
+            elif config.is_file():  # a recipe
+                words = ["meta-peft", "train", "--config", str(config), *options]
         if words[0] == "meta-peft":
             before = len(asked)
             cli._main(words[1:])  # a wrong option raises

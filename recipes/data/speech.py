@@ -25,10 +25,10 @@ from meta_peft.packages import apt_download
 SOURCE = """
 # Spoken prompts
 
-From the Debian packages `asterisk-core-sounds-LANGUAGE` (texts) and `asterisk-core-sounds-LANGUAGE-wav` (sound). Read
-by Allison Smith (English, Spanish), June Wallack (French), Carlo Flora (Italian) and IvrvoiceRU (Russian). Licence: CC
-BY-SA 3.0, Russian CC BY 3.0; who took part is named in the packages' file `copyright`. The sound was brought from 8 to
-16 kHz.
+From the Debian packages `asterisk-core-sounds-LANGUAGE` (texts) and `asterisk-core-sounds-LANGUAGE-wav` (sound). Read by
+Allison Smith (English, Spanish), June Wallack (French) and Carlo Flora (Italian); the Russian ones were provided by
+Maxim Topal. Licence: CC BY-SA 3.0, Italian and Russian CC BY 3.0; all who took part are named in the packages' file
+`copyright`. The sound was brought from 8 to 16 kHz.
 """
 LANGUAGES = {"train": ("en", "fr", "ru"), "validation": ("it",), "test": ("es",)}
 CLIPS, MOST_TASKS = 16, 12
