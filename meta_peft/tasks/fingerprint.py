@@ -20,7 +20,7 @@ def fingerprint(*values: Any) -> str | None:
     parts = [_described(value) for value in values]
     if None in parts:
         return None
-    return _digest(_digest_of_code(), *map(str, parts))
+    return _digest(digest_of_code(), *map(str, parts))
 
 
 def _described(value: Any) -> str | None:
@@ -52,7 +52,8 @@ def _of_parts(parts: Mapping[str, Any]) -> str | None:
 
 
 @cache
-def _digest_of_code() -> str:
+def digest_of_code() -> str:
+    """Of everything that makes rows and features: what an older version made is not found again."""
     files = sorted(Path(__file__).parent.rglob("*.py"))
     return _digest(*(file.read_text(encoding="utf-8") for file in files))
 

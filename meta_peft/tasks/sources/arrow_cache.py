@@ -22,9 +22,9 @@ from datasets import Dataset
 
 from meta_peft.checked import shown
 from meta_peft.errors import MetaPeftError
+from meta_peft.tasks.fingerprint import digest_of_code
 
 ROWS_AT_ONCE = 5000
-FORMAT = "1"  # of what is written; another number makes all of it anew
 KINDS = (
     (bool, "true or false"),
     ((int, float), "a number"),
@@ -36,7 +36,7 @@ KINDS = (
 
 def cached(key: str, rows: Callable[[], Iterable[Mapping[str, Any]]]) -> Dataset:
     """The table of `rows()`, found again by `key`."""
-    path = cache_folder() / f"{_digest(FORMAT, key)}.arrow"
+    path = cache_folder() / f"{_digest(digest_of_code(), key)}.arrow"
     if not path.is_file():
         write(rows(), path)
     return Dataset.from_file(str(path))
