@@ -26,7 +26,7 @@ from meta_peft.sidecar import Sidecar
 def test_from_training_to_stock_peft(kind: str, tmp_path: Path):
     run = trainer(kind, tmp_path / "meta", inner_steps=2)
     run.train()
-    assert {"eval_loss_before", "eval_loss", "eval_exact_match"} <= run.evaluate().keys()
+    assert {"eval_loss_before", "eval_loss", f"eval_{run.scorer.metric.name}"} <= run.evaluate().keys()
     run.save_model()
     learned = {n: p.detach().clone() for n, p in run.loss_fn.weights.parameters().items()}
 

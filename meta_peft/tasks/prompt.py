@@ -10,7 +10,7 @@ from typing import Any
 from meta_peft.checked import shown
 from meta_peft.errors import MetaPeftError, did_you_mean
 from meta_peft.objectives.labelled_tokens import IGNORED
-from meta_peft.tasks.multiple_choice import CHOICES, encode_with_choices
+from meta_peft.tasks.multiple_choice import CHOICES
 
 LONGEST_TEMPLATE = 10_000
 INPUT_TARGET = [("input", "target"), ("text", "label"), ("question", "answer")]
@@ -101,13 +101,7 @@ class PromptFormat:
         return self.prompt_template.replace("{input}", first), self._completion(second)
 
     def encode(self, row: Mapping[str, Any], tokenizer: Any, max_length: int) -> Features:
-        """Token ids ``[L]`` and labels ``[L]``, -100 on the prompt. A long row is cut at its start to fit.
-
-        A row with a column `choices` has the tokens of its answers beside these (see `multiple_choice`).
-        """
-        if CHOICES in row:
-            column = example_columns(row.keys())[-1]
-            return encode_with_choices(row, column, lambda plain: self.encode(plain, tokenizer, max_length))
+        """Token ids ``[L]`` and labels ``[L]``, -100 on the prompt. A long row is cut at its start to fit."""
         if example_columns(row.keys()) == ("messages",):
             ids, labels = _encode_messages(row["messages"], tokenizer, every=self.assistant_turns == "all")
         else:

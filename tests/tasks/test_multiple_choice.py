@@ -6,13 +6,13 @@ from typing import Any
 import pytest
 from surface import tiny_tokenizer
 
-from meta_peft import EpisodeCollator, EpisodeDataset, MetaPeftError, PromptFormat, TaskSet
+from meta_peft import Encoding, EpisodeCollator, EpisodeDataset, MetaPeftError, PromptFormat, TaskSet
 
 ROW = {"question": "what?", "choices": ["yes", "no", "maybe"], "answer": 1}
 
 
 def encode(row: Mapping[str, Any], max_length: int = 64) -> dict[str, Any]:
-    return PromptFormat("{input} ->", " {target}").encode(row, tiny_tokenizer(), max_length)
+    return Encoding("causal_lm", PromptFormat("{input} ->", " {target}"), tiny_tokenizer(), max_length)(row)
 
 
 @pytest.mark.parametrize("answer", [1, "no"])

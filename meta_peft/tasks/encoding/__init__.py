@@ -23,7 +23,8 @@ from meta_peft.tasks.encoding import (
 )
 from meta_peft.tasks.encoding.classes import class_names
 from meta_peft.tasks.encoding.facts import Facts, facts_of, tokenizer_of
-from meta_peft.tasks.prompt import PromptFormat
+from meta_peft.tasks.multiple_choice import CHOICES, encode_with_choices
+from meta_peft.tasks.prompt import PromptFormat, example_columns
 
 __all__ = ["Encoding", "Facts", "tokenizer_of"]
 
@@ -68,6 +69,9 @@ class Encoding:
         return tokenizer_of(self.processor)
 
     def __call__(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """A row with a column `choices` has the tokens of its answers beside its own (see `multiple_choice`)."""
+        if CHOICES in row and self.objective not in CLASSIFYING:
+            return encode_with_choices(row, example_columns(row.keys())[-1], self)
         encode: Callable[..., dict[str, Any]] = _KINDS[self.objective].encode
         return encode(row, self)
 
