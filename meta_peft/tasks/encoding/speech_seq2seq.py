@@ -12,6 +12,7 @@ import numpy as np
 from meta_peft.checked import shown
 from meta_peft.errors import MetaPeftError
 from meta_peft.tasks.encoding.decoder import answer
+from meta_peft.tasks.prompt import SOUND
 
 if TYPE_CHECKING:
     from meta_peft.tasks.encoding import Encoding
@@ -19,11 +20,15 @@ if TYPE_CHECKING:
 
 def encode(row: Mapping[str, Any], how: Encoding) -> dict[str, Any]:
     """`input_features` ``[mel, frames]``; `decoder_input_ids` and `labels` ``[L]``."""
-    if not {"audio", "text"} <= row.keys():
-        raise MetaPeftError(f"Expected columns audio and text; the columns are {sorted(row)}. Rename yours to these.")
-    if not isinstance(row["text"], str) or not row["text"].strip():
-        raise MetaPeftError(f"Column 'text' must hold the transcript of the sound; got {shown(row['text'])}.")
-    return {"input_features": _heard(*samples(row["audio"]), how), **answer(row["text"], how)}
+    said = next((column for _, column in SOUND if {"audio", column} <= row.keys()), None)
+    if said is None:
+        names = ", ".join(column for _, column in SOUND)
+        raise MetaPeftError(
+            f"Expected columns audio and one of {names}; the columns are {sorted(row)}. Rename yours to these."
+        )
+    if not isinstance(row[said], str) or not row[said].strip():
+        raise MetaPeftError(f"Column {said!r} must hold the transcript of the sound; got {shown(row[said])}.")
+    return {"input_features": _heard(*samples(row["audio"]), how), **answer(row[said], how)}
 
 
 def with_label(features: Mapping[str, Any], label: str, how: Encoding) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from meta_peft.errors import MetaPeftError
 from meta_peft.objectives.labelled_tokens import IGNORED
 from meta_peft.tasks.encoding.classes import class_number
 from meta_peft.tasks.encoding.special_tokens import special_tokens
+from meta_peft.tasks.prompt import TAGGED
 
 if TYPE_CHECKING:
     from meta_peft.tasks.encoding import Encoding
@@ -49,7 +50,7 @@ def with_label(features: Mapping[str, Any], label: list[int], how: Encoding) -> 
 
 def label(row: Mapping[str, Any]) -> Any:
     """The classes of a row's words."""
-    return row.get("tags")
+    return next((row[column] for _, column in TAGGED if column in row), None)
 
 
 def _unknown(how: Encoding) -> int:

@@ -138,6 +138,7 @@ def test_token_classification_labels_the_first_token_of_a_word():
     features = how({"tokens": ["ab", "c"], "tags": [2, 1]})
     assert text(how, features["input_ids"]) == "<s> ab c</s>"
     assert features["labels"] == [-100, 2, -100, -100, 1, -100, -100]
+    assert how({"tokens": ["ab", "c"], "ner_tags": [2, 1]}) == features
     assert how.with_label(features, [0, 2])["labels"] == [-100, 0, -100, -100, 2, -100, -100]
     short = encoding("token_classification", 6, num_labels=3)({"tokens": ["ab", "c"], "tags": [2, 1]})
     assert text(how, short["input_ids"]) == "<s> ab</s>"
@@ -225,7 +226,7 @@ def test_the_language_stays_with_the_facts():
         ({"audio": 3, "text": "a"}, "must hold an array and a sampling_rate, or the path of a WAV file; got 3"),
         ({"audio": "none.mp3", "text": "a"}, "none.mp3 cannot be read as a WAV file"),
         (sound(text=" "), "must hold the transcript of the sound; got ' '"),
-        ({"text": "a"}, "Expected columns audio and text"),
+        ({"text": "a"}, "Expected columns audio and one of sentence, text, transcription"),
     ],
 )
 def test_sounds_that_are_refused(row: dict, message: str):
