@@ -122,13 +122,13 @@ def adapted(
     run: MetaTrainer, tasks: TaskSet, given: argparse.Namespace, seed: int, selection: SupportSelection | None = None
 ) -> dict[str, np.ndarray]:
     """Query loss and exact match of each task after adaptation ``[T]``. Query rows depend on the seed alone."""
-    encoded = tasks.encoded(run.args.prompt_format(), run.processing_class, run.args.max_length)
+    encoded = tasks.encoded(run.encoding)
     query = min(given.query, min(len(rows) for rows in tasks.rows_of.values()) - given.shots)
     episodes = EpisodeDataset(
         encoded, shots=given.shots, query_size=query, seed=1000 + seed, shuffle=False, selection=selection
     )
     found = curve(run.loss_fn, run.start(), run.batches(list(episodes)), (given.inner_steps,))
-    return {"loss": found.loss[:, 0].astype(float), "exact_match": found.exact_match[:, 0].astype(float)}
+    return {"loss": found.loss[:, 0].astype(float), "exact_match": found.score[:, 0].astype(float)}
 
 
 def compared(scores: Scores) -> list[dict[str, Any]]:

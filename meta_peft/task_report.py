@@ -233,7 +233,7 @@ def group_gradients(trainer: MetaTrainer, tasks: TaskSet, groups: Mapping[str, S
     """The mean meta-gradient of the adapter over the tasks of each group, some episodes each, ``[G, P]`` in float64."""
     args = trainer.args
     drawn = EpisodeDataset(
-        tasks.encoded(args.prompt_format(), trainer.processing_class, args.max_length),
+        tasks.encoded(trainer.encoding),
         shots=args.shots,
         query_size=args.query_size,
         seed=args.seed,

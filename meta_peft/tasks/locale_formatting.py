@@ -4,8 +4,8 @@ One task is one (locale, kind), for instance ``de/date_medium``: "2024-03-05" be
 only from the examples, rows are short, and there are many real tasks. The answers come from the Unicode CLDR data in
 the package `babel` (``pip install 'meta-peft[demo]'``).
 
-Locales that behave alike on a set of probes are one task, so no behaviour is on both sides of a split; the splits are
-by language, so no language is either.
+Locales that behave alike on a set of probes are one task. The splits are by language, and no task of one answers half of
+its rows as a task of another does.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ PROBES = 24
 ROWS_PER_TASK = 48
 
 Format = Callable[[Any, str], str]
+Named = dict[str, list[dict[str, str]]]
 
 
 def locale_formatting(*, digits_only: bool = True, seed: int = 0) -> dict[str, TaskSet]:
@@ -41,14 +42,17 @@ def locale_formatting(*, digits_only: bool = True, seed: int = 0) -> dict[str, T
     np.random.default_rng([seed, 1]).shuffle(languages)
     bounds = np.cumsum([round(share * len(languages)) for share in SPLITS.values()])
     split_of = {lang: list(SPLITS)[int(np.searchsorted(bounds[:-1], i, "right"))] for i, lang in enumerate(languages)}
-    splits: dict[str, dict[str, list[dict[str, str]]]] = {split: {} for split in SPLITS}
+    splits: dict[str, Named] = {split: {} for split in SPLITS}
     for name, rows in tasks.items():
         splits[split_of[name.split("/")[0].split("_")[0]]][name] = rows
-    return {split: TaskSet.from_mapping(named) for split, named in splits.items()}
+    return {split: TaskSet.from_mapping(named) for split, named in _without_near_copies(splits).items()}
 
 
-def _distinct_tasks(digits_only: bool, seed: int) -> dict[str, list[dict[str, str]]]:
-    """Rows by task name, for the first locale of each distinct behaviour."""
+def _distinct_tasks(digits_only: bool, seed: int) -> Named:
+    """Rows by task name, for the first of each distinct behaviour, of whatever locale and kind.
+
+    Some kinds ask the same: where the short and the medium form of a date are written alike, they are one task.
+    """
     locales, formats = _babel()
     tasks, seen = {}, set()
     for kind, (draw, show, write) in formats.items():
@@ -56,13 +60,29 @@ def _distinct_tasks(digits_only: bool, seed: int) -> dict[str, list[dict[str, st
         for locale in locales:
             answers = [write(value, locale) for value in values[:PROBES]]
             letters = any(character.isalpha() for answer in answers for character in answer)
-            if (kind, *answers) in seen or (digits_only and letters):
+            behaviour = (*map(show, values[:PROBES]), *answers)
+            if behaviour in seen or (digits_only and letters):
                 continue
-            seen.add((kind, *answers))
+            seen.add(behaviour)
             answers += [write(value, locale) for value in values[PROBES:]]
             rows = zip(values, answers, strict=True)
             tasks[f"{locale}/{kind}"] = [{"input": show(value), "target": answer} for value, answer in rows]
     return tasks
+
+
+def _without_near_copies(splits: dict[str, Named]) -> dict[str, Named]:
+    """Without tasks that answer at least half of their rows as a task of an earlier split does."""
+    kept: dict[str, Named] = {}
+    for split, tasks in splits.items():
+        earlier = [_examples(rows) for named in kept.values() for rows in named.values()]
+        own = {name: _examples(rows) for name, rows in tasks.items()}
+        copies = {name for name, rows in own.items() if any(2 * len(rows & other) >= len(rows) for other in earlier)}
+        kept[split] = {name: rows for name, rows in tasks.items() if name not in copies}
+    return kept
+
+
+def _examples(rows: list[dict[str, str]]) -> set[tuple[str, str]]:
+    return {(row["input"], row["target"].casefold()) for row in rows}
 
 
 def _distinct(draw: Callable[[np.random.Generator], Any], rng: np.random.Generator, n: int) -> list[Any]:
