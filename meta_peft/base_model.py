@@ -17,7 +17,7 @@ from meta_peft.errors import MetaPeftError
 from meta_peft.fast_weights import HEADS, lora_layers
 from meta_peft.frozen_linear import quantised_layers
 from meta_peft.model_kinds import KINDS, auto_class, objective_of_config
-from meta_peft.objectives import CLASSIFYING
+from meta_peft.objectives import CLASSIFYING, objective_name
 from meta_peft.registry_models import REGISTRY_MODELS
 from meta_peft.sharding import Sharding, asked_for, refusal
 from meta_peft.tasks.encoding import tokenizer_of
@@ -77,6 +77,17 @@ def base_config(args: ModelArguments) -> Any:
 def objective_of(args: ModelArguments) -> str:
     """The objective that `args` name, or else the one that their base is made for."""
     return args.objective or objective_of_config(base_config(args))
+
+
+def tokenizer_for(args: ModelArguments) -> Any:
+    """The tokenizer of the base of `args`, or its processor for speech."""
+    return load_tokenizer(
+        args.model_name_or_path,
+        revision=args.model_revision,
+        trust_remote_code=args.trust_remote_code,
+        objective=objective_of(args),
+        speech_language=args.speech_language,
+    )
 
 
 def load_base(args: ModelArguments) -> Any:
@@ -233,6 +244,16 @@ def agree_on_padding(base: Any, objective: str, tokenizer: Any) -> None:
             f" pad_token_id={config.pad_token_id}: set one of them to the other."
         )
     config.pad_token_id = tokenizer.pad_token_id
+
+
+def new_model(args: ModelArguments, seed: int) -> PeftModel:
+    """The base of `args` with a new adapter, whose random numbers `seed` decides."""
+    from transformers.trainer_utils import set_seed
+
+    set_seed(seed)  # a new head starts at random
+    base = load_base(args)
+    set_seed(seed)  # as the LoRA A matrices do
+    return with_adapter(base, lora_config(args, objective_name(base)))
 
 
 def _materialise(model: PeftModel, config: LoraConfig) -> None:

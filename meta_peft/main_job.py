@@ -9,13 +9,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from peft import PeftModel
-from transformers.trainer_utils import set_seed
-
-from meta_peft.base_model import load_base, load_tokenizer, lora_config, objective_of, with_adapter
+from meta_peft.base_model import new_model, tokenizer_for
 from meta_peft.compare import CompareArguments, compare, multitask_start
 from meta_peft.config import MetaLoraConfig, ModelArguments, TaskArguments
-from meta_peft.objectives import objective_name
 from meta_peft.processes import group
 from meta_peft.report import Report
 from meta_peft.sharding import asked_for, check_sharding
@@ -44,15 +40,9 @@ def run(
     tasks = load_tasks(task_args, args.task_column)
     leakage = group.of_first(partial(check_leakage, tasks, args.task_leakage))
     tasks = with_enough_rows(tasks, task_args, args)
-    tokenizer = load_tokenizer(
-        model_args.model_name_or_path,
-        revision=model_args.model_revision,
-        trust_remote_code=model_args.trust_remote_code,
-        objective=objective_of(model_args),
-        speech_language=model_args.speech_language,
-    )
+    tokenizer = tokenizer_for(model_args)
     trainer = MetaTrainer(
-        _new_model(model_args, args.seed),
+        new_model(model_args, args.seed),
         args=args,
         train_dataset=tasks["train"],
         eval_dataset=tasks.get("validation"),
@@ -72,7 +62,7 @@ def run(
     learned = trainer.start("meta-learned LoRA")
     starts = [plain, learned]
     if comparison.compare == "full":  # trained by all processes together
-        starts.insert(1, multitask_start(trainer, tasks["train"], partial(_new_model, model_args, args.seed)))
+        starts.insert(1, multitask_start(trainer, tasks["train"], partial(new_model, model_args, args.seed)))
     if args.process_index and not asked_for():
         return None
     report = compare(trainer, starts, tasks, comparison)  # on a sharded base by all processes together
@@ -97,13 +87,6 @@ def _check_base(model_args: ModelArguments, args: MetaLoraConfig) -> None:
     back_end = sharding.back_end if sharding else "device_map" if model_args.device_map else None
     if back_end:
         check_sharding(back_end, model_args.quantisation, args.algorithm_object())
-
-
-def _new_model(model_args: ModelArguments, seed: int) -> PeftModel:
-    set_seed(seed)  # a new head starts at random
-    base = load_base(model_args)
-    set_seed(seed)  # as the LoRA A matrices do
-    return with_adapter(base, lora_config(model_args, objective_name(base)))
 
 
 def _about(

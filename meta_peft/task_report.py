@@ -27,9 +27,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers.trainer_utils import IntervalStrategy, SaveStrategy, set_seed
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
-from meta_peft.base_model import load_base, load_tokenizer, lora_config, with_adapter
+from meta_peft.base_model import new_model, tokenizer_for
 from meta_peft.checked import at_least
 from meta_peft.config import MetaLoraConfig, ModelArguments, TaskArguments
 from meta_peft.errors import MetaPeftError
@@ -37,7 +37,7 @@ from meta_peft.evaluate import curve, interval
 from meta_peft.outer_loop import meta_gradient
 from meta_peft.params import flatten
 from meta_peft.patterns import matches
-from meta_peft.task_loading import load_tasks
+from meta_peft.task_loading import load_tasks, with_enough_rows
 from meta_peft.tasks import EpisodeDataset, TaskSet
 from meta_peft.tasks.leakage import Leakage, find_leakage
 from meta_peft.trainer import MetaTrainer
@@ -171,15 +171,13 @@ def run(
     tasks = load_tasks(task_args, args.task_column)
     if "validation" not in tasks:
         raise MetaPeftError("The report compares training tasks with validation tasks: give validation_tasks.")
-    tokenizer = load_tokenizer(
-        model_args.model_name_or_path,
-        revision=model_args.model_revision,
-        trust_remote_code=model_args.trust_remote_code,
+    tasks = with_enough_rows(tasks, task_args, args)
+    trainer = MetaTrainer(
+        new_model(model_args, args.seed),
+        args=args,
+        train_dataset=tasks["train"],
+        processing_class=tokenizer_for(model_args),
     )
-    base = load_base(model_args)
-    set_seed(args.seed)  # the LoRA A matrices start at random
-    model = with_adapter(base, lora_config(model_args))
-    trainer = MetaTrainer(model, args=args, train_dataset=tasks["train"], processing_class=tokenizer)
     report = task_report(trainer, tasks["train"], tasks["validation"], arguments)
     report.write(Path(arguments.report_dir))
     print(f"{report.markdown()}\n\nTable and JSON are in {arguments.report_dir}.")
@@ -239,6 +237,7 @@ def group_gradients(trainer: MetaTrainer, tasks: TaskSet, groups: Mapping[str, S
         seed=args.seed,
         length=episodes * len(tasks),
         shuffle=False,
+        labels=args.labelling(),
     )
     group_of = {task: a for a, its_tasks in enumerate(groups.values()) for task in its_tasks}
     counts = [episodes * len(its_tasks) for its_tasks in groups.values()]
