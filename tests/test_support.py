@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from surface import TRAIN, base_model, config, letter_rows, letter_tasks, tiny_tokenizer, trained_folder, trainer
 
-from meta_peft import MetaPeftError, adapt, load, select_support
+from meta_peft import Encoding, MetaPeftError, PromptFormat, adapt, load, select_support
 from meta_peft.support import episode_selection
 
 
@@ -98,9 +98,10 @@ def test_workers_cannot_ask_the_base(tmp_path: Path):
 
 
 def test_a_base_in_shards_cannot_be_asked(tmp_path: Path, model):
+    encoding = Encoding("causal_lm", PromptFormat(), tiny_tokenizer(), 32)
     for how in ("diverse", "uncertain"):
         args = config(tmp_path, support_selection=how)
         with pytest.raises(MetaPeftError, match="a base in shards answers to all processes together"):
-            episode_selection(model, tiny_tokenizer(), args, sharded=True)
-    balanced = episode_selection(model, tiny_tokenizer(), config(tmp_path, support_selection="balanced"), sharded=True)
+            episode_selection(model, encoding, args, sharded=True)
+    balanced = episode_selection(model, encoding, config(tmp_path, support_selection="balanced"), sharded=True)
     assert balanced.how == "balanced"
