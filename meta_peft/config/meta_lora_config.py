@@ -1,4 +1,4 @@
-"""Every option of a run, in three flat groups with the ecosystem's names: the model, the tasks, the training."""
+"""The options of meta-training: `transformers.TrainingArguments` and ours."""
 
 from __future__ import annotations
 
@@ -11,24 +11,19 @@ from transformers import TrainingArguments
 
 from meta_peft.algorithms import MAML, ImplicitMAML, MultiTask, Reptile
 from meta_peft.algorithms.implicit import SOLVERS
-from meta_peft.checked import at_least as _at_least
-from meta_peft.checked import is_number, whole
-from meta_peft.checked import one_of as _choice
+from meta_peft.checked import at_least, one_of
 from meta_peft.errors import MetaPeftError
 from meta_peft.inner_optimizers import SGD, Adam, InnerRule
 from meta_peft.inner_path import check_memory
 from meta_peft.memory_plan import MemoryPlan
 from meta_peft.metrics import METRICS, metric_named
-from meta_peft.objectives import OBJECTIVES
 from meta_peft.processes import check_launch, join
 from meta_peft.schedule import AnyAlgorithm, Schedule
 from meta_peft.scoring import CHOICE_SCORES
 from meta_peft.sharding import LockstepPlan, asked_for
-from meta_peft.tasks.encoding.facts import MOST_CLASSES
 from meta_peft.tasks.labelling import LABEL_WORDS, Labelling
 from meta_peft.tasks.prompt import PromptFormat
 from meta_peft.tasks.sampling import ADAPTIVE, TaskSampling, check_sampling, task_sampling
-from meta_peft.tasks.self_supervised import KINDS as SELF_SUPERVISED
 from meta_peft.tasks.support_selection import NEED_THE_BASE, check_selection
 
 ALGORITHMS = ("maml", "fomaml", "imaml", "reptile", "multitask")
@@ -45,222 +40,6 @@ _NOT_NEGATIVE = (
         "seed",
     ),
 )
-
-
-@dataclass
-class ModelArguments:
-    """The base model, its precision and where LoRA goes."""
-
-    model_name_or_path: str = field(
-        default="HuggingFaceTB/SmolLM2-135M-Instruct", metadata={"help": "Base model: a hub id or a local folder."}
-    )
-    objective: str | None = field(
-        default=None,
-        metadata={
-            "help": "What the model is for: causal_lm, seq2seq_lm, speech_seq2seq, masked_lm, sequence_classification or"
-            " token_classification. By default what its config says it is made for."
-        },
-    )
-    num_labels: int | None = field(
-        default=None, metadata={"help": "Classes of a classification head: the most that a task has. Else the base's."}
-    )
-    speech_language: str | None = field(
-        default=None, metadata={"help": "Language that a speech model is told to write, such as spanish."}
-    )
-    model_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the base model."})
-    trust_remote_code: bool = field(default=False, metadata={"help": "Run model code that comes with the base model."})
-    dtype: str = field(default="float32", metadata={"help": "Precision of the base: float32 or bfloat16."})
-    load_in_4bit: bool = field(default=False, metadata={"help": "Quantise the base to 4 bits with bitsandbytes."})
-    load_in_8bit: bool = field(default=False, metadata={"help": "Quantise the base to 8 bits with bitsandbytes."})
-    bnb_4bit_quant_type: str = field(default="nf4", metadata={"help": "4-bit data type: nf4 or fp4."})
-    use_bnb_nested_quant: bool = field(default=False, metadata={"help": "Quantise the 4-bit scales too."})
-    bnb_4bit_quant_storage: str | None = field(
-        default=None,
-        metadata={
-            "help": "How 4-bit codes are stored: uint8, float32 or bfloat16. By default as dtype where FSDP2 shards the"
-            " base, which it could not do with uint8, else uint8."
-        },
-    )
-    device_map: str | None = field(
-        default=None,
-        metadata={
-            "help": "For one process: auto, or a JSON file from module names to cpu, disk or a device number. What does"
-            " not fit the device is fetched when it is used."
-        },
-    )
-    offload_folder: str | None = field(default=None, metadata={"help": "Where device_map puts what goes to disk."})
-    attn_implementation: str | None = field(
-        default=None,
-        metadata={"help": "Attention of the base, such as sdpa or eager; transformers' choice by default."},
-    )
-    lora_r: int = field(default=8, metadata={"help": "Rank of the LoRA matrices."})
-    lora_alpha: int = field(default=16, metadata={"help": "LoRA scale: updates are multiplied by lora_alpha / lora_r."})
-    lora_dropout: float = field(
-        default=0.0, metadata={"help": "Kept in the adapter's config; the inner loop uses none."}
-    )
-    use_rslora: bool = field(default=False, metadata={"help": "Scale by lora_alpha / sqrt(lora_r) instead."})
-    lora_target_modules: list[str] = field(
-        default_factory=lambda: ["q_proj", "v_proj", "o_proj", "down_proj"],
-        metadata={"help": "Names of the linear layers that get LoRA."},
-    )
-    lora_layers: list[int] | None = field(
-        default=None,
-        metadata={"help": "Numbers of the decoder layers that get LoRA; all by default. Layers below run only once."},
-    )
-
-    def __post_init__(self) -> None:
-        if self.objective is not None:
-            _choice("objective", self.objective, tuple(OBJECTIVES))
-        if self.num_labels is not None:
-            whole("num_labels", self.num_labels, 2, MOST_CLASSES)
-        _choice("bnb_4bit_quant_type", self.bnb_4bit_quant_type, ("nf4", "fp4"))
-        if self.dtype == "float16":
-            raise MetaPeftError(
-                "dtype=float16 is refused: gradient scaling does not reach the inner loop, so small gradients would be"
-                " lost. Use bfloat16 or float32."
-            )
-        _choice("dtype", self.dtype, ("float32", "bfloat16"))
-        if self.bnb_4bit_quant_storage is not None:
-            _choice("bnb_4bit_quant_storage", self.bnb_4bit_quant_storage, ("uint8", "float32", "bfloat16"))
-        if self.load_in_4bit and self.load_in_8bit:
-            raise MetaPeftError("load_in_4bit and load_in_8bit are both set: choose one.")
-        _at_least("lora_r", self.lora_r, 1)
-        if not 0 <= self.lora_dropout <= 1:
-            raise MetaPeftError(f"lora_dropout must be a number from 0 to 1; got {self.lora_dropout}.")
-        if self.lora_target_modules == ["all-linear"]:
-            self.lora_target_modules = "all-linear"  # type: ignore[assignment]  # what PEFT understands
-
-    @property
-    def quantisation(self) -> str:
-        """How the base is stored, as the table of what shards calls it."""
-        return "4-bit" if self.load_in_4bit else "8-bit" if self.load_in_8bit else self.dtype
-
-
-@dataclass
-class TaskArguments:
-    """Where the tasks come from."""
-
-    train_tasks: list[str] = field(
-        default_factory=lambda: ["locale_formatting"],
-        metadata={
-            "help": "Training tasks: a file (JSONL, JSON, CSV, TSV, text, Parquet) with a task column; a folder or several"
-            " files, one for each task; or locale_formatting (the demo)."
-        },
-    )
-    validation_tasks: list[str] | None = field(
-        default=None, metadata={"help": "Validation tasks, on which adaptation rates are tuned: files as above."}
-    )
-    test_tasks: list[str] | None = field(
-        default=None, metadata={"help": "Held-out tasks for the final table: files as above."}
-    )
-    dataset_name: str | None = field(
-        default=None,
-        metadata={
-            "help": "In place of the three above, a dataset that holds all splits: a hub id, a folder that save_to_disk"
-            " wrote, or a folder with files or folders named train, validation and test."
-        },
-    )
-    dataset_config: str | None = field(
-        default=None, metadata={"help": "The hub's name for one of several datasets under one id."}
-    )
-    dataset_train_split: str = field(default="train", metadata={"help": "What dataset_name calls its training split."})
-    dataset_validation_split: str | None = field(
-        default=None, metadata={"help": "What it calls its validation split; validation, if there is one, by default."}
-    )
-    dataset_test_split: str | None = field(
-        default=None, metadata={"help": "What it calls its test split; test, if there is one, by default."}
-    )
-    streaming: bool = field(
-        default=False, metadata={"help": "Read the hub's rows one after the other, not whole files first."}
-    )
-    max_rows: int | None = field(default=None, metadata={"help": "With streaming, only so many first rows."})
-    rename_columns: list[str] | None = field(
-        default=None, metadata={"help": "Columns to rename, such as sentence=text sentiment=label."}
-    )
-    split_fractions: list[float] | None = field(
-        default=None,
-        metadata={
-            "help": "Split the training tasks (or the classes, where the label is the task column) into training,"
-            " validation and test tasks, such as 0.8 0.1 0.1."
-        },
-    )
-    split_seed: int = field(default=0, metadata={"help": "Which task is in which of these splits."})
-    source_lang: str | None = field(
-        default=None, metadata={"help": "Of translation rows, only those from this language; each by default."}
-    )
-    target_lang: str | None = field(
-        default=None, metadata={"help": "Of translation rows, only those into this language; each by default."}
-    )
-    self_supervised: str | None = field(
-        default=None,
-        metadata={
-            "help": "Make tasks of plain text: smlmt (which word was masked?), span (write what was taken out) or"
-            " continuation (write how a sentence goes on)."
-        },
-    )
-    mask_word: str = field(default="___", metadata={"help": "What stands for words that self_supervised takes out."})
-    empty_rows: str = field(
-        default="error",
-        metadata={"help": "Rows without input, answer or task: error, or leave_out, which leaves them out and counts."},
-    )
-    small_tasks: str = field(
-        default="error",
-        metadata={"help": "Tasks with too few rows or classes for an episode: error, or leave_out, which counts them."},
-    )
-
-    def __post_init__(self) -> None:
-        for option in ("train_tasks", "validation_tasks", "test_tasks"):
-            given = getattr(self, option)
-            if isinstance(given, list) and len(given) == 1:
-                setattr(self, option, given[0])  # one path is a path, as it is written in Python
-        for option in ("empty_rows", "small_tasks"):
-            _choice(option, getattr(self, option), ("error", "leave_out"))
-        if self.self_supervised is not None:
-            _choice("self_supervised", self.self_supervised, SELF_SUPERVISED)
-            if self.source_lang or self.target_lang:
-                raise MetaPeftError("self_supervised and languages are both set: tasks come from one of them.")
-        if not self.mask_word:
-            raise MetaPeftError("mask_word is empty: what is taken out must leave a mark.")
-        if self.dataset_name is not None:
-            if (
-                self.train_tasks not in ("locale_formatting", ["locale_formatting"])
-                or self.validation_tasks
-                or self.test_tasks
-            ):
-                raise MetaPeftError(
-                    "dataset_name holds all splits: leave train_tasks, validation_tasks and test_tasks out, or it."
-                )
-        elif self.streaming or self.dataset_config:
-            raise MetaPeftError("streaming and dataset_config are of the dataset that dataset_name names: name it.")
-        if self.max_rows is not None:
-            _at_least("max_rows", self.max_rows, 1)
-            if not self.streaming:
-                raise MetaPeftError("max_rows limits a stream: set streaming, or leave it out.")
-        if self.split_fractions is not None:
-            shares = self.split_fractions
-            if len(shares) != 3 or not all(is_number(s) and s > 0 for s in shares) or abs(sum(shares) - 1) > 1e-6:
-                raise MetaPeftError(
-                    "split_fractions must be three positive numbers that add up to 1, for training, validation and test"
-                    f" tasks; got {shares}."
-                )
-            if self.validation_tasks or self.test_tasks:
-                raise MetaPeftError("split_fractions make validation and test tasks: leave those files out, or them.")
-        self.new_names()
-
-    def new_names(self) -> dict[str, str]:
-        """What `rename_columns` says: new names by old ones."""
-        pairs = [pair.partition("=") for pair in self.rename_columns or []]
-        names = {old: new for old, _, new in pairs}
-        if (
-            not all(names)
-            or not all(names.values())
-            or len(names) < len(pairs)
-            or len(set(names.values())) < len(names)
-        ):
-            raise MetaPeftError(
-                f"rename_columns must be pairs such as sentence=text, each column once; got {self.rename_columns}."
-            )
-        return names
 
 
 @dataclass
@@ -448,17 +227,17 @@ class MetaLoraConfig(TrainingArguments):
     remove_unused_columns: bool = field(default=False, metadata={"help": "Always false: episodes have no columns."})
 
     def __post_init__(self) -> None:
-        _choice("algorithm", self.algorithm, ALGORITHMS)
-        _choice("inner_optimizer", self.inner_optimizer, INNER_OPTIMIZERS)
-        _choice("implicit_solver", self.implicit_solver, SOLVERS)
-        _choice("choice_score", self.choice_score, CHOICE_SCORES)
+        one_of("algorithm", self.algorithm, ALGORITHMS)
+        one_of("inner_optimizer", self.inner_optimizer, INNER_OPTIMIZERS)
+        one_of("implicit_solver", self.implicit_solver, SOLVERS)
+        one_of("choice_score", self.choice_score, CHOICE_SCORES)
         if self.metric is not None:
             metric_named(self.metric)
         inherited: Any = self
         best = (inherited.metric_for_best_model or "").removeprefix("eval_")
         if best in METRICS and inherited.greater_is_better is None:  # else more of all but a loss would be better
             inherited.greater_is_better = METRICS[best].higher_is_better
-        _at_least("inner_steps", self.inner_steps, 1 if self.algorithm in ("reptile", "imaml") else 0)
+        at_least("inner_steps", self.inner_steps, 1 if self.algorithm in ("reptile", "imaml") else 0)
         for option in (
             "shots",
             "query_size",
@@ -470,14 +249,14 @@ class MetaLoraConfig(TrainingArguments):
             "dataset_num_proc",
         ):
             if getattr(self, option) is not None:
-                _at_least(option, getattr(self, option), 1)
-        _at_least("max_length", self.max_length, 4)
-        _at_least("max_skipped_updates", self.max_skipped_updates, 1)
+                at_least(option, getattr(self, option), 1)
+        at_least("max_length", self.max_length, 4)
+        at_least("max_skipped_updates", self.max_skipped_updates, 1)
         for option in _NOT_NEGATIVE:
-            _at_least(option, getattr(self, option), 0)
+            at_least(option, getattr(self, option), 0)
         check_memory(self._memory())
         if self.second_order_steps is not None:
-            _at_least("second_order_steps", self.second_order_steps, 0)
+            at_least("second_order_steps", self.second_order_steps, 0)
         if self.memory_budget_gb is not None and not self.memory_budget_gb > 0:
             raise MetaPeftError(f"memory_budget_gb must be positive; got {self.memory_budget_gb!r}.")
         if self.fp16:
@@ -531,9 +310,9 @@ class MetaLoraConfig(TrainingArguments):
         """Of tasks and of support rows."""
         check_sampling(self.task_sampling, self.sampling_temperature, self.sampling_exploration)
         check_selection(self.support_selection)
-        _choice("task_leakage", self.task_leakage, ("warn", "error", "ignore"))
+        one_of("task_leakage", self.task_leakage, ("warn", "error", "ignore"))
         if self.curriculum_steps is not None:
-            _at_least("curriculum_steps", self.curriculum_steps, 1)
+            at_least("curriculum_steps", self.curriculum_steps, 1)
         if self.dataloader_num_workers and self.task_sampling in ADAPTIVE:
             raise MetaPeftError(
                 f"task_sampling={self.task_sampling} with dataloader_num_workers={self.dataloader_num_workers} is refused:"
@@ -558,7 +337,7 @@ class MetaLoraConfig(TrainingArguments):
         """How the classes of an episode are drawn, if episodes are of classes."""
         if self.ways is not None:
             return Labelling(self.ways, self.label_words, self.label_column)
-        _choice("label_words", self.label_words, LABEL_WORDS)
+        one_of("label_words", self.label_words, LABEL_WORDS)
         if self.label_words != "given":
             raise MetaPeftError(f"label_words: {self.label_words} is of episodes of classes: say of how many (ways).")
         return None
