@@ -293,7 +293,7 @@ def leave_one_group_out(
             run.rates.log_rates.copy_(rates)
         run.train()
         batches = run.batches(run.evaluation_episodes(validation).by_length())
-        return curve(run.loss_fn, run.start(), batches, (run.args.inner_steps,)).loss[:, 0]
+        return curve(run.scorer.loss_fn, run.start(), batches, (run.args.inner_steps,)).loss[:, 0]
 
     try:
         of_all = losses(train.names)

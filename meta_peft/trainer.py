@@ -205,7 +205,7 @@ class MetaTrainer(CheckpointedTrainer):
             self.train_dataset.tasks, shots=args.shots, query_size=args.query_size, seed=args.seed, shuffle=False
         )
         in_order = self.batches([each[task] for task in range(len(each))])
-        losses = curve(self.loss_fn, self.start(), in_order, (0,)).loss[:, 0]
+        losses = curve(self.scorer.loss_fn, self.start(), in_order, (0,)).loss[:, 0]
         return group.from_first(torch.from_numpy(losses).to(args.device)).cpu().numpy()
 
     # ---- the outer step
