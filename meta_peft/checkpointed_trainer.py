@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from meta_peft.processes.replicas import check_replicas
 from meta_peft.survival import checkpoints, training_state
 
 
-class CheckpointedTrainer(Trainer):
+class CheckpointedTrainer(Trainer, ABC):
     """What is trained a subclass knows: it says so in `_trained`, and writes and reads it in `_save` and
     `_load_from_checkpoint`; what else its run has come to, in `_progress` and `_go_on`."""
 
@@ -24,17 +25,17 @@ class CheckpointedTrainer(Trainer):
     lr_scheduler: Any
     control: Any
 
+    @abstractmethod
     def _trained(self) -> list[Tensor]:
         """The tensors that have to be the same in every process."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _progress(self) -> dict[str, Any]:
         """What the run has come to, beside weights, optimizer, schedule and random numbers: numbers, texts, tensors."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _go_on(self, progress: dict[str, Any]) -> None:
         """Take up what `_progress` gave."""
-        raise NotImplementedError
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         random = group.gathered_objects(training_state.random_numbers())

@@ -15,6 +15,7 @@ FLOORS = [
     ["errors", "types"],
     [
         "checked",
+        "digests",
         "packages",
         "patterns",
         "params",

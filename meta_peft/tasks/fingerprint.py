@@ -6,7 +6,6 @@ The code that encodes counts too: a new version of it must not find what an old 
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
@@ -14,13 +13,15 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from meta_peft import digests
+
 
 def fingerprint(*values: Any) -> str | None:
     """A hash of `values`; None if one of them is not known to be described by its parts."""
     parts = [_described(value) for value in values]
     if None in parts:
         return None
-    return _digest(digest_of_code(), *map(str, parts))
+    return digests.of_texts(digest_of_code(), *map(str, parts))
 
 
 def _described(value: Any) -> str | None:
@@ -48,15 +49,11 @@ def _of_parts(parts: Mapping[str, Any]) -> str | None:
     described = {name: _described(part) for name, part in parts.items()}
     if None in described.values():
         return None
-    return _digest("parts", *(f"{name}={part}" for name, part in described.items()))
+    return digests.of_texts("parts", *(f"{name}={part}" for name, part in described.items()))
 
 
 @cache
 def digest_of_code() -> str:
     """Of everything that makes rows and features: what an older version made is not found again."""
     files = sorted(Path(__file__).parent.rglob("*.py"))
-    return _digest(*(file.read_text(encoding="utf-8") for file in files))
-
-
-def _digest(*parts: str) -> str:
-    return hashlib.sha256("\0".join(parts).encode("utf-8", "surrogatepass")).hexdigest()[:32]
+    return digests.of_texts(*(file.read_text(encoding="utf-8") for file in files))

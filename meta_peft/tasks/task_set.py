@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -14,6 +13,7 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 
+from meta_peft import digests
 from meta_peft.errors import MetaPeftError
 from meta_peft.tasks.encoding import Encoding
 from meta_peft.tasks.fingerprint import fingerprint
@@ -183,7 +183,7 @@ class TaskSet:
             encoded.dataset = self.dataset.with_transform(partial(_encode_batch, **options))
             return encoded
         parts = fingerprint(*options.values())
-        name = parts and hashlib.sha256(f"{self.dataset._fingerprint}{parts}".encode()).hexdigest()[:32]
+        name = parts and digests.of_texts(self.dataset._fingerprint, parts)
         dataset = self.dataset.map(
             _encode_counted,
             fn_kwargs=options,

@@ -7,7 +7,6 @@ beside it what `datasets` makes of it, such as its tokens.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import tempfile
 import uuid
@@ -20,6 +19,7 @@ import datasets
 import pyarrow as pa
 from datasets import Dataset
 
+from meta_peft import digests
 from meta_peft.checked import shown
 from meta_peft.errors import MetaPeftError
 from meta_peft.tasks.fingerprint import digest_of_code
@@ -36,7 +36,7 @@ KINDS = (
 
 def cached(key: str, rows: Callable[[], Iterable[Mapping[str, Any]]]) -> Dataset:
     """The table of `rows()`, found again by `key`."""
-    path = cache_folder() / f"{_digest(digest_of_code(), key)}.arrow"
+    path = cache_folder() / f"{digests.of_texts(digest_of_code(), key)}.arrow"
     if not path.is_file():
         write(rows(), path)
     return Dataset.from_file(str(path))
@@ -51,7 +51,7 @@ def uncached(rows: Iterable[Mapping[str, Any]]) -> Dataset:
 
 def key_of_files(paths: Iterable[Path]) -> str:
     """From their names and contents: times do not tell apart what was written twice in a moment."""
-    return _digest(*(part for path in paths for part in (path.name, _digest_of_file(path))))
+    return digests.of_texts(*(part for path in paths for part in (path.name, digests.of_file(path))))
 
 
 def cache_folder() -> Path:
@@ -174,18 +174,6 @@ def _with_schema(table: pa.Table, schema: pa.Schema) -> pa.Table:
         return values.cast(field.type)
 
     return pa.table([column(field) for field in schema], schema=schema)
-
-
-def _digest(*parts: str) -> str:
-    return hashlib.sha256("\0".join(parts).encode("utf-8", "surrogatepass")).hexdigest()[:32]
-
-
-def _digest_of_file(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 _FOLDERS: list[tempfile.TemporaryDirectory[str]] = []
