@@ -23,9 +23,8 @@ def at_least(option: str, value: Any, least: float) -> None:
 def one_of(option: str, value: Any, choices: Collection[str]) -> None:
     """Raise unless `value` is one of `choices`."""
     if value not in choices:
-        raise MetaPeftError(
-            f"{option} must be one of {', '.join(choices)}; got {shown(value)}.{did_you_mean(str(value), choices)}"
-        )
+        meant = did_you_mean(str(value)[:100], choices)
+        raise MetaPeftError(f"{option} must be one of {', '.join(choices)}; got {shown(value)}.{meant}")
 
 
 def whole(option: str, value: Any, least: int, most: int) -> int:

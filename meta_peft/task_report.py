@@ -288,6 +288,7 @@ def leave_one_group_out(
             args=_for_some_steps(trainer.args, steps),
             train_dataset=train.select(names),
             processing_class=trainer.processing_class,
+            encoding=trainer.encoding,  # which would number the classes of fewer tasks otherwise
         )
         with torch.no_grad():
             run.rates.log_rates.copy_(rates)

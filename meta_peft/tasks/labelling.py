@@ -17,7 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from meta_peft.errors import MetaPeftError, did_you_mean
+from meta_peft.checked import one_of
+from meta_peft.errors import MetaPeftError
 from meta_peft.tasks.prompt import INPUT_TARGET, example_columns
 from meta_peft.tasks.task_set import TaskSet
 
@@ -46,11 +47,7 @@ class Labelling:
     def __post_init__(self) -> None:
         if not isinstance(self.ways, int) or isinstance(self.ways, bool) or self.ways < 2:
             raise MetaPeftError(f"ways must be a whole number of 2 or more; got {self.ways!r}.")
-        if self.words not in LABEL_WORDS:
-            raise MetaPeftError(
-                f"label_words must be one of {', '.join(LABEL_WORDS)}; got {self.words!r}."
-                f"{did_you_mean(str(self.words), LABEL_WORDS)}"
-            )
+        one_of("label_words", self.words, LABEL_WORDS)
         if self.words == "letters" and self.ways > len(string.ascii_uppercase):
             raise MetaPeftError(f"There are {len(string.ascii_uppercase)} letters for ways={self.ways}: permute words.")
 

@@ -7,8 +7,8 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from meta_peft.checked import shown
-from meta_peft.errors import MetaPeftError, did_you_mean
+from meta_peft.checked import one_of, shown
+from meta_peft.errors import MetaPeftError
 from meta_peft.objectives.labelled_tokens import IGNORED
 from meta_peft.tasks.multiple_choice import CHOICES
 
@@ -75,11 +75,7 @@ class PromptFormat:
                     raise MetaPeftError(
                         f"{name} must contain {place}, got {shown(template)}: the place for the text, once."
                     )
-        if self.assistant_turns not in ASSISTANT_TURNS:
-            raise MetaPeftError(
-                f"assistant_turns must be one of {', '.join(ASSISTANT_TURNS)}; got {shown(self.assistant_turns)}."
-                f"{did_you_mean(str(self.assistant_turns)[:100], ASSISTANT_TURNS)}"
-            )
+        one_of("assistant_turns", self.assistant_turns, ASSISTANT_TURNS)
 
     def to_dict(self) -> dict[str, str]:
         return asdict(self)

@@ -18,7 +18,8 @@ from zlib import crc32
 
 import numpy as np
 
-from meta_peft.errors import MetaPeftError, did_you_mean
+from meta_peft.checked import one_of
+from meta_peft.errors import MetaPeftError
 from meta_peft.objectives.labelled_tokens import IGNORED
 from meta_peft.tasks.task_set import TaskSet
 
@@ -85,10 +86,7 @@ class SupportSelection:
 
 def check_selection(how: str) -> None:
     """Raise unless there is such a selection."""
-    if how not in SELECTIONS:
-        raise MetaPeftError(
-            f"support_selection must be one of {', '.join(SELECTIONS)}; got {how!r}.{did_you_mean(how, SELECTIONS)}"
-        )
+    one_of("support_selection", how, SELECTIONS)
 
 
 def features(how: str, rows: Sequence[EncodedRow], view: View | None) -> Array:

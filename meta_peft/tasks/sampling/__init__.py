@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from meta_peft.checked import at_least
-from meta_peft.errors import MetaPeftError, did_you_mean
+from meta_peft.checked import at_least, one_of
+from meta_peft.errors import MetaPeftError
 from meta_peft.tasks.sampling.by_difficulty import ByDifficulty
 from meta_peft.tasks.sampling.by_gradient import ByGradient
 from meta_peft.tasks.sampling.by_size import BySize
@@ -51,10 +51,7 @@ def task_sampling(
 
 def check_sampling(name: str, temperature: float, exploration: float) -> None:
     """Raise unless there is such a rule with such options."""
-    if name not in SAMPLINGS:
-        raise MetaPeftError(
-            f"task_sampling must be one of {', '.join(SAMPLINGS)}; got {name!r}.{did_you_mean(name, SAMPLINGS)}"
-        )
+    one_of("task_sampling", name, SAMPLINGS)
     at_least("sampling_temperature", temperature, 1e-3)
     at_least("sampling_exploration", exploration, 1e-3)
     if exploration > 1:
