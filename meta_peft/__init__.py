@@ -10,11 +10,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from meta_peft.adaptation import Adapted, adapt, adapt_many
+    from meta_peft.adapt_stacks import Adapted
+    from meta_peft.adaptation import adapt, adapt_many
     from meta_peft.adapter_loss import AdapterLoss
     from meta_peft.algorithms import MAML, ImplicitMAML, MultiTask, Reptile
     from meta_peft.config import MetaLoraConfig, ModelArguments, TaskArguments
     from meta_peft.errors import MetaPeftError
+    from meta_peft.folder_of_adapters import adapt_folder
     from meta_peft.hub import load, push, save
     from meta_peft.inner_optimizers import SGD, Adam, InnerRule
     from meta_peft.memory_plan import MemoryPlan
@@ -22,12 +24,14 @@ if TYPE_CHECKING:
     from meta_peft.processes import StepShares, StepSum
     from meta_peft.support import select_support
     from meta_peft.tasks import Encoding, EpisodeCollator, EpisodeDataset, Labelling, PromptFormat, TaskSet
+    from meta_peft.tasks.batches import episode_batch
     from meta_peft.trainer import MetaTrainer
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "Adapted": "adaptation",
+    "Adapted": "adapt_stacks",
+    "adapt_folder": "folder_of_adapters",
     "adapt": "adaptation",
     "adapt_many": "adaptation",
     "AdapterLoss": "adapter_loss",
@@ -58,6 +62,7 @@ _HOMES = {
     "Labelling": "tasks",
     "PromptFormat": "tasks",
     "TaskSet": "tasks",
+    "episode_batch": "tasks.batches",
     "MetaTrainer": "trainer",
 }
 __all__ = sorted(_HOMES)

@@ -24,6 +24,7 @@ from meta_peft.fast_weights import FastWeights, head_modules, is_lora, lora_laye
 from meta_peft.forwards import replaced_forwards
 from meta_peft.frozen_linear import dense_copies, quantised_layers
 from meta_peft.frozen_prefix import FrozenPrefix, layers_of
+from meta_peft.memory import available
 from meta_peft.objectives import objective_for, objective_name
 from meta_peft.objectives.labelled_tokens import TaskScores
 from meta_peft.ops.lora_linear import is_plain
@@ -31,6 +32,7 @@ from meta_peft.task_rows import RowsRearrangedError, TasksApart, rows_in_place
 from meta_peft.types import Params, Rows
 
 Measured = TypeVar("Measured")
+ROOM = 0.25  # of the memory that is left
 
 
 class AdapterLoss:
@@ -80,7 +82,8 @@ class AdapterLoss:
     def scores(self, adapter: Params, rows: Rows) -> TaskScores:
         """Loss and exact match per task, without gradients."""
         parts = self._measured(lambda r: self._objective.scores_per_task(self._base, self._head, r), adapter, rows)
-        return TaskScores(torch.cat([p.loss_T for p in parts]), torch.cat([p.exact_match_T for p in parts]))
+        loss_T, match_T = torch.cat([p.loss_T for p in parts]), torch.cat([p.exact_match_T for p in parts])
+        return TaskScores(loss_T, match_T, torch.cat([p.calibration_TK3 for p in parts]))
 
     @torch.no_grad()
     def log_likelihoods(self, adapter: Params, rows: Rows) -> tuple[Tensor, Tensor]:
@@ -120,6 +123,11 @@ class AdapterLoss:
         """Inside this context dequantised copies of weights that every inner step needs are kept, up to `n_bytes`."""
         once = {id(module) for lower in self._prefix.modules() for module in lower.modules()}
         return dense_copies((layer for layer in quantised_layers(self._base) if id(layer) not in once), n_bytes)
+
+    def dense_copies_where_room(self) -> AbstractContextManager[None]:
+        """The same, up to a quarter of the memory that is left: for adaptation and evaluation, which keep little else."""
+        device = next(iter(self.weights.parameters().values())).device
+        return self.dense_copies(ROOM * available(device))
 
     def layers(self) -> tuple[int, int]:
         """How many layers the model has, and how many of them are run once per stack instead of at every step."""

@@ -6,23 +6,19 @@ without an inner loop, and the one that is hard to beat; in-context examples nee
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
 from peft import PeftModel
 from tqdm import tqdm
-from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
-from meta_peft.algorithms import MultiTask
 from meta_peft.checked import at_least, is_number, one_of
-from meta_peft.config import MetaLoraConfig
+from meta_peft.equal_compute import at_equal_compute
 from meta_peft.errors import MetaPeftError
 from meta_peft.evaluate import Curve, Start, tune, tuned_curve
 from meta_peft.in_context import in_context_scores
 from meta_peft.report import Report
-from meta_peft.schedule import AnyAlgorithm
 from meta_peft.tasks import TaskSet
 from meta_peft.trainer import MetaTrainer
 from meta_peft.types import Episode, EpisodeBatch
@@ -68,29 +64,23 @@ def compare(
         tasks: with the splits ``validation`` and ``test``.
         arguments: how much is compared.
     """
-    validation = trainer.batches(_held_out(trainer, tasks["validation"], arguments.max_validation_tasks))
-    episodes = _held_out(trainer, tasks["test"], arguments.max_test_tasks)
+    validation = trainer.batches(held_out_episodes(trainer, tasks["validation"], arguments.max_validation_tasks))
+    episodes = held_out_episodes(trainer, tasks["test"], arguments.max_test_tasks)
     test = trainer.batches(episodes)
     steps = sorted(set(arguments.adaptation_steps))
-    curves = {s.name: _curve(trainer, s, validation, test, steps, arguments.rate_factors) for s in starts}
+    curves = {s.name: start_curve(trainer, s, validation, test, steps, arguments.rate_factors) for s in starts}
     in_context = None
     if arguments.compare == "full" and trainer.scorer.loss_fn.causal:  # others read no other rows' answers
-        in_context = in_context_scores(
+        found = in_context_scores(
             trainer.scorer, starts[0].adapter, episodes, trainer.data_collator, trainer.processing_class
         )
+        in_context = found.loss, found.score
     return Report([episode.task for episode in episodes], curves, {}, in_context)
 
 
 def multitask_start(of: MetaTrainer, tasks: TaskSet, new_model: Callable[[], PeftModel]) -> Start:
     """The hard baseline: one LoRA for all tasks, from the same episodes and more, for the same compute."""
-    args = of.args
-    own = copy.copy(args)
-    own.algorithm = "multitask"
-    n_layers, below = of.loss_fn.layers()
-    warmup = min(args.multitask_warmup_steps, args.max_steps)  # these cost what a step of multi-task training costs
-    own.max_steps = warmup + round((args.max_steps - warmup) * compute_ratio(n_layers, n_layers - below, args))
-    own.save_strategy = SaveStrategy.NO
-    own.eval_strategy = IntervalStrategy.NO
+    own = at_equal_compute(of.args, of.loss_fn.layers(), algorithm="multitask")
     trainer = MetaTrainer(
         new_model(),
         args=own,
@@ -102,33 +92,20 @@ def multitask_start(of: MetaTrainer, tasks: TaskSet, new_model: Callable[[], Pef
     return trainer.start("multi-task LoRA")
 
 
-def compute_ratio(n_layers: int, adapted: int, args: MetaLoraConfig) -> float:
-    """How many steps of multi-task training cost as much as one outer step of `args.algorithm`, on average.
-
-    Counted in matrix products of a row with a layer. Layers below the lowest adapted one are run once a row.
-    """
-    rows, schedule = args.shots + args.query_size, args.schedule()
-
-    def cost(algorithm: AnyAlgorithm) -> int:
-        return rows * (n_layers - adapted) + adapted * algorithm.products(args.shots, args.query_size)
-
-    proper = range(min(args.multitask_warmup_steps, args.max_steps - 1), args.max_steps)
-    return float(np.mean([cost(schedule.at(step)) for step in proper])) / cost(MultiTask())
-
-
-def _first(tasks: TaskSet, n: int, seed: int = 0) -> TaskSet:
+def first_tasks(tasks: TaskSet, n: int, seed: int = 0) -> TaskSet:
     """At most n tasks, drawn without regard to their order."""
     names = tasks.names
     chosen = np.random.default_rng(seed).permutation(len(names))[:n]
     return tasks.select(names[i] for i in sorted(chosen))
 
 
-def _held_out(trainer: MetaTrainer, tasks: TaskSet, n: int) -> list[Episode]:
+def held_out_episodes(trainer: MetaTrainer, tasks: TaskSet, n: int) -> list[Episode]:
+    """The episodes of at most n held-out tasks, the same for every start."""
     n = max(n, trainer.args.ways or 0)  # where tasks are classes, an episode takes so many of them
-    return trainer.evaluation_episodes(_first(tasks, n)).by_length()
+    return trainer.evaluation_episodes(first_tasks(tasks, n)).by_length()
 
 
-def _curve(
+def start_curve(
     trainer: MetaTrainer,
     start: Start,
     validation: list[EpisodeBatch],
@@ -136,6 +113,7 @@ def _curve(
     steps: list[int],
     factors: list[float],
 ) -> Curve:
+    """The curve of one start on the test tasks, its rate for each number of steps chosen on the validation tasks."""
     n_validation, n_test = (sum(batch.n_tasks for batch in batches) for batches in (validation, test))
     with tqdm(total=n_validation * len(factors) + n_test, desc=start.name, unit="task", dynamic_ncols=True) as bar:
         loss_fn = trainer.scorer.loss_fn

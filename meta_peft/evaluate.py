@@ -34,7 +34,8 @@ class Start:
 class Curve:
     """Query loss, and score by the metric called `metric`, ``[T, S]`` each, of T tasks after each of S numbers of steps.
 
-    `factors` are the rate factors used, ``[S]``, None where there were several.
+    `factors` are the rate factors used, ``[S]``, None where there were several. `calibration` has the counts of
+    `labelled_tokens.TaskScores` summed over tasks, ``[S, K, 3]``, where they were kept.
     """
 
     steps: tuple[int, ...]
@@ -42,6 +43,7 @@ class Curve:
     score: np.ndarray
     factors: tuple[float | None, ...]
     metric: str = "exact_match"
+    calibration: np.ndarray | None = None
 
 
 def curve(
@@ -61,22 +63,27 @@ def curve(
         scorer: see `scoring.scorer_for`; by default exact match, which costs nothing beside the loss.
         progress: called with the number of tasks just finished.
     """
-    rows: list[np.ndarray] = []
+    parts: list[list[Scores]] = []
     hyper = scaled(start.hyper, factor)
     scorer = scorer or Matched(loss_fn)
-    for batch in batches:
-        found: dict[int, Scores] = {}
-        scored = scorer(batch)
+    with loss_fn.dense_copies_where_room():
+        for batch in batches:
+            found: dict[int, Scores] = {}
+            scored = scorer(batch)
 
-        def score(step: int, fast: Params, found: dict[int, Scores] = found, scored: Scored = scored) -> None:
-            if step in steps:
-                found[step] = scored(fast)
+            def score(step: int, fast: Params, found: dict[int, Scores] = found, scored: Scored = scored) -> None:
+                if step in steps:
+                    found[step] = scored(fast)
 
-        adapt(loss_fn, start.adapter, hyper, batch.support, start.rule, steps=max(steps), after_step=score)
-        rows.append(np.array([scores for _, scores in sorted(found.items())]))
-        progress(batch.n_tasks)
-    loss, scores = np.concatenate(rows, axis=2).transpose(1, 2, 0)  # [2, T, S]
-    return Curve(tuple(sorted(steps)), loss, scores, (factor,) * len(steps), scorer.metric.name)
+            adapt(loss_fn, start.adapter, hyper, batch.support, start.rule, steps=max(steps), after_step=score)
+            parts.append([scores for _, scores in sorted(found.items())])
+            progress(batch.n_tasks)
+    by_step = [
+        [np.concatenate(values) for values in zip(*of_step, strict=True)] for of_step in zip(*parts, strict=True)
+    ]
+    loss, score = (np.stack([values[i] for values in by_step], axis=1) for i in (0, 1))
+    calibration = np.stack([counts.sum(0) for _, _, counts in by_step])
+    return Curve(tuple(sorted(steps)), loss, score, (factor,) * len(steps), scorer.metric.name, calibration)
 
 
 def tune(
@@ -105,14 +112,25 @@ def tuned_curve(
 ) -> Curve:
     """The curve of `start` with, for each number of steps, the factor that `tune` chose for it."""
     steps = sorted(factors)
-    parts: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+    parts: dict[int, tuple[np.ndarray, ...]] = {}
     scorer = scorer or Matched(loss_fn)
     for factor in sorted(set(factors.values())):
         mine = [step for step in steps if factors[step] == factor]
         run = curve(loss_fn, start, batches, mine, factor=factor, scorer=scorer, progress=progress)
-        parts.update({step: (run.loss[:, i], run.score[:, i]) for i, step in enumerate(mine)})
-    loss, scores = (np.stack([parts[step][k] for step in steps], axis=1) for k in (0, 1))
-    return Curve(tuple(steps), loss, scores, tuple(factors[step] for step in steps), scorer.metric.name)
+        assert run.calibration is not None, "a curve that was just run has it"
+        parts.update({k: (run.loss[:, i], run.score[:, i], run.calibration[i]) for i, k in enumerate(mine)})
+    loss, score = (np.stack([parts[step][i] for step in steps], axis=1) for i in (0, 1))
+    calibration = np.stack([parts[step][2] for step in steps])
+    return Curve(tuple(steps), loss, score, tuple(factors[k] for k in steps), scorer.metric.name, calibration)
+
+
+def calibration_error(counts_K3: np.ndarray) -> float:
+    """The expected calibration error: the mean gap between confidence and share right in bins of equal width.
+
+    Guo et al. 2017, arXiv 1706.04599, equation 3; `counts_K3` as in `Curve.calibration`, of one number of steps.
+    """
+    n, confidence, right = counts_K3.T
+    return float(np.abs(confidence - right).sum() / max(n.sum(), 1))
 
 
 def interval(values: np.ndarray, *, seed: int = 0, resamples: int = 10_000) -> tuple[float, float]:

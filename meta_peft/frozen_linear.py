@@ -78,10 +78,10 @@ def dense_copies(layers: Iterable[nn.Module], n_bytes: float) -> Iterator[None]:
     """Inside this context a dequantised copy of a layer's weight is kept from its first use on, up to `n_bytes` in all.
 
     Every layer takes part in every pass, and dequantising costs most per weight where there are few: the smallest
-    layers come first.
+    layers come first. Inside another such context, what that one keeps stays as it is.
     """
     chosen: list[nn.Module] = []
-    for layer in sorted(layers, key=_dense_bytes):
+    for layer in sorted((layer for layer in layers if COPY not in layer.__dict__), key=_dense_bytes):
         n_bytes -= _dense_bytes(layer)
         if n_bytes < 0:
             break

@@ -173,12 +173,35 @@ def fetch(adapter: str | Path, revision: str | None = None) -> Path:
 
 
 def push(folder: str | Path, repo_id: str, *, private: bool = False, token: str | None = None) -> str:
-    """Upload a saved adapter folder to the hub; returns its address."""
-    from huggingface_hub import HfApi
+    """Upload a saved adapter folder to the hub; returns its address.
 
+    The adapter, its sidecar, the card and the results beside them go, checkpoints of the training do not.
+
+    Raises:
+        MetaPeftError: the folder holds no adapter, or the hub refuses it.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    missing = [name for name in (CONFIG, WEIGHTS) if not (Path(folder) / name).is_file()]
+    if missing:
+        raise MetaPeftError(f"{folder} has no {' and no '.join(missing)}: give the folder of a saved adapter.")
     api = HfApi(token=token)
-    repo = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    return str(api.upload_folder(repo_id=repo, folder_path=str(folder), commit_message="Meta-learned LoRA adapter"))
+    try:
+        repo = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        commit = api.upload_folder(
+            repo_id=repo,
+            folder_path=str(folder),
+            allow_patterns=[CONFIG, WEIGHTS, JSON, TENSORS, LABELS, "README.md", "results.*"],
+            commit_message="LoRA adapter of meta_peft",
+        )
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        said = " ".join(str(error).split())
+        raise MetaPeftError(
+            f"The hub does not take {folder} as {repo_id!r} ({said}). Log in with `hf auth login`, with a token that may"
+            " write there, or give another repo_id."
+        ) from error
+    return str(commit)
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from meta_peft.types import Episode, EpisodeBatch, Params
 def in_context_scores(
     scorer: Scorer, adapter: Params, episodes: Sequence[Episode], collate: EpisodeCollator, tokenizer: Any
 ) -> Scores:
-    """Query loss and score of each task, ``[T]`` each, with its support rows in the prompt.
+    """The scores of each task with its support rows in the prompt.
 
     Rows end with a newline in place of the end-of-sequence token, which a base model would take for the end of
     everything. An exact match is greedy decoding up to and with that newline, and answers that are written end there.
@@ -41,8 +41,7 @@ def in_context_scores(
         query = collate.rows([[_with_examples(episode, row, newline) for row in episode.query]])
         support = collate.rows([[_ended(row, newline) for row in episode.support]])
         found.append(scorer(EpisodeBatch(support, query, [episode.task]).to(device))(adapter))
-    loss, score = np.concatenate(found, axis=1)
-    return Scores(loss, score)
+    return Scores(*(np.concatenate(parts) for parts in zip(*found, strict=True)))
 
 
 def _ended(row: dict[str, Any], newline: list[int]) -> dict[str, Any]:

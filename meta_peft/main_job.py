@@ -3,33 +3,19 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
+from meta_peft.about_run import about_run
 from meta_peft.base_model import new_model, tokenizer_for
+from meta_peft.card import CardResults
 from meta_peft.compare import CompareArguments, compare, multitask_start
 from meta_peft.config import MetaLoraConfig, ModelArguments, TaskArguments
-from meta_peft.processes import group
 from meta_peft.report import Report
 from meta_peft.sharding import asked_for, check_sharding
-from meta_peft.task_loading import load_tasks, with_enough_rows
-from meta_peft.tasks import TaskSet
-from meta_peft.tasks.leakage import check_leakage
+from meta_peft.task_loading import run_tasks
 from meta_peft.trainer import MetaTrainer
-
-RECORDED = (
-    *("algorithm", "shots", "query_size", "eval_query_size", "inner_steps", "inner_optimizer", "inner_lr"),
-    *("learn_inner_lr", "inner_lr_per_step", "inner_lr_per_entry", "inner_adam_eps_root", "inner_momentum"),
-    *("inner_weight_decay", "inner_max_grad_norm", "fast_weights", "inner_lr_learning_rate", "second_order_steps"),
-    *("first_order_until", "multi_step_until", "proximal", "implicit_solver", "implicit_iterations", "memory"),
-    *("max_steps", "multitask_warmup_steps", "per_device_train_batch_size", "learning_rate", "lr_scheduler_type"),
-    *("max_grad_norm", "seed", "world_size", "prompt_template", "completion_template", "metric", "choice_score"),
-    *("task_sampling", "sampling_temperature", "sampling_exploration", "curriculum_steps", "support_selection"),
-    *("context_template", "assistant_turns", "task_column", "ways", "label_words"),
-)
 
 
 def run(
@@ -37,9 +23,7 @@ def run(
 ) -> Report | None:
     """Train, save to `args.output_dir`, compare, and write table and plot there."""
     _check_base(model_args, args)
-    tasks = load_tasks(task_args, args.task_column)
-    leakage = group.of_first(partial(check_leakage, tasks, args.task_leakage))
-    tasks = with_enough_rows(tasks, task_args, args)
+    tasks, leakage = run_tasks(task_args, args)
     tokenizer = tokenizer_for(model_args)
     trainer = MetaTrainer(
         new_model(model_args, args.seed),
@@ -68,11 +52,22 @@ def run(
     report = compare(trainer, starts, tasks, comparison)  # on a sharded base by all processes together
     if args.process_index:
         return None
-    report = replace(report, run={**_about(model_args, task_args, args, tasks, seconds), "leakage": leakage.to_dict()})
+    about = about_run(model_args, task_args, args, tasks)
+    report = replace(report, run={**about, "training_seconds": round(seconds, 1), "leakage": leakage})
     found = report.curves[learned.name]
     trainer.record(
         rate_factors={k: f for k, f in zip(found.steps, found.factors, strict=True) if f is not None},
-        results={"table": report.markdown()},
+        results=CardResults(
+            report.markdown(),
+            [row for row in report.rows() if row["start"] == learned.name],
+            report.metric.name,
+            report.tasks,
+            len(tasks["train"]),
+            ()
+            if task_args.dataset_name is None or Path(task_args.dataset_name).exists()
+            else (task_args.dataset_name,),
+            "results.png",
+        ),
     )
     trainer.save_model()
     report.write(Path(str(args.output_dir)))
@@ -87,21 +82,3 @@ def _check_base(model_args: ModelArguments, args: MetaLoraConfig) -> None:
     back_end = sharding.back_end if sharding else "device_map" if model_args.device_map else None
     if back_end:
         check_sharding(back_end, model_args.quantisation, args.algorithm_object())
-
-
-def _about(
-    model_args: ModelArguments,
-    task_args: TaskArguments,
-    args: MetaLoraConfig,
-    tasks: dict[str, TaskSet],
-    seconds: float,
-) -> dict[str, Any]:
-    """What a reader needs to run it again."""
-    return {
-        "model": asdict(model_args),
-        "tasks": {**asdict(task_args), **{f"n_{split}": len(t) for split, t in tasks.items()}},
-        "data": {split: t.found for split, t in tasks.items()},
-        "training": {name: getattr(args, name) for name in RECORDED},
-        "training_seconds": round(seconds, 1),
-        "versions": {name: version(name) for name in ("torch", "transformers", "peft", "accelerate", "bitsandbytes")},
-    }

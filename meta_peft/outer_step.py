@@ -13,7 +13,7 @@ from meta_peft.processes import Share, StepSum, StepTotal
 from meta_peft.processes.group import gathered_objects
 from meta_peft.schedule import AnyAlgorithm
 from meta_peft.tasks.sampling import Adaptive
-from meta_peft.types import EpisodeBatch, Meta
+from meta_peft.types import SUPPORT_LOSSES, EpisodeBatch, Meta
 
 logger = logging.getLogger("meta_peft")
 
@@ -50,6 +50,8 @@ class OuterStep:
         self._sum = StepSum(loss_fn.weights.parameters(), learned, in_order=in_order, notes=notes)
         self._bad: list[tuple[EpisodeBatch, AnyAlgorithm]] = []
         self._named: set[str] = set()
+        self.losses_before: list[float] = []
+        """Support losses before the first inner step, of each task of this process, until somebody clears them."""
 
     def add(self, share: Share, algorithm: AnyAlgorithm) -> None:
         """Compute a share. An error waits for `total`, where the other processes learn of it."""
@@ -64,6 +66,8 @@ class OuterStep:
                 noted = None if self._sampling is None else self._sampling.note(gradient)
                 self._sum.add(gradient, first, diverged=len(uphill), noted=noted)
                 self._say_once(uphill)
+                if SUPPORT_LOSSES in gradient.metrics:
+                    self.losses_before += gradient.metrics[SUPPORT_LOSSES][:, 0].tolist()
                 if not is_finite(gradient):
                     self._bad.append((batch, algorithm))
                 first += batch.n_tasks

@@ -66,7 +66,7 @@ class Report:
             )
         return "\n".join(lines)
 
-    def plot(self, path: Path) -> None:
+    def figure(self) -> Any:
         """Query loss and score against adaptation steps, one line for each start, with 95 % intervals."""
         try:
             from matplotlib.figure import Figure
@@ -90,7 +90,11 @@ class Report:
             panel.set(xlabel="adaptation steps", ylabel=label)
             panel.grid(alpha=0.3)
         panels[1].legend(fontsize=8)
-        figure.savefig(path, dpi=150)
+        return figure
+
+    def plot(self, path: Path) -> None:
+        """Write the figure as the ending of `path` says."""
+        self.figure().savefig(path, dpi=150)
 
     def write(self, folder: Path) -> list[Path]:
         """Write ``results.json``, ``results.md`` and ``results.png``."""

@@ -29,10 +29,14 @@ CHOICE_SCORES = ("sum", "mean")
 
 
 class Scores(NamedTuple):
-    """Per task: the loss and the metric's value, ``[T]`` each."""
+    """Per task: the loss and the metric's value, ``[T]`` each, and counts for calibration, ``[T, K, 3]``.
+
+    The latter are those of `TaskScores`: of single labels, whatever the metric.
+    """
 
     loss: np.ndarray
     score: np.ndarray
+    calibration: np.ndarray
 
 
 Scored = Callable[[Params], Scores]
@@ -62,8 +66,7 @@ class Matched:
 
     def __call__(self, batch: EpisodeBatch) -> Scored:
         def score(adapter: Params) -> Scores:
-            scores = self.loss_fn.scores(adapter, batch.query)
-            return Scores(_numbers(scores.loss_T), _numbers(scores.exact_match_T))
+            return _scores(self.loss_fn, adapter, batch.query)
 
         return score
 
@@ -91,7 +94,7 @@ class Written:
         def score(adapter: Params) -> Scores:
             answers = written(self.loss_fn, adapter, rows, stop=self.stop, max_new_tokens=self.max_new_tokens)
             found = _texts(self.tokenizer, answers)
-            return Scores(_loss(self.loss_fn, adapter, rows), _per_task(self.metric, found, right, rows.n_tasks))
+            return _scores(self.loss_fn, adapter, rows, _per_task(self.metric, found, right, rows.n_tasks))
 
         return score
 
@@ -128,7 +131,7 @@ class Chosen:
                 right: Sequence[Any] = (found_B == right_B).tolist()
             else:
                 found, right = found_B.tolist(), right_B.tolist()
-            return Scores(_loss(loss_fn, adapter, rows), _per_task(self.metric, found, right, rows.n_tasks))
+            return _scores(loss_fn, adapter, rows, _per_task(self.metric, found, right, rows.n_tasks))
 
         return score
 
@@ -153,13 +156,13 @@ class Predicted:
             found_BL, right_BL = self.loss_fn.predicted(adapter, rows), rows.labels_BL
             if self.metric.of == TEXTS:
                 found, right = (_texts(self.tokenizer, _labelled(t)) for t in (found_BL, right_BL))
-                return Scores(_loss(self.loss_fn, adapter, rows), _per_task(self.metric, found, right, rows.n_tasks))
+                return _scores(self.loss_fn, adapter, rows, _per_task(self.metric, found, right, rows.n_tasks))
             if self.metric.of == CONFIDENCES:
                 found_BL, right_BL = self.loss_fn.confidences(adapter, rows), (found_BL == right_BL).long()
             size = len(labelled_BL) // rows.n_tasks
             parts = [(slice(i, i + size), labelled_BL[i : i + size]) for i in range(0, len(labelled_BL), size)]
             values = [self.metric(found_BL[p][there].tolist(), right_BL[p][there].tolist()) for p, there in parts]
-            return Scores(_loss(self.loss_fn, adapter, rows), np.array(values))
+            return _scores(self.loss_fn, adapter, rows, np.array(values))
 
         return score
 
@@ -239,8 +242,11 @@ def _texts(tokenizer: Any, answers: Sequence[Tokens]) -> list[str]:
     return [tokenizer.decode(answer, skip_special_tokens=True) for answer in answers]
 
 
-def _loss(loss_fn: AdapterLoss, adapter: Params, rows: Rows) -> np.ndarray:
-    return _numbers(loss_fn.scores(adapter, rows).loss_T)
+def _scores(loss_fn: AdapterLoss, adapter: Params, rows: Rows, by_metric: np.ndarray | None = None) -> Scores:
+    """Loss and calibration by one forward, beside the metric's values; exact match by default."""
+    found = loss_fn.scores(adapter, rows)
+    score = _numbers(found.exact_match_T) if by_metric is None else by_metric
+    return Scores(_numbers(found.loss_T), score, _numbers(found.calibration_TK3))
 
 
 def _numbers(values_T: Tensor) -> np.ndarray:

@@ -17,14 +17,16 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from meta_peft.base_model import BaseIdentity
-from meta_peft.checked import is_number, read_object, shown, whole
+from meta_peft.checked import is_number, one_of, read_object, shown, text, whole
 from meta_peft.config import ALGORITHMS
 from meta_peft.errors import MetaPeftError
 from meta_peft.fast_weights import HEADS
 from meta_peft.inner_optimizers import InnerRule
 from meta_peft.inner_optimizers.rule import RATES
+from meta_peft.metrics import METRICS
 from meta_peft.objectives import CLASSIFYING, OBJECTIVES
 from meta_peft.tasks.encoding import Encoding, Facts
+from meta_peft.tasks.labelling import Labelling
 from meta_peft.tasks.prompt import PromptFormat
 
 JSON, TENSORS = "meta_peft.json", "meta_peft.safetensors"
@@ -38,12 +40,43 @@ HEAD_NAME = re.compile(rf"base_model\.model\.[\w.]*({'|'.join(HEADS)})(\.\w+)*\.
 
 
 @dataclass(frozen=True)
+class Judged:
+    """How training drew its tasks and judged answers, which is what an evaluation does if nothing else is said.
+
+    Args:
+        metric: its name; None is the default of the model's objective.
+        task_column: the columns that name a row's task.
+        labelling: how classes are drawn and called, if episodes are of classes.
+    """
+
+    metric: str | None = None
+    task_column: tuple[str, ...] = ("task",)
+    labelling: Labelling | None = None
+
+    @classmethod
+    def of(cls, values: dict[str, Any]) -> Judged:
+        """From what a file says; what it does not say is as ever."""
+        metric, labelling = values.get("metric"), values.get("labelling")
+        if metric is not None:
+            one_of("metric", metric, METRICS)
+        columns = tuple(text("task_column", name, 1000) for name in values.get("task_column", ("task",)))
+        if labelling is not None:
+            labelling = Labelling(
+                whole("ways", labelling["ways"], 2, LARGEST),
+                labelling["words"],
+                text("label_column", labelling["column"], 1000),
+            )
+        return cls(metric, columns, labelling)
+
+
+@dataclass(frozen=True)
 class Sidecar:
     """How an adapter was meta-learned, and how it is to be adapted.
 
     `names` are all LoRA matrices, and behind them the weights of a classification head; those of them that are fast
     weights have the columns of `log_rates` ``[S, n]``, one each or one for each entry. `rate_factors` holds, for numbers of
-    adaptation steps, what the rates are best multiplied by, as found on validation tasks.
+    adaptation steps, what the rates are best multiplied by, as found on validation tasks. `judged` is how tasks were drawn
+    and judged in training.
     """
 
     algorithm: str
@@ -57,6 +90,7 @@ class Sidecar:
     rate_factors: dict[int, float] = field(default_factory=dict)
     objective: str = "causal_lm"
     facts: Facts = field(default_factory=Facts)
+    judged: Judged = field(default_factory=Judged)
 
     def encoding(self, processor: Any) -> Encoding:
         """How rows are encoded, with the base's tokenizer, or its processor for speech."""
@@ -79,6 +113,7 @@ class Sidecar:
             "base": asdict(self.base),
             "shots": self.shots,
             "rate_factors": {str(steps): factor for steps, factor in self.rate_factors.items()},
+            "judged": asdict(self.judged),
         }
         if self.objective != "causal_lm":
             values |= {"objective": self.objective, "facts": asdict(self.facts)}
@@ -119,6 +154,7 @@ class Sidecar:
                 rate_factors={int(steps): factor for steps, factor in values["rate_factors"].items()},
                 objective=values["objective"] if values["format"] == FORMAT else "causal_lm",
                 facts=_facts(values["facts"]) if values["format"] == FORMAT else Facts(),
+                judged=Judged.of(values.get("judged") or {}),
             )
             sidecar._check_values()
         except (KeyError, TypeError, AttributeError, ValueError, SafetensorError, OSError) as error:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from functools import partial
+from typing import Any
 
 from datasets import Dataset
 
 from meta_peft.config import MetaLoraConfig, TaskArguments
 from meta_peft.errors import MetaPeftError, did_you_mean
+from meta_peft.processes import group
 from meta_peft.tasks import TaskSet, translation
 from meta_peft.tasks.labelling import episodes_of
+from meta_peft.tasks.leakage import check_leakage
 from meta_peft.tasks.self_supervised import self_supervised
 from meta_peft.tasks.sources import opened, opened_splits
 
@@ -73,6 +77,13 @@ def with_enough_rows(tasks: dict[str, TaskSet], task_args: TaskArguments, args: 
         if said:
             logger.info("%s: %s.", split, ", ".join(said))
     return checked
+
+
+def run_tasks(task_args: TaskArguments, args: MetaLoraConfig) -> tuple[dict[str, TaskSet], dict[str, Any]]:
+    """The tasks of a run by split, and what was found about tasks that are in two splits (see `tasks.leakage`)."""
+    tasks = load_tasks(task_args, args.task_column)
+    leakage = group.of_first(partial(check_leakage, tasks, args.task_leakage))
+    return with_enough_rows(tasks, task_args, args), leakage.to_dict()
 
 
 def _tables(task_args: TaskArguments, task_column: str) -> dict[str, Dataset]:

@@ -8,6 +8,7 @@ with its sidecar instead of a model), and evaluation (adapt, then score).
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -26,7 +27,7 @@ from meta_peft import hub
 from meta_peft.adapter_files import WEIGHTS, tensor_shapes
 from meta_peft.adapter_loss import AdapterLoss
 from meta_peft.base_model import BaseIdentity, agree_on_padding, load_base, load_tokenizer, with_adapter
-from meta_peft.card import model_card
+from meta_peft.card import CardResults, model_card
 from meta_peft.checkpointed_trainer import CheckpointedTrainer
 from meta_peft.config import MetaLoraConfig, ModelArguments
 from meta_peft.data_wait import DataWait
@@ -41,13 +42,14 @@ from meta_peft.processes.step_shares import only
 from meta_peft.run_episodes import RunEpisodes, run_encoding
 from meta_peft.scoring import scorer_for
 from meta_peft.sharding import shard_as_asked
-from meta_peft.sidecar import Sidecar
+from meta_peft.sidecar import Judged, Sidecar
 from meta_peft.survival import checkpoints
 from meta_peft.survival.stop_signal import StopSignal
 from meta_peft.tasks import Encoding, EpisodeCollator, EpisodeDataset, TaskSet
 from meta_peft.tasks.encoding import tokenizer_of
 from meta_peft.tasks.labelling import episodes_of
 from meta_peft.tasks.sampling import Adaptive
+from meta_peft.tracking import LossInProgressBar, PictureCallback, adaptation_picture, peak_memory_gb, rate_picture
 from meta_peft.types import Episode, EpisodeBatch
 
 logger = logging.getLogger("meta_peft")
@@ -102,12 +104,14 @@ class MetaTrainer(CheckpointedTrainer):
         self.rates = LearnedRates(args.inner_rule(), dict(self.loss_fn.weights.parameters()))
         self._identity = BaseIdentity.of(peft_model.get_base_model())
         self._rate_factors: dict[int, float] = {}
-        self._results: dict[str, Any] = {}
+        self._results = CardResults()
         self.interrupted: int | None = None
         self._signal = StopSignal()
         self._data_wait = DataWait()
         self._skipped = 0  # updates in a row that were not made
         self._diverged = 0  # tasks since the last line of the log
+        self._log_began, self._log_tasks = time.monotonic(), 0
+        self._held_out: tuple[np.ndarray, np.ndarray] | None = None  # query losses of the last evaluation
         self._failure: MetaPeftError | None = None
         base = peft_model.get_base_model()
         objective = objective_name(base)
@@ -149,6 +153,7 @@ class MetaTrainer(CheckpointedTrainer):
         )
         if self.callback_handler.pop_callback(ProgressCallback) is not None:
             self.callback_handler.add_callback(LossInProgressBar)
+        self.add_callback(PictureCallback(self._pictures, lambda: self.callback_handler.callbacks))
 
     # ---- data
 
@@ -239,6 +244,7 @@ class MetaTrainer(CheckpointedTrainer):
             return torch.zeros((), device=self.args.device)
         total, wrong = self.outer_step.total(stop=self._signal.received is not None)
         self._diverged += total.diverged
+        self._log_tasks += total.gradient.n_tasks
         if wrong:
             self._skip_update(wrong)
         else:
@@ -285,6 +291,7 @@ class MetaTrainer(CheckpointedTrainer):
             episodes = self.evaluation_episodes(TaskSet.of(episodes, self.args.task_column))
         batches, steps = self.batches(episodes.by_length()), (0, max(self.args.inner_steps, 1))
         result = curve(self.scorer.loss_fn, self.start(), batches, steps, scorer=self.scorer)
+        self._held_out = result.loss[:, 0], result.loss[:, 1]
         metrics = {
             f"{metric_key_prefix}_loss_before": float(result.loss[:, 0].mean()),
             f"{metric_key_prefix}_loss": float(result.loss[:, 1].mean()),
@@ -304,10 +311,31 @@ class MetaTrainer(CheckpointedTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
             logs["diverged_tasks"], self._diverged = self._diverged, 0
+            logs |= self._since_last_log()
             logs["data_wait_share"] = round(self._data_wait.share(), 4)
             if self.memory_plan.halvings:
                 logs["out_of_memory"] = self.memory_plan.halvings
         super().log(logs, start_time)
+
+    def _since_last_log(self) -> dict[str, float]:
+        """Tasks per second, the mean loss of support rows before the first inner step, and the most memory so far."""
+        now, before = time.monotonic(), self.outer_step.losses_before
+        found = {"tasks_per_second": round(self._log_tasks / max(now - self._log_began, 1e-9), 3)}
+        if before:
+            found["loss_before"] = float(np.mean(before))
+        before.clear()
+        self._log_began, self._log_tasks = now, 0
+        return {**found, "peak_memory_gb": round(peak_memory_gb(), 3)}
+
+    def _pictures(self) -> dict[str, Any]:
+        """For trackers: the learned rates, and how held-out tasks fared in the last evaluation."""
+        rule, pictures = self.args.inner_rule(), {}
+        if rule.learn_rates and not rule.rates_per_entry:
+            names = rule.fast_names(self.loss_fn.weights.parameters())
+            pictures["inner_rates"] = rate_picture(names, self.rates.log_rates.detach().cpu())
+        if self._held_out is not None:
+            pictures["held_out_tasks"] = adaptation_picture(*self._held_out)
+        return pictures
 
     # ---- saving
 
@@ -329,6 +357,7 @@ class MetaTrainer(CheckpointedTrainer):
             self.train_dataset.sampling.begin(self._losses_before)
         self.interrupted, self._failure, self._skipped = None, None, 0
         self._data_wait = DataWait()
+        self._log_began, self._log_tasks = time.monotonic(), 0
         with StopSignal() as self._signal:
             result = super().train(found and str(found), *args, **kwargs)
         self.attach()
@@ -340,8 +369,8 @@ class MetaTrainer(CheckpointedTrainer):
     def attach(self) -> None:
         hub.attach(self.loss_fn.model, self.sidecar(), self.processing_class)
 
-    def record(self, *, rate_factors: dict[int, float] | None = None, results: dict[str, Any] | None = None) -> None:
-        """Keep what an evaluation found: rate factors for `adapt`, a table for the model card."""
+    def record(self, *, rate_factors: dict[int, float] | None = None, results: CardResults | None = None) -> None:
+        """Keep what an evaluation found: rate factors for `adapt`, and what the model card shows."""
         self._rate_factors = rate_factors or self._rate_factors
         self._results = results or self._results
         self.attach()
@@ -359,7 +388,12 @@ class MetaTrainer(CheckpointedTrainer):
             rate_factors=self._rate_factors,
             objective=self.encoding.objective,
             facts=self.encoding.facts,
+            judged=Judged(self.args.metric, self._task_columns(), self.args.labelling()),
         )
+
+    def _task_columns(self) -> tuple[str, ...]:
+        columns = self.args.task_column  # in Python one may be given as a text
+        return (columns,) if isinstance(columns, str) else tuple(columns)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         if self.args.should_save:
@@ -401,14 +435,6 @@ class MetaTrainer(CheckpointedTrainer):
         self.loss_fn.weights.load_(load_file(folder / WEIGHTS))
         with torch.no_grad():
             self.rates.log_rates.copy_(sidecar.log_rates)
-
-
-class LossInProgressBar(ProgressCallback):
-    """The Trainer's bar with the latest loss in it, instead of a line for every log."""
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        if state.is_world_process_zero and self.training_bar is not None and logs and "loss" in logs:
-            self.training_bar.set_postfix(loss=f"{float(logs['loss']):.3f}")
 
 
 def _peft_model(model: Any, peft_config: LoraConfig | None) -> PeftModel:

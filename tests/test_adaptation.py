@@ -19,9 +19,10 @@ from surface import (
     trained_folder,
 )
 
-from meta_peft import MetaPeftError, adapt, adapt_many, load
+from meta_peft import MetaPeftError, adapt, adapt_many, adapter_loss, load
 from meta_peft.adapter_loss import AdapterLoss
 from meta_peft.fast_weights import FastWeights
+from meta_peft.frozen_linear import COPY
 from meta_peft.hub import MetaLearned
 from meta_peft.tasks import EpisodeCollator
 
@@ -132,6 +133,16 @@ def test_a_quantised_base(kind: str):
     assert fingerprint(model) == frozen
     stock_logits(model)  # an ordinary forward in between changes nothing
     assert adapt(model, SUPPORT)[1] == metrics
+
+
+@pytest.mark.parametrize("kind", ["4bit", "8bit"])
+def test_kept_copies_of_weights_change_nothing(kind: str, monkeypatch: pytest.MonkeyPatch):
+    model = load(base_model(kind), trained_folder())
+    with_copies = adapt_many(model, {"one": SUPPORT})["one"]
+    assert not any(COPY in module.__dict__ for module in model.modules())
+    monkeypatch.setattr(adapter_loss, "ROOM", 0.0)
+    without = adapt_many(model, {"one": SUPPORT})["one"]
+    assert all(torch.equal(with_copies.weights[name], value) for name, value in without.weights.items())
 
 
 # ---- rates

@@ -35,6 +35,7 @@ FLOORS = [
         "frozen_linear",
         "frozen_prefix",
         "gradient_sketch",
+        "rate_map",
         "inner_optimizers",
         "shelf",
         "registry_models",
@@ -45,24 +46,36 @@ FLOORS = [
     ["memory_plan", "schedule", "base_view", "predictions"],
     ["sharding", "scoring"],
     ["outer_loop", "config"],
-    ["evaluate", "in_context", "base_model", "outer_step", "task_loading"],
-    ["sidecar", "report", "adapter_files", "weightless"],
+    ["evaluate", "in_context", "base_model", "outer_step", "task_loading", "equal_compute", "about_run"],
+    ["sidecar", "report", "adapter_files", "weightless", "tracking"],
     ["hub", "card", "estimate"],
-    ["adaptation", "estimate_report", "support"],
+    ["adapt_stacks", "estimate_report", "support"],
+    ["adaptation", "folder_of_adapters"],
     ["run_episodes"],
     ["trainer"],
     ["compare"],
-    ["main_job"],
+    ["main_job", "protocol"],
     ["task_report"],
+    ["commands"],
     ["cli"],
     ["__init__"],
 ]
 ROOMS = {room: rank for rank, floor in enumerate(FLOORS) for room in floor}
 PEFT = "fast_weights fast_forwards ops preflight dora adapter_files adapter_loss outer_loop hub base_model adaptation"
+PEFT += " adapt_stacks folder_of_adapters trainer compare protocol main_job weightless"
 ONLY_IN = {
-    "peft": [*PEFT.split(), "trainer", "compare", "main_job", "weightless"],
+    "peft": [
+        *PEFT.split(),
+        "adapt_stacks",
+        "folder_of_adapters",
+        "trainer",
+        "compare",
+        "protocol",
+        "main_job",
+        "weightless",
+    ],
     "bitsandbytes": ["frozen_linear", "preflight"],
-    "datasets": ["tasks", "task_loading", "trainer", "cli"],
+    "datasets": ["tasks", "task_loading", "trainer", "commands"],
     "transformers.Trainer": ["checkpointed_trainer"],
 }
 # In these folders every file is one choice among several, and `rule` and `__init__` know the choices.

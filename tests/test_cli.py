@@ -25,8 +25,9 @@ from surface import (
     write_jsonl,
 )
 
-from meta_peft import adapt, load
+from meta_peft import adapt, adapt_folder, load
 from meta_peft.cli import main
+from meta_peft.sidecar import JSON
 
 
 def meta() -> str:
@@ -106,12 +107,31 @@ def test_adapt_to_each_task_of_a_file(tmp_path: Path, capsys: pytest.CaptureFixt
     words = ["adapt", "--adapter", meta(), "--support", str(file), "--output", str(output), "--task-column", "family"]
     assert main(words) == 0
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [line["task"] for line in lines] == list(tasks)
-    assert {path.name for path in output.iterdir()} == {"de_date", "_", "plain-1_x"}
-    for line, folder in zip(lines, ("de_date", "_", "plain-1_x"), strict=True):
-        assert line["folder"] == str(output / folder)
-        assert (output / folder / "adapter_model.safetensors").is_file()
-        assert line["support_loss_after"] < line["support_loss_before"]
+    folders = dict(zip(tasks, ("de_date", "_", "plain-1_x"), strict=True))
+    assert {path.name for path in output.iterdir()} == set(folders.values())
+    assert {line["task"]: line["folder"] for line in lines} == {n: str(output / f) for n, f in folders.items()}
+    assert all(line["support_loss_after"] < line["support_loss_before"] for line in lines)
+    assert main(words) == 0
+    again = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert all(line.pop("already") for line in again)
+    assert {line["task"]: line for line in again} == {line["task"]: line for line in lines}
+
+    in_python = tmp_path / "in_python"
+    adapt_folder(load(None, meta()), file, in_python, task_column="family")
+    for folder in folders.values():
+        for made in (output / folder).iterdir():
+            assert made.read_bytes() == (in_python / folder / made.name).read_bytes(), made
+
+
+def test_a_task_that_fails_is_reported_by_the_exit_code(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    file = write_jsonl(tmp_path / "tasks.jsonl", {"good": letter_rows("p")[:2], "small": letter_rows("m")[:1]})
+    output = tmp_path / "adapted"
+    words = ["adapt", "--adapter", meta(), "--support", str(file), "--output", str(output), "--task-column", "task"]
+    assert main([*words, "--hold-back", "0.5"]) == 3
+    shown = capsys.readouterr()
+    assert [json.loads(line)["task"] for line in shown.out.splitlines()] == ["good"]
+    assert "1 of 2 tasks failed, such as 'small': Task 'small' has 1 support rows" in shown.err
+    assert "small" in json.loads((output / "failed.json").read_text())
 
 
 @pytest.mark.parametrize("option", ["--load-in-4bit", "--load-in-8bit", "--dtype=bfloat16"])
@@ -166,18 +186,98 @@ def test_evaluate_by_another_metric(tmp_path: Path, options: list[str], head: st
     assert better(row[name] for row in values["rows"]) == values["rows"][1][name]
 
 
+def judged_adapter(folder: Path, **judged) -> str:
+    """The trained adapter, with another note on how training judged it."""
+    shutil.copytree(trained_folder(), folder)
+    values = json.loads((folder / JSON).read_text())
+    (folder / JSON).write_text(json.dumps(values | {"judged": judged}))
+    return str(folder)
+
+
+def test_evaluate_judges_as_training_did(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    file = write_jsonl(tmp_path / "tasks.jsonl", letter_tasks("mn"), column="customer")
+    adapter = judged_adapter(tmp_path / "adapter", metric="cer", task_column=["customer"])
+    words = ["evaluate", "--adapter", adapter, "--tasks", str(file), "--steps", "1"]
+    assert main(words) == 0
+    assert "| CER, % (95 % interval) |" in capsys.readouterr().out
+    assert main([*words, "--metric", "token_f1", "--task-column", "input"]) == 2, "no task has rows enough"
+    assert "token_f1" not in capsys.readouterr().out
+
+
+def test_evaluate_draws_classes_as_training_did(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    rows = [{"text": row["input"], "label": letter} for letter in "mnop" for row in letter_rows(letter)]
+    file = write_jsonl(tmp_path / "tasks.jsonl", {"kinds": rows})
+    labelling = {"ways": 3, "words": "letters", "column": "label"}
+    adapter = judged_adapter(tmp_path / "adapter", metric="accuracy", labelling=labelling)
+    words = ["evaluate", "--adapter", adapter, "--tasks", str(file), "--steps", "1"]
+    assert main(words) == 0
+    assert "Tasks: 1, 2 examples and 6 questions each." in capsys.readouterr().out
+    few = write_jsonl(tmp_path / "few.jsonl", {"kinds": [row for row in rows if row["label"] in "mn"]})
+    assert main([*words[:4], str(few)]) == 2
+    assert "3" in capsys.readouterr().err
+
+
+def test_evaluate_with_a_config_compares_starts(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    letters = {"train": TRAIN, "validation": EVAL, "test": TEST}
+    files = [f"--{s}_tasks={write_jsonl(tmp_path / f'{s}.jsonl', letter_tasks(letters[s]))}" for s in letters]
+    config = tmp_path / "mine.yaml"
+    config.write_text(
+        f"model_name_or_path: {tiny_folder()}\nlora_target_modules: [q_proj]\nmax_steps: 1\nshots: 2\nquery_size: 2\n"
+        "report_to: none\nuse_cpu: true\nadaptation_steps: [0, 2]\nrate_factors: [1]\n"
+    )
+    output = tmp_path / "out"
+    words = ["evaluate", "--config", str(config), *files, "--output_dir", str(output), "--starts", "plain", "meta"]
+    assert main([*words, "--seeds", "1"]) == 0
+    shown = capsys.readouterr().out
+    assert "Best on these tasks:" in shown
+    assert "report.html" in shown
+    assert (output / "report.html").is_file()
+    assert main([*words, "--seeds", "1", "--inner_steps", "2"]) == 2
+    assert "measured with other options" in capsys.readouterr().err
+
+
 def test_inspect(capsys: pytest.CaptureFixture[str]):
-    assert main(["inspect", "--adapter", meta()]) == 0
+    assert main(["inspect", "--adapter", meta(), "--plain"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split()[:3] == ["base", "model", str(tiny_folder())]
     assert "maml, 2 shots, 3 inner steps" in lines[1]
     assert "'name': 'adam'" in lines[2]
     assert lines[3].split() == ["LoRA", "matrices", "16"]
     assert lines[4].endswith("learned")
-    assert len(lines) == 6 + 16
-    rate, name = lines[6].split()
-    assert float(rate) > 0
-    assert name.endswith("q_proj.lora_A.weight")
+    rates = [line.split() for line in lines if line.startswith("  ") and "lora_" in line]
+    assert len(rates) == 16
+    assert all(float(rate) > 0 for rate, _ in rates)
+    assert rates[0][1].endswith("q_proj.lora_A.weight")
+    assert any(f"meta-peft adapt --adapter {meta()}" in line for line in lines), "what to do with it"
+
+
+def test_inspect_shows_rates_as_a_map(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    picture = tmp_path / "rates.png"
+    assert main(["inspect", "--adapter", meta(), "--plot", str(picture)]) == 0
+    shown = capsys.readouterr().out
+    (head,) = [line for line in shown.splitlines() if line.startswith("layer")]
+    assert head.split()[1:5] == ["q_proj", "A", "q_proj", "B"]
+    assert "█" in shown
+    assert picture.stat().st_size > 1000
+
+
+def test_inspect_as_json(capsys: pytest.CaptureFixture[str]):
+    assert main(["inspect", "--adapter", meta(), "--json"]) == 0
+    values = json.loads(capsys.readouterr().out)
+    assert values["base"]["name"] == str(tiny_folder())
+    assert len(values["rates"]) == len(values["matrices"]) == 16
+    assert values["judged"]["task_column"] == ["task"]
+
+
+def test_inspect_an_adapted_adapter(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    adapt_folder(load(None, meta()), {"say p": letter_rows("p")[:2]}, tmp_path)
+    assert main(["inspect", "--adapter", str(tmp_path / "say_p")]) == 0
+    shown = capsys.readouterr().out
+    assert "say p  {'steps': 3" in shown
+    assert f"PeftModel.from_pretrained(base, '{tmp_path / 'say_p'}')" in shown
+    assert main(["inspect", "--adapter", str(tmp_path)]) == 2
+    assert "not the config of a PEFT adapter" in capsys.readouterr().err
 
 
 # ---- help
@@ -272,35 +372,6 @@ def test_adapt_errors(tmp_path: Path, support: Path, change: dict[str, str], exp
     assert expected in shown.err
     assert shown.out == ""
     assert not output.exists()
-
-
-@pytest.mark.parametrize("names", [("a/b", "a_b"), ("Task", "task"), ("../x", "_x")])
-def test_task_names_that_give_one_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str], names: tuple[str, str]):
-    file = write_jsonl(tmp_path / "tasks.jsonl", {name: letter_rows("p")[:2] for name in names})
-    words = [
-        "adapt",
-        "--adapter",
-        meta(),
-        "--support",
-        str(file),
-        "--output",
-        str(tmp_path / "x"),
-        "--task-column",
-        "task",
-    ]
-    assert "Two task names give the same folder name" in message(capsys, words)
-
-
-def test_a_task_name_that_is_too_long_for_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    file = write_jsonl(tmp_path / "tasks.jsonl", {"ä" * 101: letter_rows("p")[:2]})
-    words = ["adapt", "--adapter", meta(), "--support", str(file), "--output", str(tmp_path), "--task-column", "task"]
-    assert "is too long for the name of a folder: shorten it" in message(capsys, words)
-
-
-def test_an_output_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    file = write_jsonl(tmp_path / "tasks.jsonl", {"a": letter_rows("p")[:2]})
-    words = ["adapt", "--adapter", meta(), "--support", str(file), "--output", str(file / "x")]
-    assert "Not a directory" in message(capsys, words)
 
 
 @pytest.mark.parametrize(

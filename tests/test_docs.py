@@ -32,7 +32,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 import meta_peft
 from meta_peft import cli, main_job
 from meta_peft.base_model import SMOLLM2, BaseIdentity
+from meta_peft.commands import estimate, evaluate, tasks
 from meta_peft.config import MetaLoraConfig, ModelArguments, TaskArguments
+from meta_peft.config_file import parse
+from meta_peft.protocol import ProtocolArguments
 from meta_peft.sidecar import Sidecar
 from meta_peft.tasks.prompt import example_columns
 
@@ -109,8 +112,8 @@ def adapter_folder(base_folder: Path, tmp_path_factory: pytest.TempPathFactory) 
 def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, adapter_folder: Path) -> Path:
     """A current folder with the files that the pages name, and no hub."""
     monkeypatch.chdir(tmp_path)
-    for split, tasks in {"train": "abcd", "validation": "ef", "test": "gh"}.items():
-        rows = [{"task": task, "input": str(i), "target": task * 2} for task in tasks for i in range(8)]
+    for split, letters in {"train": "abcd", "validation": "ef", "test": "gh"}.items():
+        rows = [{"task": task, "input": str(i), "target": task * 2} for task in letters for i in range(8)]
         (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     shutil.copytree(adapter_folder, tmp_path / "outputs" / "my_tasks")
     api = SimpleNamespace(
@@ -146,8 +149,12 @@ def commands(page: Path) -> Iterator[list[str]]:
 def test_commands_name_what_exists(page: Path, workplace: Path, monkeypatch: pytest.MonkeyPatch):
     asked: list[object] = []
     monkeypatch.setattr(main_job, "run", lambda *groups: asked.append(groups))
-    for command in ("adapt", "evaluate", "inspect", "estimate", "tasks"):
-        monkeypatch.setattr(cli, f"{command}_command", lambda options: asked.append(options) or 0)
+    for command in cli.RUNS:
+        monkeypatch.setitem(cli.RUNS, command, lambda options: asked.append(options) or 0)
+    for module in (estimate, tasks):
+        monkeypatch.setattr(module, "run", lambda options: asked.append(options) or 0)
+    groups = (*GROUPS, ProtocolArguments)
+    monkeypatch.setattr(evaluate, "compare", lambda words: asked.append(parse(groups, words)) or 0)
     for name, config in yaml_files(page):
         (workplace / name).write_text(config, encoding="utf-8")
     for folder in ("recipes", "constraints.txt"):

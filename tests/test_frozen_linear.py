@@ -248,3 +248,13 @@ def test_dense_copies_of_the_smallest_layers_come_first_and_stay_within_the_budg
     assert kept(sizes[0]) == sizes[:1]
     assert kept(sum(sizes) - 1) == sizes[:-1]
     assert kept(sum(sizes)) == sizes
+
+
+def test_a_context_inside_another_leaves_the_copies_of_the_outer_one(quantised_base):
+    layers = quantised_layers(quantised_base("nf4"))
+    with dense_copies(layers, math.inf):
+        first = frozen_weight(layers[0], torch.float32)
+        with dense_copies(layers, math.inf):
+            assert frozen_weight(layers[0], torch.float32) is first
+        assert frozen_weight(layers[0], torch.float32) is first
+    assert not any(COPY in layer.__dict__ for layer in layers)

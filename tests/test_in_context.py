@@ -41,7 +41,7 @@ def scores(model: PeftModel, episodes: EpisodeDataset) -> tuple[np.ndarray, np.n
     kept = Kept(tokenizer.pad_token_id)
     weights = {name: p.detach() for name, p in loss_fn.weights.parameters().items()}
     drawn = [episodes[i] for i in range(len(episodes))]
-    loss, match = in_context_scores(Matched(loss_fn), weights, drawn, kept, tokenizer)
+    loss, match, _ = in_context_scores(Matched(loss_fn), weights, drawn, kept, tokenizer)
     return loss, match, kept.tasks
 
 
@@ -130,7 +130,8 @@ def test_choices_are_ranked_behind_the_examples():
         scorer = scorer_for("ece", loss_fn, tokenizer)
         found.append(in_context_scores(scorer, weights, [episode], EpisodeCollator(2), tokenizer))
     assert len({row["labels"][-2] for row in episode.support}) == 2
-    np.testing.assert_allclose(found[0], found[1], rtol=1e-5)
+    for one, other in zip(*found, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5)
 
 
 def test_only_causal_models_take_examples():

@@ -10,10 +10,11 @@ import pytest
 from surface import EVAL, TEST, TRAIN, config, letter_rows, letter_tasks, tiny_folder, write_jsonl
 
 from meta_peft import MetaPeftError, ModelArguments, TaskArguments, adapt, load
-from meta_peft.compare import CompareArguments, compute_ratio
-from meta_peft.main_job import load_tasks, run
+from meta_peft.compare import CompareArguments
+from meta_peft.main_job import run
 from meta_peft.report import Report
 from meta_peft.sidecar import Sidecar
+from meta_peft.task_loading import load_tasks
 
 ADAPTER = {"README.md", "adapter_config.json", "adapter_model.safetensors", "meta_peft.json", "meta_peft.safetensors"}
 RESULTS = {"results.json", "results.md", "results.png"}
@@ -157,47 +158,3 @@ def test_too_few_rows_are_seen_before_the_model_is_loaded(tmp_path: Path):
 
 # Products of a row with a layer, 4 support and 8 query rows, 3 inner steps, 6 layers of which 2 are adapted.
 # Multi-task: 12 rows through 4 layers once and through 2 layers forward and backward: 48 + 48 = 96.
-@pytest.mark.parametrize(
-    ("algorithm", "products"),
-    [
-        ("maml", 48 + 2 * (3 * 4 * 4 + 2 * 8)),  # below once; an inner step is 4 products, then 2 for the query rows
-        ("fomaml", 48 + 2 * (3 * 2 * 4 + 2 * 8)),
-        ("reptile", 48 + 2 * (3 * 2 * 12)),  # its inner steps are on all rows
-        ("multitask", 96),
-        ("imaml", 48 + 2 * (3 * 2 * 4 + (2 + 2 * 6) * 4 + 2 * 8)),  # 5 iterations and one product to check
-    ],
-)
-def test_compute_ratio_by_hand(tmp_path: Path, algorithm: str, products: int):
-    args = config(tmp_path, algorithm=algorithm, shots=4, query_size=8, inner_steps=3, proximal=1.0)
-    assert compute_ratio(6, 2, args) == pytest.approx(products / 96)
-
-
-@pytest.mark.parametrize(
-    ("options", "products"),
-    [
-        ({"second_order_steps": 1}, 48 + 2 * ((2 + 2 + 4) * 4 + 2 * 8)),
-        ({"memory": "replay"}, 48 + 2 * (3 * 6 * 4 + 2 * 8)),  # the gradient of every step once more
-        ({"memory": "1"}, 48 + 2 * ((6 + 6 + 4) * 4 + 2 * 8)),
-        ({"memory": "finite_differences"}, 48 + 2 * ((3 * 6 + 4) * 4 + 2 * 8)),  # two gradients for each product
-    ],
-)
-def test_compute_ratio_of_what_is_kept_and_rebuilt(tmp_path: Path, options: dict, products: int):
-    args = config(tmp_path, shots=4, query_size=8, inner_steps=3, **options)
-    assert compute_ratio(6, 2, args) == pytest.approx(products / 96)
-
-
-def test_compute_ratio_is_the_mean_over_the_schedule(tmp_path: Path):
-    """8 outer steps: 2 of warm-up, which are not counted, 2 of first order, and the mean of query losses up to the 6th."""
-    options = {"multitask_warmup_steps": 2, "first_order_until": 4, "multi_step_until": 6, "max_steps": 8}
-    args = config(tmp_path, shots=4, query_size=8, inner_steps=3, **options)
-    support, queries = (
-        [2, 2, 4, 4, 4, 4],
-        [3, 3, 3, 3, 1, 1],
-    )  # of one inner step, and how often the query rows are seen
-    steps = [48 + 2 * (3 * s * 4 + 2 * 8 * q) for s, q in zip(support, queries, strict=True)]
-    assert compute_ratio(6, 2, args) == pytest.approx(sum(steps) / 6 / 96)
-
-
-def test_compute_ratio_where_all_layers_are_adapted(tmp_path: Path):
-    args = config(tmp_path, shots=4, query_size=4, inner_steps=1)
-    assert compute_ratio(6, 6, args) == pytest.approx((4 * 4 + 2 * 4) / (2 * 8))

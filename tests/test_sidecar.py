@@ -12,7 +12,8 @@ from safetensors.torch import save_file
 
 from meta_peft import SGD, Adam, InnerRule, MetaPeftError, PromptFormat
 from meta_peft.base_model import BaseIdentity
-from meta_peft.sidecar import JSON, TENSORS, Sidecar
+from meta_peft.sidecar import JSON, TENSORS, Judged, Sidecar
+from meta_peft.tasks.labelling import Labelling
 
 SIDECAR = Sidecar(
     algorithm="maml",
@@ -79,6 +80,36 @@ def test_a_sidecar_from_before_there_were_fast_weights(folder: Path):
 
     edit(folder, forget)
     assert Sidecar.read(folder).inner == SIDECAR.inner
+
+
+JUDGED = Judged("chrf", ("customer", "product"), Labelling(3, "letters", "kind"))
+
+
+def test_how_tasks_were_judged(tmp_path: Path):
+    replace(SIDECAR, judged=JUDGED).write(tmp_path)
+    assert Sidecar.read(tmp_path).judged == JUDGED
+    edit(tmp_path, lambda values: values.pop("judged"))
+    assert Sidecar.read(tmp_path).judged == Judged(), "a sidecar from before it was written down"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"metric": "chfr"}, "metric must be one of"),
+        ({"metric": 3}, "metric must be one of"),
+        ({"task_column": [3]}, "task_column must be a text"),
+        ({"labelling": {"ways": 10**9, "words": "given", "column": "kind"}}, "ways must be a whole number"),
+        ({"labelling": {"ways": 3, "words": "other", "column": "kind"}}, "label_words must be one of"),
+        ({"labelling": {"ways": 3, "words": "given", "column": ""}}, "label_column must be a text"),
+        ({"labelling": {"ways": 3}}, "words"),
+        ({"labelling": [3]}, "is damaged"),
+    ],
+)
+def test_judged_by_what_cannot_be(tmp_path: Path, changes: dict, message: str):
+    replace(SIDECAR, judged=JUDGED).write(tmp_path)
+    edit(tmp_path, lambda values: values["judged"].update(changes))
+    with pytest.raises(MetaPeftError, match=rf"is damaged or not a sidecar of meta_peft.*{message}|{message}"):
+        Sidecar.read(tmp_path)
 
 
 @pytest.mark.parametrize("missing", [JSON, TENSORS])

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -41,6 +43,7 @@ from meta_peft import (
 )
 from meta_peft.adaptation import adapt
 from meta_peft.adapter_loss import AdapterLoss
+from meta_peft.card import CardResults
 from meta_peft.cli import main
 from meta_peft.evaluate import curve
 from meta_peft.fast_weights import FastWeights
@@ -80,6 +83,8 @@ def test_the_loss_goes_down_and_the_log_says_so(tmp_path: Path):
     first, last = (sum(line["loss"] for line in part) / 5 for part in (log[:5], log[-5:]))
     assert last < 0.8 * first
     assert all(0 < line["data_wait_share"] < 1 for line in log)
+    assert all(line["tasks_per_second"] > 0 and line["peak_memory_gb"] > 0 for line in log)
+    assert all(line["loss_before"] > line["loss"] for line in log[-5:]), "the inner loop helps"
 
 
 def test_episodes_of_classes(tmp_path: Path):
@@ -552,9 +557,15 @@ def test_callbacks_see_the_run(tmp_path: Path):
     assert seen.logs[0] >= {"loss", "grad_norm", "learning_rate"}
 
 
-def test_the_progress_bar_shows_the_loss(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_the_progress_bar_shows_the_loss_before_and_after(tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     trainer(tmp_path, disable_tqdm=False).train()
-    assert "loss=" in capsys.readouterr().err
+    assert re.search(r"loss \d\.\d+ -> \d\.\d+", capsys.readouterr().err)
+
+
+def test_the_progress_bar_is_quiet_without_a_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    trainer(tmp_path, disable_tqdm=False).train()
+    assert "loss" not in capsys.readouterr().err
 
 
 # ---- what it leaves
@@ -563,7 +574,7 @@ def test_the_progress_bar_shows_the_loss(tmp_path: Path, capsys: pytest.CaptureF
 def test_the_saved_folder(tmp_path: Path):
     run = trainer(tmp_path)
     run.train()
-    run.record(rate_factors={3: 2.0}, results={"table": "| a table |"})
+    run.record(rate_factors={3: 2.0}, results=CardResults("| a table |"))
     run.save_model()
     files = {"README.md", "adapter_config.json", "adapter_model.safetensors", "meta_peft.json", "meta_peft.safetensors"}
     assert {path.name for path in tmp_path.iterdir()} == files
@@ -639,7 +650,7 @@ def test_a_wrong_number_of_rates_is_refused(tmp_path: Path, anil_folder: Path):
 
 
 def test_the_card_and_the_shell_say_what_adapts(anil_folder: Path, capsys: pytest.CaptureFixture[str]):
-    assert "rates\nlearned, one for each entry of a LoRA matrix." in (anil_folder / "README.md").read_text()
+    assert "rates learned, one for each entry of a LoRA matrix." in (anil_folder / "README.md").read_text()
     assert main(["inspect", "--adapter", str(anil_folder)]) == 0
     written = capsys.readouterr().out
     assert "fast weights    8 of them, those with 'lora_B' in their names" in written

@@ -21,14 +21,21 @@ from meta_peft.ops.cross_entropy import cross_entropy
 from meta_peft.types import Rows
 
 IGNORED = -100
+BINS = 15  # of confidence, for calibration
 
 
 @dataclass(frozen=True)
 class TaskScores:
-    """Per task: the loss ``[T]`` and the share of rows whose every label is the most likely token ``[T]``."""
+    """Per task: the loss ``[T]`` and the share of rows whose every label is the most likely token ``[T]``.
+
+    `calibration_TK3` has for each of K bins of confidence how many labelled positions fall into it, the sum of their
+    confidences, and how many of them are right. A confidence is the probability of the most likely token given the right
+    ones before it. Such counts add up over tasks, which a calibration error does not.
+    """
 
     loss_T: Tensor
     exact_match_T: Tensor
+    calibration_TK3: Tensor
 
 
 def same_positions(labels_BL: Tensor) -> Tensor:
@@ -62,7 +69,8 @@ class LabelledTokens:
         n_rows = rows.labels_BL.shape[0]
         wrong_B = torch.zeros(n_rows, dtype=loss_T.dtype, device=loss_T.device).index_add(0, row_N, wrong_N)
         match_T = (wrong_B == 0).to(loss_T.dtype).view(rows.n_tasks, -1).mean(1)
-        return TaskScores(loss_T, match_T)
+        task_N = row_N // (n_rows // rows.n_tasks)
+        return TaskScores(loss_T, match_T, _calibration(logits_NV, wrong_N == 0, task_N, rows.n_tasks))
 
     def log_likelihood_per_row(self, model: nn.Module, head: nn.Module | None, rows: Rows) -> tuple[Tensor, Tensor]:
         """Each row's summed log-likelihood of its labels, and how many they are, ``[B]`` each."""
@@ -126,6 +134,14 @@ def _mean_per_task(loss_N: Tensor, row_N: Tensor, rows: Rows) -> Tensor:
     zeros_T = loss_N.new_zeros(rows.n_tasks)
     count_T = zeros_T.index_add(0, task_N, torch.ones_like(loss_N))
     return zeros_T.index_add(0, task_N, loss_N) / count_T
+
+
+def _calibration(logits_NV: Tensor, right_N: Tensor, task_N: Tensor, n_tasks: int) -> Tensor:
+    logits_NV = logits_NV.float()
+    p_N = (logits_NV.amax(-1) - logits_NV.logsumexp(-1)).exp().nan_to_num(0.0)  # a model that diverged has none
+    bin_N = (p_N * BINS).ceil().long().clamp(1, BINS) - 1
+    counts_N3 = torch.stack([torch.ones_like(p_N), p_N, right_N.float()], 1)
+    return p_N.new_zeros(n_tasks * BINS, 3).index_add(0, task_N * BINS + bin_N, counts_N3).view(n_tasks, BINS, 3)
 
 
 @contextmanager

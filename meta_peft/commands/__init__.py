@@ -1,0 +1,1 @@
+"""What the subcommands of ``meta-peft`` do; heavy libraries are imported when a command runs."""

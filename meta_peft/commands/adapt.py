@@ -1,0 +1,86 @@
+"""``meta-peft adapt``: adapt to one task, or to each task of a file."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from meta_peft.commands.model_options import add_model_options, load_model
+
+SOME_FAILED = 3  # exit code
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    add_model_options(parser)
+    parser.add_argument("--support", required=True, metavar="FILE", help="examples; with --task-column, of many tasks")
+    parser.add_argument("--output", required=True, metavar="DIR", help="where the adapted PEFT adapter goes")
+    parser.add_argument("--task-column", help="adapt to each task this column names, into one folder each")
+    parser.add_argument("--steps", type=int, help="gradient steps (as in meta-training by default)")
+    parser.add_argument(
+        "--hold-back",
+        type=float,
+        default=0.0,
+        metavar="SHARE",
+        help="share of the examples that is not adapted on, but tells after how many steps to stop",
+    )
+    parser.add_argument("--tasks-per-forward", type=int, default=8, help="tasks adapted to at once (default: 8)")
+
+
+def run(options: argparse.Namespace) -> int:
+    from meta_peft.checked import at_least
+
+    at_least("--tasks-per-forward", options.tasks_per_forward, 1)
+    return _one(options) if options.task_column is None else _each(options)
+
+
+def _one(options: argparse.Namespace) -> int:
+    from meta_peft.adaptation import adapt_many
+    from meta_peft.tasks.sources import read_rows
+
+    rows, model = read_rows(options.support), load_model(options)
+    result = adapt_many(model, {"task": rows}, steps=options.steps, hold_back=options.hold_back)["task"]
+    result.save(options.output)
+    _say("task", options.output, result.metrics)
+    return 0
+
+
+def _each(options: argparse.Namespace) -> int:
+    from tqdm import tqdm
+
+    from meta_peft.folder_of_adapters import FAILED, Made, adapt_folder
+    from meta_peft.tasks import TaskSet
+
+    tasks = TaskSet.of(options.support, options.task_column)
+    model = load_model(options)
+    with tqdm(total=len(tasks), desc="adapting", unit="task", disable=None) as bar:
+
+        def done(made: Made) -> None:
+            bar.update()
+            _say(made.task, made.folder, {**made.metrics, **({"already": True} if made.already else {})})
+
+        result = adapt_folder(
+            model,
+            tasks,
+            options.output,
+            task_column=options.task_column,
+            steps=options.steps,
+            hold_back=options.hold_back,
+            tasks_per_forward=options.tasks_per_forward,
+            done=done,
+        )
+    if not result.failed:
+        return 0
+    first, reason = next(iter(result.failed.items()))
+    print(
+        f"meta-peft: {len(result.failed)} of {len(tasks)} tasks failed, such as {first!r}: {reason} All are in"
+        f" {Path(options.output) / FAILED}.",
+        file=sys.stderr,
+    )
+    return SOME_FAILED
+
+
+def _say(task: str, folder: Any, metrics: dict[str, Any]) -> None:
+    print(json.dumps({"task": task, "folder": str(folder), **metrics}, ensure_ascii=False), flush=True)

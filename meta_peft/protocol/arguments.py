@@ -1,0 +1,54 @@
+"""What is compared, beside the options of the training run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from meta_peft.checked import at_least, one_of
+from meta_peft.errors import MetaPeftError
+
+META, DEFAULTS, IN_CONTEXT = "meta", "peft_defaults", "in_context"
+TITLES = {
+    DEFAULTS: "PEFT's defaults",
+    "plain": "plain LoRA",
+    "multitask": "multi-task LoRA",
+    "reptile": "Reptile",
+    "fomaml": "first-order MAML",
+    META: "meta-learned LoRA",
+    IN_CONTEXT: "in-context examples",
+}
+"""Starts by name, as tables call them. ``meta`` is what the run's own options say."""
+
+
+@dataclass
+class ProtocolArguments:
+    """Which starts are compared, over which seeds, and along what."""
+
+    starts: list[str] = field(
+        default_factory=lambda: list(TITLES),
+        metadata={"help": f"Starts to compare: {', '.join(TITLES)}. meta is what the other options say."},
+    )
+    seeds: list[int] = field(
+        default_factory=lambda: [0, 1, 2],
+        metadata={"help": "Seeds of training and of the held-out episodes; each start is trained once for each."},
+    )
+    shots_curve: list[int] | None = field(
+        default=None, metadata={"help": "Also compare with these numbers of support rows."}
+    )
+    task_counts: list[int] | None = field(
+        default=None, metadata={"help": "Also train on so many of the training tasks; each is a training of its own."}
+    )
+    measure: bool = field(
+        default=True, metadata={"help": "Measure what is missing. If false, only write the report of what is there."}
+    )
+
+    def __post_init__(self) -> None:
+        for start in self.starts:
+            one_of("starts", start, TITLES)
+        if len(self.starts) < 2:
+            raise MetaPeftError(f"starts must be two or more, to be compared; got {self.starts}.")
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
+            raise MetaPeftError(f"seeds must be one or more different numbers; got {self.seeds}.")
+        for option in ("seeds", "shots_curve", "task_counts"):
+            for value in getattr(self, option) or ():
+                at_least(option, value, 0 if option == "seeds" else 1)

@@ -1,0 +1,116 @@
+"""The cells of a comparison, and the file that each is kept in."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from meta_peft.checked import read_object
+from meta_peft.digests import of_texts
+from meta_peft.errors import MetaPeftError
+from meta_peft.protocol.arguments import DEFAULTS, IN_CONTEXT, ProtocolArguments
+
+FOLDER = "cells"
+UNTRAINED = (DEFAULTS, "plain", IN_CONTEXT)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A start of one seed, trained on all training tasks or on `task_count` of them."""
+
+    seed: int
+    start: str
+    task_count: int | None = None
+
+    @property
+    def name(self) -> str:
+        return f"seed{self.seed}-{self.start}" + (f"-{self.task_count}tasks" if self.task_count else "")
+
+    @property
+    def trained(self) -> bool:
+        return self.start not in UNTRAINED
+
+
+@dataclass(frozen=True)
+class Found:
+    """What was measured in a cell: values by task, ``[T][S]`` for T tasks and S numbers of steps.
+
+    Args:
+        factors: the rate factor chosen for each number of steps, ``[S]``.
+        calibration: counts by number of steps and bin, ``[S][K][3]`` (see `evaluate.Curve`).
+        shots: for each other number of support rows, loss and score by task after `at` steps.
+        at: the number of steps that is compared along shots and numbers of tasks.
+        cost: outer steps and seconds of training, support tokens and seconds of adaptation (see `measure`).
+        options: a digest of what the cell depends on.
+    """
+
+    cell: Cell
+    metric: str
+    tasks: list[str]
+    steps: list[int]
+    factors: list[float | None]
+    loss: list[list[float]]
+    score: list[list[float]]
+    calibration: list[list[list[float]]]
+    at: int
+    shots: dict[str, dict[str, list[float]]] = field(default_factory=dict)
+    cost: dict[str, float] = field(default_factory=dict)
+    options: str = ""
+
+    def write(self, folder: Path) -> None:
+        file = path_of(self.cell, folder)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        partial = file.with_suffix(".partial")
+        partial.write_text(json.dumps(asdict(self)) + "\n", encoding="utf-8")
+        os.replace(partial, file)
+
+    @classmethod
+    def read(cls, file: Path) -> Found:
+        values = read_object(file, "a cell of a comparison")
+        try:
+            return cls(**{**values, "cell": Cell(**values["cell"])})
+        except (KeyError, TypeError) as error:
+            raise MetaPeftError(f"{file} is damaged or not a cell of a comparison ({error}): remove it.") from error
+
+
+def path_of(cell: Cell, folder: Path) -> Path:
+    return folder / FOLDER / f"{cell.name}.json"
+
+
+def cells_of(arguments: ProtocolArguments) -> Iterator[Cell]:
+    """All cells, seed by seed, so that a run that is stopped has whole seeds."""
+    for seed in arguments.seeds:
+        for start in arguments.starts:
+            yield Cell(seed, start)
+            for count in arguments.task_counts or ():
+                if Cell(seed, start).trained:
+                    yield Cell(seed, start, count)
+
+
+def all_found(folder: Path, options: str | None = None) -> list[Found]:
+    """What was measured so far, in the order of names.
+
+    Raises:
+        MetaPeftError: a cell was measured with other `options`.
+    """
+    found = [Found.read(file) for file in sorted((folder / FOLDER).glob("*.json"))]
+    for each in found:
+        check_options(each, options, folder)
+    return found
+
+
+def check_options(found: Found, options: str | None, folder: Path) -> None:
+    if options is not None and found.options != options:
+        raise MetaPeftError(
+            f"{path_of(found.cell, folder)} was measured with other options or other data. Give the options it was"
+            " measured with, another output_dir, or remove it to have it measured again."
+        )
+
+
+def digest(*parts: Any) -> str:
+    """What options a cell was measured with, in a few characters."""
+    return of_texts(json.dumps(parts, sort_keys=True, default=str))

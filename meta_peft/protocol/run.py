@@ -1,0 +1,78 @@
+"""Measure what is missing of a comparison, and write the report of what is there."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from meta_peft.about_run import about_run
+from meta_peft.base_model import tokenizer_for
+from meta_peft.compare import CompareArguments
+from meta_peft.config import MetaLoraConfig, ModelArguments, TaskArguments
+from meta_peft.errors import MetaPeftError
+from meta_peft.protocol.arguments import ProtocolArguments
+from meta_peft.protocol.cells import Found, all_found, cells_of, check_options, digest, path_of
+from meta_peft.protocol.measure import Setting, measured
+from meta_peft.protocol.page import write_page
+from meta_peft.protocol.summary import Summary
+from meta_peft.task_loading import run_tasks
+
+logger = logging.getLogger("meta_peft")
+NOT_OF_A_CELL = ("seed", "world_size", "memory")  # of what `about_run` tells
+
+
+def run(
+    model_args: ModelArguments,
+    task_args: TaskArguments,
+    args: MetaLoraConfig,
+    comparison: CompareArguments,
+    protocol: ProtocolArguments,
+) -> Summary:
+    """Compare starts on held-out tasks; cells and report are in `args.output_dir`.
+
+    Raises:
+        MetaPeftError: there are no validation or test tasks, the job has several processes, or cells in the folder were
+            measured with other options.
+    """
+    if args.world_size > 1:
+        raise MetaPeftError(
+            f"A comparison runs in one process, not in {args.world_size}: start one process for each of its seeds, with"
+            " the same output_dir."
+        )
+    tasks, leakage = run_tasks(task_args, args)
+    missing = [split for split in ("validation", "test") if split not in tasks]
+    if missing:
+        raise MetaPeftError(
+            f"There are no {' and no '.join(missing)} tasks: rates are chosen on the one, judged on the other."
+        )
+    about = {**about_run(model_args, task_args, args, tasks), "leakage": leakage, "comparison": _compared(comparison)}
+    folder = Path(str(args.output_dir))
+    curve = tuple(sorted(set(protocol.shots_curve or ())))
+    options = _options_of_a_cell(about, curve)
+    if protocol.measure:
+        processor = tokenizer_for(model_args)
+        setting = Setting(model_args, args, comparison, tasks, processor, curve, folder)
+        cells = list(cells_of(protocol))
+        for i, cell in enumerate(cells, 1):
+            if path_of(cell, folder).is_file():
+                check_options(Found.read(path_of(cell, folder)), options, folder)
+                continue
+            logger.info("Cell %d of %d: %s", i, len(cells), cell.name)
+            measured(cell, setting, options).write(folder)
+    found = all_found(folder, options)
+    if not found:
+        raise MetaPeftError(f"There is nothing measured in {folder} yet: leave measure=false out.")
+    summary = Summary.of(found, about)
+    write_page(summary, folder)
+    return summary
+
+
+def _compared(comparison: CompareArguments) -> dict[str, Any]:
+    return {name: value for name, value in asdict(comparison).items() if name != "compare"}
+
+
+def _options_of_a_cell(about: dict[str, Any], curve: tuple[int, ...]) -> str:
+    training = {name: value for name, value in about["training"].items() if name not in NOT_OF_A_CELL}
+    return digest(about["model"], about["tasks"], about["data"], training, about["comparison"], curve)

@@ -1,0 +1,189 @@
+"""What the cells of a comparison say together.
+
+Each task is averaged over seeds first; intervals are bootstrap intervals over tasks. Starts face the same episodes, so
+they are compared task by task: the interval of a difference is that of the mean of the differences.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from meta_peft.errors import MetaPeftError
+from meta_peft.evaluate import Curve, calibration_error, interval
+from meta_peft.metrics import Metric
+from meta_peft.protocol.arguments import IN_CONTEXT, META, TITLES
+from meta_peft.protocol.cells import Found
+from meta_peft.report import Report
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far the meta-learned start is ahead of another, in the metric; above 0 is better, whatever the metric.
+
+    Args:
+        steps: of both. In-context examples take none.
+        by_tasks: 95 % interval over tasks.
+        by_seed: for each seed alone.
+        of_gains: how much more adaptation gains from this start than from the other (the interaction), with its interval;
+            None for in-context examples.
+    """
+
+    other: str
+    steps: int
+    mean: float
+    by_tasks: tuple[float, float]
+    by_seed: tuple[float, ...]
+    of_gains: tuple[float, tuple[float, float]] | None
+
+    @property
+    def ahead(self) -> bool:
+        return self.by_tasks[0] > 0
+
+    @property
+    def behind(self) -> bool:
+        return self.by_tasks[1] < 0
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Cells of the same options; `about` is what the run was."""
+
+    found: Sequence[Found]
+    about: dict[str, Any]
+    seeds: tuple[int, ...]
+
+    @classmethod
+    def of(cls, found: Sequence[Found], about: dict[str, Any]) -> Summary:
+        """Of the seeds for which every start was measured.
+
+        Raises:
+            MetaPeftError: there is no such seed yet.
+        """
+        kinds = {(each.cell.start, each.cell.task_count) for each in found}
+        by_kind = [{f.cell.seed for f in found if (f.cell.start, f.cell.task_count) == kind} for kind in kinds]
+        seeds = sorted(set.intersection(*by_kind))
+        if not seeds:
+            raise MetaPeftError("No seed has all its starts measured yet: go on measuring.")
+        return cls([f for f in found if f.cell.seed in seeds], about, tuple(seeds))
+
+    @cached_property
+    def tasks(self) -> list[str]:
+        return sorted(self.found[0].tasks)
+
+    @property
+    def at(self) -> int:
+        """The number of steps that is compared along shots and numbers of tasks, and in the verdict."""
+        return self.found[0].at
+
+    @property
+    def starts(self) -> list[str]:
+        """Names of starts, in the order of tables."""
+        return [start for start in TITLES if any(f.cell.start == start for f in self.found)]
+
+    @property
+    def metric(self) -> Metric:
+        return self.report.metric
+
+    def of_start(self, start: str, task_count: int | None = None) -> list[Found]:
+        """One for each seed."""
+        return [f for f in self.found if (f.cell.start, f.cell.task_count) == (start, task_count)]
+
+    @cached_property
+    def report(self) -> Report:
+        """All starts that were trained on all tasks."""
+        curves = {TITLES[s]: self._curve(s) for s in self.starts if s != IN_CONTEXT}
+        in_context = None
+        if IN_CONTEXT in self.starts:
+            loss, score = (self._values(self.of_start(IN_CONTEXT), key) for key in ("loss", "score"))
+            in_context = loss[:, 0], score[:, 0]
+        return Report(self.tasks, curves, {**self.about, "seeds": list(self.seeds)}, in_context)
+
+    def calibration(self, start: str) -> list[float]:
+        """The calibration error of single labels after each number of steps, all tasks and seeds together."""
+        counts = np.sum([f.calibration for f in self.of_start(start)], axis=0)
+        return [calibration_error(counts_K3) for counts_K3 in counts]
+
+    def differences(self) -> list[Difference]:
+        """Of the meta-learned start to every other one, at every number of steps."""
+        return [
+            self._difference(other, steps)
+            for other in self.starts
+            for steps in ([self.at] if other == IN_CONTEXT else self.of_start(META)[0].steps)
+            if META in self.starts and other != META
+        ]
+
+    def along_shots(self) -> dict[str, dict[int, np.ndarray]]:
+        """The score by task after `at` steps, for each start and each number of support rows."""
+        own = int(self.about["training"]["shots"])
+        found: dict[str, dict[int, np.ndarray]] = {}
+        for start in self.starts:
+            cells = self.of_start(start)
+            by_shots = {own: self._at(cells)}
+            for n in cells[0].shots:
+                by_shots[int(n)] = np.mean([_ordered(f, f.shots[n]["score"], self.tasks) for f in cells], axis=0)
+            found[start] = dict(sorted(by_shots.items()))
+        return found
+
+    def along_tasks(self) -> dict[str, dict[int, np.ndarray]]:
+        """The score by task after `at` steps, for each trained start and each number of training tasks."""
+        found: dict[str, dict[int, np.ndarray]] = {}
+        for start in self.starts:
+            counts = sorted({f.cell.task_count for f in self.found if f.cell.start == start and f.cell.task_count})
+            if counts:
+                every = int(self.about["tasks"]["n_train"])
+                by_count = {n: self._at(self.of_start(start, n)) for n in counts}
+                found[start] = {**by_count, every: self._at(self.of_start(start))}
+        return found
+
+    def cost(self, start: str) -> dict[str, float]:
+        """Means over seeds."""
+        cells = self.of_start(start)
+        return {name: float(np.mean([f.cost[name] for f in cells])) for name in cells[0].cost}
+
+    def _curve(self, start: str) -> Curve:
+        cells = self.of_start(start)
+        factors = tuple(f[0] if len(set(f)) == 1 else None for f in zip(*(c.factors for c in cells), strict=True))
+        loss, score = (self._values(cells, key) for key in ("loss", "score"))
+        return Curve(tuple(cells[0].steps), loss, score, factors, cells[0].metric)
+
+    def _values(self, cells: list[Found], key: str) -> np.ndarray:
+        """``[T, S]``, means over seeds."""
+        mean: np.ndarray = np.mean([_ordered(f, getattr(f, key), self.tasks) for f in cells], axis=0)
+        return mean
+
+    def _at(self, cells: list[Found]) -> np.ndarray:
+        """Scores after `at` steps, ``[T]``; those of in-context examples, which take none."""
+        column = cells[0].steps.index(self.at) if self.at in cells[0].steps else 0
+        return self._values(cells, "score")[:, column]
+
+    def _difference(self, other: str, steps: int) -> Difference:
+        sign = 1.0 if self.metric.higher_is_better else -1.0
+        mine, its = self.of_start(META), self.of_start(other)
+        columns = [mine[0].steps.index(steps), its[0].steps.index(steps) if other != IN_CONTEXT else 0]
+        scores = [self._values(cells, "score") for cells in (mine, its)]
+        at = [values[:, column] for values, column in zip(scores, columns, strict=True)]
+        ahead = sign * (at[0] - at[1])
+        by_seed = [
+            sign * float(np.mean([row[columns[0]] for row in m.score]) - np.mean([row[columns[1]] for row in i.score]))
+            for m, i in zip(mine, its, strict=True)
+        ]
+        gains = None
+        if other != IN_CONTEXT and 0 in mine[0].steps and steps > 0:
+            before = [values[:, mine[0].steps.index(0)] for values in scores]
+            more = ahead - sign * (before[0] - before[1])
+            gains = float(more.mean()), interval(more)
+        return Difference(other, steps, float(ahead.mean()), interval(ahead), tuple(by_seed), gains)
+
+
+def _ordered(found: Found, by_task: Sequence[Any], tasks: Sequence[str]) -> np.ndarray:
+    place = {task: i for i, task in enumerate(found.tasks)}
+    if set(place) != set(tasks):
+        raise MetaPeftError(
+            f"The cell {found.cell.name} is of other held-out tasks than the rest: remove it to have it measured again."
+        )
+    return np.array([by_task[place[task]] for task in tasks], dtype=float)

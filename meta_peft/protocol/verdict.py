@@ -1,0 +1,58 @@
+"""The comparison in plain words: which start is best, and whether meta-training paid for itself."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from meta_peft.protocol.arguments import IN_CONTEXT, META, TITLES
+from meta_peft.protocol.summary import Difference, Summary
+
+BY = {True: "ahead of", False: "behind"}
+
+
+def verdict(summary: Summary) -> list[str]:
+    """A few sentences, the most important one first."""
+    scores = {start: float(np.mean(by_shots[_shots(summary)])) for start, by_shots in summary.along_shots().items()}
+    metric, sign = summary.metric, 1 if summary.metric.higher_is_better else -1
+    best = max(scores, key=lambda start: sign * scores[start])
+    after = "" if best == IN_CONTEXT else f" after {summary.at} steps"
+    said = [
+        f"Best on these tasks: {TITLES[best]}, {metric.shown(scores[best])} {metric.unit} {metric.title}{after} on"
+        f" {_shots(summary)} examples."
+    ]
+    at = {d.other: d for d in summary.differences() if d.steps == summary.at}
+    if "multitask" in at:
+        said.append(_paid(summary, at["multitask"]))
+    for other, difference in at.items():
+        if other != "multitask":
+            said.append(f"Meta-learned LoRA is {_compared(summary, difference)}.")
+    if META in summary.starts and "multitask" not in at:
+        said.append("Multi-task LoRA was not measured, so whether meta-training paid for itself is not known.")
+    if len(summary.seeds) < 3:
+        said.append(
+            f"Seeds: {len(summary.seeds)}. Another training seed may move all numbers; three or more would tell."
+        )
+    return said
+
+
+def _paid(summary: Summary, difference: Difference) -> str:
+    compared = _compared(summary, difference)
+    if difference.ahead:
+        return f"Meta-training paid for itself: at equal compute it is {compared}."
+    if difference.behind:
+        return f"Meta-training did not pay for itself: at equal compute it is {compared}. Take multi-task LoRA."
+    return f"Whether meta-training paid for itself is open: at equal compute it is {compared}."
+
+
+def _compared(summary: Summary, difference: Difference) -> str:
+    metric = summary.metric
+    low, high = (metric.shown(bound) for bound in difference.by_tasks)
+    far = f"{metric.shown(abs(difference.mean))} points" if metric.unit else metric.shown(abs(difference.mean))
+    interval = f"95 % interval of the difference {low} to {high}"
+    if difference.ahead or difference.behind:
+        return f"{BY[difference.ahead]} {TITLES[difference.other]} by {far} ({interval})"
+    return f"level with {TITLES[difference.other]} ({interval})"
+
+
+def _shots(summary: Summary) -> int:
+    return int(summary.about["training"]["shots"])

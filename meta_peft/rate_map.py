@@ -1,0 +1,95 @@
+"""The inner rates of an adapter as a map: a row for each layer, a column for each kind of LoRA matrix in it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from meta_peft.errors import MetaPeftError
+
+SHADES = " ░▒▓█"
+LAYER = re.compile(r"\.(\d+)\.")
+
+
+@dataclass(frozen=True)
+class RateMap:
+    """Rates ``[rows, columns]``, nan where there is no matrix; rows are called by the numbers of layers."""
+
+    rows: tuple[str, ...]
+    columns: tuple[str, ...]
+    rates: np.ndarray
+
+    @classmethod
+    def of(cls, names: Sequence[str], log_rates: Tensor) -> RateMap:
+        """Of matrices with these names and their log rates ``[S, n]`` for S steps: the mean over steps of the logarithm."""
+        mean = log_rates.double().mean(0).exp().tolist()
+        places = [_place(name) for name in names]
+        rows = sorted({row for row, _ in places}, key=lambda row: (not row.isdigit(), int(row) if row.isdigit() else 0))
+        columns = list(dict.fromkeys(column for _, column in places))
+        rates = np.full((len(rows), len(columns)), np.nan)
+        for (row, column), rate in zip(places, mean, strict=True):
+            rates[rows.index(row), columns.index(column)] = rate
+        return cls(tuple(rows), tuple(columns), rates)
+
+    def as_text(self, width: int) -> str:
+        """A table of at most `width` characters a line: shades, dark for high rates, and the rates if there is room."""
+        shades = self._shades()
+        cells = [
+            [f"{2 * shade} {rate:.0e}" if np.isfinite(rate) else "" for shade, rate in zip(*line, strict=True)]
+            for line in zip(shades, self.rates, strict=True)
+        ]
+        lines = _aligned(["layer", *self.columns], [[row, *line] for row, line in zip(self.rows, cells, strict=True)])
+        if max(map(len, lines)) > width:
+            key = [f"{i + 1:2d}  {column}" for i, column in enumerate(self.columns)]
+            numbers = [f"{i + 1:2d}" for i in range(len(self.columns))]
+            dark = [[row, *(2 * shade for shade in line)] for row, line in zip(self.rows, shades, strict=True)]
+            lines = [*_aligned(["layer", *numbers], dark), "", *key]
+        return "\n".join(line[:width] for line in lines)
+
+    def figure(self) -> Any:
+        """A matplotlib figure of the logarithms.
+
+        Raises:
+            MetaPeftError: matplotlib is not installed.
+        """
+        try:
+            from matplotlib.figure import Figure
+        except ImportError as error:
+            raise MetaPeftError("The picture needs matplotlib: pip install 'meta-peft[demo]'.") from error
+        n_rows, n_columns = self.rates.shape
+        figure = Figure(figsize=(2.5 + 0.6 * n_columns, 1.8 + 0.3 * n_rows), layout="constrained")
+        panel = figure.subplots()
+        image = panel.imshow(np.log10(self.rates), aspect="auto", cmap="viridis")
+        panel.set_xticks(range(n_columns), self.columns, rotation=60, ha="right")
+        panel.set_yticks(range(n_rows), self.rows)
+        panel.set(ylabel="layer")
+        figure.colorbar(image, label="log10 of the inner rate")
+        return figure
+
+    def _shades(self) -> list[list[str]]:
+        logs = np.log(self.rates)
+        low, high = np.nanmin(logs), np.nanmax(logs)
+        share = np.full_like(logs, 0.5) if high == low else (logs - low) / (high - low)
+        last = len(SHADES) - 1
+        return [[SHADES[round(last * s)] if np.isfinite(s) else " " for s in line] for line in share]
+
+
+def _place(name: str) -> tuple[str, str]:
+    """The layer that a matrix is in, and what it is in there; what is in no layer has a row of its own."""
+    kind = next((k for k in ("lora_embedding_A", "lora_embedding_B", "lora_A", "lora_B") if f".{k}" in name), None)
+    layer = LAYER.search(name)
+    row = layer[1] if layer else "-"
+    if kind is None:
+        return row, name.removeprefix("base_model.model.")
+    module = name[: name.index(f".{kind}")].rsplit(".", 1)[-1]
+    return row, f"{module} {kind[-1]}"
+
+
+def _aligned(head: list[str], rows: list[list[str]]) -> list[str]:
+    widths = [max(len(line[i]) for line in (head, *rows)) for i in range(len(head))]
+    return ["  ".join(cell.rjust(w) for cell, w in zip(line, widths, strict=True)) for line in (head, *rows)]

@@ -1,0 +1,63 @@
+"""The files that a comparison is kept in."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from meta_peft import MetaPeftError
+from meta_peft.protocol.arguments import ProtocolArguments
+from meta_peft.protocol.cells import Cell, Found, all_found, cells_of, path_of
+
+LOSS, SCORE, COUNTS = [[2.0, 1.0]] * 2, [[0.0, 0.5]] * 2, [[[1, 0.5, 1]]]
+FOUND = Found(Cell(1, "meta"), "exact_match", ["a", "b"], [0, 10], [1.0, 0.5], LOSS, SCORE, COUNTS, 10, options="these")
+
+
+def test_a_cell_is_read_as_it_was_written(tmp_path: Path):
+    FOUND.write(tmp_path)
+    assert all_found(tmp_path) == [FOUND]
+    assert [path.name for path in (tmp_path / "cells").iterdir()] == ["seed1-meta.json"]
+
+
+def test_cells_of_other_options_are_refused(tmp_path: Path):
+    FOUND.write(tmp_path)
+    assert all_found(tmp_path, "these") == [FOUND]
+    with pytest.raises(MetaPeftError, match=r"seed1-meta.json was measured with other options"):
+        all_found(tmp_path, "those")
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"cell": 3}', '{"cell": {"seed": 1, "start": "meta"}, "more": 1}'])
+def test_a_damaged_cell_is_named(tmp_path: Path, text: str):
+    FOUND.write(tmp_path)
+    path_of(FOUND.cell, tmp_path).write_text(text)
+    with pytest.raises(MetaPeftError, match=r"seed1-meta.json is damaged or not a cell"):
+        all_found(tmp_path)
+
+
+def test_every_seed_has_every_start_and_numbers_of_tasks_are_of_trained_ones():
+    arguments = ProtocolArguments(starts=["plain", "meta"], seeds=[3, 1], task_counts=[2])
+    names = [cell.name for cell in cells_of(arguments)]
+    assert names == ["seed3-plain", "seed3-meta", "seed3-meta-2tasks", "seed1-plain", "seed1-meta", "seed1-meta-2tasks"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"starts": ["plain"]}, "two or more"),
+        ({"starts": ["plain", "mete"]}, "Did you mean 'meta'"),
+        ({"seeds": []}, "one or more different"),
+        ({"seeds": [1, 1]}, "one or more different"),
+        ({"seeds": [-1]}, "seeds must be a number of 0 or more"),
+        ({"shots_curve": [0]}, "shots_curve must be a number of 1 or more"),
+        ({"task_counts": [0]}, "task_counts must be a number of 1 or more"),
+    ],
+)
+def test_arguments_that_make_no_comparison(options: dict, message: str):
+    with pytest.raises(MetaPeftError, match=message):
+        ProtocolArguments(**options)
+
+
+def test_a_cell_of_another_number_of_tasks_has_another_file():
+    assert path_of(replace(FOUND.cell, task_count=4), Path("x")).name == "seed1-meta-4tasks.json"

@@ -1,0 +1,119 @@
+"""A whole comparison on a tiny model: measured, stopped and gone on with, and its report."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from surface import EVAL, TEST, TRAIN, config, letter_rows, letter_tasks, tiny_folder, write_jsonl
+
+from meta_peft import MetaPeftError, ModelArguments, TaskArguments, adapt, load
+from meta_peft.compare import CompareArguments
+from meta_peft.protocol import ProtocolArguments, run
+from meta_peft.protocol.cells import all_found
+from meta_peft.protocol.summary import Summary
+
+STARTS = ["peft_defaults", "plain", "multitask", "reptile", "fomaml", "meta", "in_context"]
+
+
+def compared(folder: Path, *, splits=("train", "validation", "test"), protocol=(), **options) -> Summary:
+    letters = {"train": TRAIN, "validation": EVAL, "test": TEST}
+    files = {f"{s}_tasks": str(write_jsonl(folder / f"{s}.jsonl", letter_tasks(letters[s]))) for s in splits}
+    model = ModelArguments(str(tiny_folder()), lora_r=4, lora_target_modules=["q_proj", "v_proj"])
+    comparison = CompareArguments("full", [3, 0], [0.5, 2.0])
+    args = config(folder / "out", max_steps=2, learning_rate=0.01, **options)
+    return run(model, TaskArguments(**files), args, comparison, ProtocolArguments(**{"seeds": [0], **dict(protocol)}))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Summary]:
+    folder = tmp_path_factory.mktemp("whole")
+    return folder, compared(folder, protocol={"seeds": [0, 1], "shots_curve": [1, 2], "task_counts": [4]})
+
+
+def test_every_start_is_measured_for_every_seed(whole: tuple[Path, Summary]):
+    folder, summary = whole
+    assert (summary.seeds, summary.starts, summary.at) == ((0, 1), STARTS, 3)
+    trained = ["multitask", "reptile", "fomaml", "meta"]
+    names = {found.cell.name for found in all_found(folder / "out")}
+    assert names == {
+        *(f"seed{seed}-{start}" for seed in (0, 1) for start in STARTS),
+        *(f"seed{seed}-{start}-4tasks" for seed in (0, 1) for start in trained),
+    }
+    curves = summary.report.curves
+    assert {tuple(curve.steps) for curve in curves.values()} == {(0, 3)}
+    before, after = ({name: curve.loss[:, i].mean() for name, curve in curves.items()} for i in (0, 1))
+    assert len(set(after.values())) == len(curves), "every start is another one"
+    assert before["multi-task LoRA"] < before["plain LoRA"] == before["PEFT's defaults"]
+    assert {start: set(by_shots) for start, by_shots in summary.along_shots().items()} == {s: {1, 2} for s in STARTS}
+    assert {start: set(by_count) for start, by_count in summary.along_tasks().items()} == {s: {4, 8} for s in trained}
+
+
+def test_compute_is_equal(whole: tuple[Path, Summary]):
+    _, summary = whole
+    steps = {start: summary.cost(start)["outer_steps"] for start in summary.starts}
+    assert steps["peft_defaults"] == steps["plain"] == steps["in_context"] == 0
+    assert steps["multitask"] >= steps["fomaml"] > steps["meta"] == 2
+
+
+def test_the_report_stands_alone(whole: tuple[Path, Summary]):
+    folder, summary = whole
+    page = (folder / "out" / "report.html").read_text()
+    assert "<svg" in page
+    assert not re.findall(r"(?:src|href)=\"(?!#)", page), "nothing is fetched"
+    text = (folder / "out" / "report.md").read_text()
+    for title in (
+        "multi-task LoRA",
+        "Reptile",
+        "first-order MAML",
+        "in-context examples",
+        "Examples of a task",
+        "Cost",
+    ):
+        assert title in page
+        assert title in text
+    values = json.loads((folder / "out" / "summary.json").read_text())
+    assert values["seeds"] == [0, 1]
+    assert len(values["rows"]) == 2 * 6 + 1
+    assert {d["other"] for d in values["differences"]} == set(STARTS) - {"meta"}
+    assert len(values["along_shots"]["meta"]["1"]) == len(summary.tasks) == 4
+
+
+def test_a_trained_start_can_be_used_with_its_rates(whole: tuple[Path, Summary]):
+    folder, summary = whole
+    model = load(None, folder / "out" / "starts" / "seed0-meta")
+    found = next(f for f in summary.found if f.cell.name == "seed0-meta")
+    assert model.meta_peft.sidecar.rate_factors == dict(zip(found.steps, found.factors, strict=True))
+    _, metrics = adapt(model, letter_rows("p")[:2])
+    assert metrics["support_loss_after"] < metrics["support_loss_before"]
+
+
+def test_what_is_there_is_not_measured_again(tmp_path: Path, whole: tuple[Path, Summary]):
+    folder = tmp_path
+    first = compared(folder, protocol={"starts": ["plain", "meta"]})
+    cells = folder / "out" / "cells"
+    kept = cells / "seed0-plain.json"
+    changed = json.loads(kept.read_text()) | {"loss": [[7.0, 7.0]] * 4}
+    kept.write_text(json.dumps(changed))
+    (cells / "seed0-meta.json").unlink()  # as if the run had been killed before
+    again = compared(folder, protocol={"starts": ["plain", "meta"]})
+    assert again.report.curves["plain LoRA"].loss.tolist() == [[7.0, 7.0]] * 4
+    mine, its = (summary.report.curves["meta-learned LoRA"] for summary in (again, first))
+    assert mine.loss.tolist() == its.loss.tolist()
+    with pytest.raises(MetaPeftError, match="was measured with other options"):
+        compared(folder, protocol={"starts": ["plain", "meta"]}, inner_steps=2)
+
+
+def test_a_report_without_measuring(tmp_path: Path):
+    with pytest.raises(MetaPeftError, match="nothing measured"):
+        compared(tmp_path, protocol={"measure": False})
+
+
+@pytest.mark.parametrize(
+    ("splits", "missing"), [(("train",), "validation and no test"), (("train", "test"), "validation")]
+)
+def test_splits_that_are_missing(tmp_path: Path, splits: tuple[str, ...], missing: str):
+    with pytest.raises(MetaPeftError, match=f"There are no {missing} tasks"):
+        compared(tmp_path, splits=splits)

@@ -1,0 +1,120 @@
+"""What cells say together, by hand-made numbers."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from meta_peft import MetaPeftError
+from meta_peft.protocol.cells import Cell, Found
+from meta_peft.protocol.summary import Summary
+from meta_peft.protocol.verdict import verdict
+
+ABOUT = {"training": {"shots": 4}, "tasks": {"n_train": 9}}
+TASKS = [f"task {i}" for i in range(8)]
+COUNTS = [[2.0, 1.0, 1.0], [2.0, 1.8, 1.0]]  # of two bins: half of each is right, at a confidence of 0.5 and 0.9
+COST = {"outer_steps": 3.0, "training_seconds": 2.0, "support_tokens": 40.0, "seconds_per_step": 0.5}
+
+
+def cell(start: str, score: tuple[float, float], seed: int = 0, task_count: int | None = None, **changes) -> Found:
+    """Scores before adaptation and after 10 steps, the same for all tasks but the last, which is worse by 0.1."""
+    steps = [0] if start == "in_context" else [0, 10]
+    rows = [[value - 0.1 * (i == len(TASKS) - 1) for value in score[: len(steps)]] for i in range(len(TASKS))]
+    values = {
+        "tasks": TASKS,
+        "steps": steps,
+        "factors": [1.0, 0.5][: len(steps)],
+        "score": rows,
+        "at": 10,
+        "cost": COST,
+    }
+    values |= {"loss": (1 - np.array(rows)).tolist(), "calibration": [COUNTS] * len(steps), "metric": "exact_match"}
+    return Found(Cell(seed, start, task_count), **(values | changes))
+
+
+def summary_of(*found: Found) -> Summary:
+    return Summary.of(found, ABOUT)
+
+
+def test_tasks_are_averaged_over_seeds_and_matched_by_name():
+    turned = cell("plain", (0.2, 0.6), seed=1)
+    turned = replace(turned, tasks=TASKS[::-1], score=turned.score[::-1])
+    summary = summary_of(cell("plain", (0.0, 0.4)), turned, cell("meta", (0, 1)), cell("meta", (0, 1), seed=1))
+    curve = summary.report.curves["plain LoRA"]
+    np.testing.assert_allclose(curve.score, [[0.1, 0.5]] * 7 + [[0.0, 0.4]])
+    assert summary.seeds == (0, 1)
+    assert summary.tasks == TASKS
+
+
+def test_only_seeds_that_every_start_has_count():
+    summary = summary_of(cell("plain", (0, 1)), cell("meta", (0, 1)), cell("meta", (0, 1), seed=1))
+    assert summary.seeds == (0,)
+    with pytest.raises(MetaPeftError, match="No seed has all its starts"):
+        summary_of(cell("plain", (0, 1)), cell("meta", (0, 1), seed=1))
+
+
+def test_cells_of_other_tasks_are_refused():
+    other = cell("meta", (0, 1), tasks=["another", *TASKS[1:]])
+    with pytest.raises(MetaPeftError, match="seed0-meta is of other held-out tasks"):
+        _ = summary_of(cell("plain", (0, 1)), other).report
+
+
+def test_the_difference_is_paired_and_so_is_that_of_the_gains():
+    """The last task is worse in both, so the difference is the same for all tasks and its interval has no width."""
+    summary = summary_of(cell("multitask", (0.3, 0.5)), cell("meta", (0.1, 0.6)))
+    before, after = summary.differences()
+    assert (before.other, before.steps, after.steps) == ("multitask", 0, 10)
+    assert after.mean == pytest.approx(0.1)
+    assert after.by_tasks == pytest.approx((0.1, 0.1))
+    assert after.by_seed == pytest.approx((0.1,))
+    assert after.of_gains[0] == pytest.approx(0.3)  # 0.5 from its own start, 0.2 from the other
+    assert before.of_gains is None
+    assert after.ahead
+    assert before.behind
+
+
+def test_for_an_error_rate_less_is_ahead():
+    found = [cell(start, score, metric="wer") for start, score in (("plain", (1.0, 0.8)), ("meta", (1.0, 0.5)))]
+    after = summary_of(*found).differences()[1]
+    assert after.mean == pytest.approx(0.3)
+    assert after.ahead
+
+
+def test_calibration_error_of_all_tasks_together():
+    summary = summary_of(cell("plain", (0, 1)), cell("meta", (0, 1)))
+    assert summary.calibration("plain") == pytest.approx([0.8 / 4] * 2)
+
+
+def test_along_shots_and_training_tasks():
+    shots = {"1": {"loss": [1.0] * 8, "score": [0.25] * 8}}
+    few = cell("meta", (0, 0.5), task_count=3)
+    summary = summary_of(cell("plain", (0, 0.4)), cell("meta", (0, 1.0), shots=shots), few)
+    assert {n: v.mean() for n, v in summary.along_shots()["meta"].items()} == pytest.approx({1: 0.25, 4: 1 - 0.1 / 8})
+    counts = summary.along_tasks()
+    assert list(counts) == ["meta"]
+    assert {n: v.mean() for n, v in counts["meta"].items()} == pytest.approx({3: 0.5 - 0.1 / 8, 9: 1 - 0.1 / 8})
+
+
+@pytest.mark.parametrize(
+    ("multitask", "meta", "said"),
+    [
+        (0.4, 0.6, "paid for itself: at equal compute it is ahead of multi-task LoRA by 20 points"),
+        (0.7, 0.6, "did not pay for itself: at equal compute it is behind multi-task LoRA by 10 points"),
+        (0.6, 0.6, "is open: at equal compute it is level with multi-task LoRA"),
+    ],
+)
+def test_the_verdict_says_whether_it_paid(multitask: float, meta: float, said: str):
+    words = verdict(summary_of(cell("multitask", (0.1, multitask)), cell("meta", (0.1, meta))))
+    assert any(said in sentence for sentence in words)
+    best = "multi-task LoRA" if multitask >= meta else "meta-learned LoRA"
+    assert words[0].startswith(f"Best on these tasks: {best}, {100 * max(multitask, meta) - 1:.0f} % exact match")
+
+
+def test_the_verdict_claims_nothing_that_was_not_measured():
+    words = verdict(summary_of(cell("plain", (0.1, 0.2)), cell("meta", (0.1, 0.6)), cell("in_context", (0.9, 0))))
+    assert any("is not known" in sentence for sentence in words)
+    assert any("is behind in-context examples by 30 points" in sentence for sentence in words)
+    assert words[0].startswith("Best on these tasks: in-context examples, 89 % exact match on 4 examples")
+    assert any("Seeds: 1." in sentence for sentence in words)
