@@ -71,11 +71,11 @@ def curve(
             found: dict[int, Scores] = {}
             scored = scorer(batch)
 
-            def score(step: int, fast: Params, found: dict[int, Scores] = found, scored: Scored = scored) -> None:
+            def look(step: int, fast: Params, found: dict[int, Scores] = found, scored: Scored = scored) -> None:
                 if step in steps:
                     found[step] = scored(fast)
 
-            adapt(loss_fn, start.adapter, hyper, batch.support, start.rule, steps=max(steps), after_step=score)
+            adapt(loss_fn, start.adapter, hyper, batch.support, start.rule, steps=max(steps), after_step=look)
             parts.append([scores for _, scores in sorted(found.items())])
             progress(batch.n_tasks)
     by_step = [

@@ -149,7 +149,12 @@ def _start(model: PeftModel, learned: hub.MetaLearned, steps: int | None, hold_b
     for tensor in (*FastWeights(model, learned.adapter).parameters().values(), sidecar.log_rates):
         weights.update(tensor.detach().cpu().float().numpy().tobytes())
     kept = [str(base.dtype), *(str(getattr(base, f"is_loaded_in_{bits}bit", False)) for bits in (4, 8))]
-    how = [sidecar.inner.to_dict(), asdict(sidecar.base), asdict(sidecar.facts), sidecar.prompt_format.to_dict()]
+    how: list[Any] = [
+        sidecar.inner.to_dict(),
+        asdict(sidecar.base),
+        asdict(sidecar.facts),
+        sidecar.prompt_format.to_dict(),
+    ]
     how += [sidecar.max_length, sorted(sidecar.rate_factors.items()), steps, hold_back, *kept]
     return of_texts(weights.hexdigest(), json.dumps(how, sort_keys=True))
 

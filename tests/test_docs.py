@@ -312,3 +312,16 @@ def test_accelerate_loop_in_two_processes(workplace: Path, small_folder: Path):
         one, two = load_file(Path("one") / file), load_file(Path("two") / file)
         for name in one:
             torch.testing.assert_close(two[name], one[name], rtol=1e-3, atol=2e-5)
+
+
+def test_the_api_page_has_every_public_name():
+    page = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    shown = set(re.findall(r"^::: meta_peft\.(\w+)$", page, re.MULTILINE))
+    assert shown >= set(meta_peft.__all__)
+
+
+def test_every_page_has_a_place_on_the_site():
+    """mkdocs itself, strict, says the rest."""
+    site = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    for page in (ROOT / "docs").glob("*.md"):
+        assert f"- {page.name}\n" in site, page.name
