@@ -12,6 +12,7 @@ from meta_peft import cli
 from meta_peft.compare import CompareArguments
 from meta_peft.config import MetaLoraConfig, ModelArguments, TaskArguments
 from meta_peft.estimate import EstimateArguments
+from meta_peft.protocol import ProtocolArguments
 from meta_peft.task_report import TaskReportArguments
 
 PAGE = Path(__file__).with_name("options.md")
@@ -35,6 +36,7 @@ line as `--key value`, or in a flat YAML file given by `--config`. The command l
 are the fields of four dataclasses. An unknown key is an error that names the closest known one.
 """
 ESTIMATE = "Where the memory of a run goes. It takes every option of `train`, and these:"
+COMPARE = "Which start is best, see [evaluation](evaluation.md#the-whole-comparison). It takes every option of `train`, and these:"
 TASKS = "Which tasks help and which hurt, see [choosing](choosing.md). It takes every option of `train`, and these:"
 INHERITED = """### What is inherited
 
@@ -69,10 +71,13 @@ def page() -> str:
     for command, about in COMMANDS.items():
         rows = [(f"`{names}`", default, text) for names, default, text in command_options(command)]
         parts.append(f"## meta-peft {command}\n\n{about}\n\n{_table(rows)}")
-    rows = [(f"`{f.name}`", _default(f), f.metadata["help"]) for f in own_fields(EstimateArguments)]
-    parts.append(f"## meta-peft inspect --estimate\n\n{ESTIMATE}\n\n{_table(rows)}")
-    rows = [(f"`{f.name}`", _default(f), f.metadata["help"]) for f in own_fields(TaskReportArguments)]
-    parts.append(f"## meta-peft tasks\n\n{TASKS}\n\n{_table(rows)}")
+    for group, title, about in (
+        (ProtocolArguments, "meta-peft evaluate --config", COMPARE),
+        (EstimateArguments, "meta-peft inspect --estimate", ESTIMATE),
+        (TaskReportArguments, "meta-peft tasks", TASKS),
+    ):
+        rows = [(f"`{f.name}`", _default(f), f.metadata["help"]) for f in own_fields(group)]
+        parts.append(f"## {title}\n\n{about}\n\n{_table(rows)}")
     return "\n".join(parts)
 
 
