@@ -36,7 +36,9 @@ line as `--key value`, or in a flat YAML file given by `--config`. The command l
 are the fields of four dataclasses. An unknown key is an error that names the closest known one.
 """
 ESTIMATE = "Where the memory of a run goes. It takes every option of `train`, and these:"
-COMPARE = "Which start is best, see [evaluation](evaluation.md#the-whole-comparison). It takes every option of `train`, and these:"
+COMPARE = (
+    "Which start is best, see [evaluation](evaluation.md#the-whole-comparison). Every option of `train`, and these:"
+)
 TASKS = "Which tasks help and which hurt, see [choosing](choosing.md). It takes every option of `train`, and these:"
 INHERITED = """### What is inherited
 
