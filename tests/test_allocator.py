@@ -35,6 +35,7 @@ def has_mallopt() -> bool:
 def test_freed_memory_stays_with_the_process():
     assert int(run_python(HELD_AFTER, "given back")) < 8 << 20
     assert int(run_python(HELD_AFTER, "kept")) > 60 << 20
+    assert int(run_python(HELD_AFTER, "kept", MALLOC_MMAP_THRESHOLD_="65536")) < 8 << 20, "somebody asked for less"
 
 
 def test_another_system_or_c_library_is_left_alone(monkeypatch: pytest.MonkeyPatch):
