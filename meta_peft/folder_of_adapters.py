@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -15,6 +14,7 @@ from peft import PeftModel
 
 from meta_peft import hub
 from meta_peft.adapt_stacks import Adapted, Support, adapted_stacks, check_hold_back, encoded_support
+from meta_peft.atomic_files import write_file
 from meta_peft.digests import of_texts
 from meta_peft.errors import MetaPeftError
 from meta_peft.fast_weights import FastWeights
@@ -90,8 +90,10 @@ def adapt_folder(
                 result.already += 1
                 done(Made(name, folders[name], metrics, already=True))
         for name, adapted in _adapted(model, learned, missing, result.failed, steps, hold_back, tasks_per_forward):
+            (folders[name] / NOTE).unlink(missing_ok=True)  # it is of the adapter that is replaced now
             adapted.save(folders[name])
-            _note(folders[name], {"task": name, "digest": _digest(start, missing[name]), "metrics": adapted.metrics})
+            note = {"task": name, "digest": _digest(start, missing[name]), "metrics": adapted.metrics}
+            write_file(folders[name] / NOTE, json.dumps(note, ensure_ascii=False) + "\n")
             result.made += 1
             done(Made(name, folders[name], adapted.metrics))
     _write_failed(folder, result.failed)
@@ -172,17 +174,8 @@ def _made_before(folder: Path, digest: str) -> dict[str, float] | None:
         return None
 
 
-def _note(folder: Path, values: dict[str, Any]) -> None:
-    partial = folder / f".writing-{NOTE}"
-    partial.write_text(json.dumps(values, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(partial, folder / NOTE)
-
-
 def _write_failed(folder: Path, failed: Mapping[str, str]) -> None:
-    if not failed:
+    if failed:
+        write_file(folder / FAILED, json.dumps(failed, indent=1, ensure_ascii=False) + "\n")
+    else:
         (folder / FAILED).unlink(missing_ok=True)
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / f".writing-{FAILED}"
-    partial.write_text(json.dumps(failed, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(partial, folder / FAILED)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from meta_peft.atomic_files import write_file
 from meta_peft.errors import MetaPeftError
 from meta_peft.evaluate import Curve, interval
 from meta_peft.metrics import METRICS, Metric
@@ -98,7 +98,6 @@ class Report:
 
     def write(self, folder: Path) -> list[Path]:
         """Write ``results.json``, ``results.md`` and ``results.png``."""
-        folder.mkdir(parents=True, exist_ok=True)
         metric = self.metric.name
         by_task = {n: {"loss": c.loss.tolist(), metric: c.score.tolist()} for n, c in self.curves.items()}
         if self.in_context is not None:
@@ -111,16 +110,11 @@ class Report:
             "tasks": list(self.tasks),
             "by_task": by_task,
         }
-        made = {
-            "results.json": lambda path: path.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8"),
-            "results.md": lambda path: path.write_text(self.markdown() + "\n", encoding="utf-8"),
-            "results.png": self.plot,
-        }
-        for name, write in made.items():
-            partial = folder / f"writing-{name}"  # the ending says the format
-            write(partial)
-            os.replace(partial, folder / name)
-        return [folder / name for name in made]
+        return [
+            write_file(folder / "results.json", json.dumps(values, indent=1) + "\n"),
+            write_file(folder / "results.md", self.markdown() + "\n"),
+            write_file(folder / "results.png", self.plot),
+        ]
 
 
 def _row(

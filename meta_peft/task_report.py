@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -29,6 +28,7 @@ import torch
 from torch import Tensor
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
+from meta_peft.atomic_files import write_file
 from meta_peft.base_model import new_model, tokenizer_for
 from meta_peft.checked import at_least
 from meta_peft.config import MetaLoraConfig, ModelArguments, TaskArguments
@@ -155,13 +155,8 @@ class TaskReport:
 
     def write(self, folder: Path) -> list[Path]:
         """Write ``report.json`` and ``report.md``; each is whole, or what it was before."""
-        folder.mkdir(parents=True, exist_ok=True)
         texts = json.dumps(self.to_dict(), indent=1, ensure_ascii=False), self.markdown()
-        for name, text in zip(NAMES, texts, strict=True):
-            partial = folder / f"writing-{name}"
-            partial.write_text(f"{text}\n", encoding="utf-8")
-            os.replace(partial, folder / name)
-        return [folder / name for name in NAMES]
+        return [write_file(folder / name, f"{text}\n") for name, text in zip(NAMES, texts, strict=True)]
 
 
 def run(

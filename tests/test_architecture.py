@@ -27,6 +27,7 @@ FLOORS = [
         "whole_weights",
         "metrics",
         "data_wait",
+        "atomic_files",
     ],
     [
         "live_memory",

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from meta_peft.atomic_files import write_file
 from meta_peft.checked import read_object
 from meta_peft.digests import of_texts
 from meta_peft.errors import MetaPeftError
@@ -62,11 +62,7 @@ class Found:
     options: str = ""
 
     def write(self, folder: Path) -> None:
-        file = path_of(self.cell, folder)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        partial = file.with_suffix(".partial")
-        partial.write_text(json.dumps(asdict(self)) + "\n", encoding="utf-8")
-        os.replace(partial, file)
+        write_file(path_of(self.cell, folder), json.dumps(asdict(self)) + "\n")
 
     @classmethod
     def read(cls, file: Path) -> Found:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import html
 import io
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from meta_peft.atomic_files import write_file
 from meta_peft.evaluate import interval
 from meta_peft.protocol.arguments import IN_CONTEXT, TITLES
 from meta_peft.protocol.summary import Summary
@@ -34,7 +34,6 @@ pre { background: #f5f5f5; padding: 1rem; overflow-x: auto; font-size: .8rem; }
 
 def write_page(summary: Summary, folder: Path) -> list[Path]:
     """Write ``report.html``, ``report.md``, ``report.svg`` and ``summary.json``."""
-    folder.mkdir(parents=True, exist_ok=True)
     svg = _svg(summary)
     texts = {
         "report.html": as_html(summary, svg),
@@ -42,11 +41,7 @@ def write_page(summary: Summary, folder: Path) -> list[Path]:
         "report.svg": svg,
         "summary.json": json.dumps(as_values(summary), indent=1) + "\n",
     }
-    for name, text in texts.items():
-        partial = folder / f".writing-{name}"
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, folder / name)
-    return [folder / name for name in texts]
+    return [write_file(folder / name, text) for name, text in texts.items()]
 
 
 def as_markdown(summary: Summary) -> str:
