@@ -27,6 +27,7 @@ FLOORS = [
         "whole_weights",
         "metrics",
         "data_wait",
+        "hub_errors",
     ],
     [
         "live_memory",
