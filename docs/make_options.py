@@ -20,6 +20,7 @@ COMMANDS = {
     "adapt": "Adapt to one task, or to each task of a file.",
     "evaluate": "Query loss and a metric on held-out tasks.",
     "inspect": "What is in an adapter folder.",
+    "push": "A saved adapter to the hub.",
 }
 GROUPS = {
     ModelArguments: "The base model, its precision and where LoRA goes",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import tempfile
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from meta_peft import hub, inner_loop
 from meta_peft.adapter_loss import AdapterLoss
+from meta_peft.card import adapted_card
 from meta_peft.errors import MetaPeftError
 from meta_peft.inner_optimizers.rule import RATES, scaled
 from meta_peft.memory import or_out_of_memory
@@ -44,8 +46,19 @@ class Adapted:
     label_names: tuple[str, ...] = ()
 
     def save(self, folder: str | Path) -> None:
-        """Write an ordinary PEFT adapter; names of classes go into ``label_names.json`` beside it."""
-        hub.save_adapted(self.weights, self.config, self.base_name, folder, label_names=self.label_names)
+        """Write an ordinary PEFT adapter and its card; names of classes go into ``label_names.json`` beside it."""
+        self._save(folder, None)
+
+    def push_to_hub(self, repo_id: str, *, private: bool | None = None, token: str | None = None) -> str:
+        """Push what `save` writes, see `meta_peft.push`; returns the address of the commit."""
+        with tempfile.TemporaryDirectory() as folder:
+            self._save(folder, repo_id)
+            return hub.push(folder, repo_id, private=private, token=token)
+
+    def _save(self, folder: str | Path, repo_id: str | None) -> None:
+        names = self.label_names
+        card = adapted_card(self.base_name, self.config, self.metrics, repo_id, label_names=names)
+        hub.save_adapted(self.weights, self.config, self.base_name, folder, label_names=names, card=card)
 
 
 class Support(NamedTuple):

@@ -1,4 +1,4 @@
-"""``meta-peft train | adapt | evaluate | inspect | tasks``: which command runs, and what its errors become."""
+"""``meta-peft train | adapt | evaluate | inspect | push | tasks``: which command runs, and what its errors become."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable, Sequence
 
 from meta_peft.allocator import keep_freed_memory
-from meta_peft.commands import adapt, estimate, evaluate, inspect, tasks, train
+from meta_peft.commands import adapt, estimate, evaluate, inspect, push, tasks, train
 from meta_peft.errors import MetaPeftError, did_you_mean
 
 EXAMPLES = """examples:
@@ -17,6 +17,7 @@ EXAMPLES = """examples:
   meta-peft adapt --adapter outputs/meta_lora --support rows.jsonl --output new
   meta-peft evaluate --adapter outputs/meta_lora --tasks held_out.jsonl
   meta-peft inspect --adapter outputs/meta_lora
+  meta-peft push --adapter outputs/meta_lora --to user/my-adapter
   meta-peft tasks --config recipes/configs/locale_formatting.yaml
 
 exit codes: 0 done, 2 something given cannot be used (the message says what)"""
@@ -25,6 +26,7 @@ RUNS: dict[str, Callable[[argparse.Namespace], int]] = {
     "adapt": adapt.run,
     "evaluate": evaluate.run,
     "inspect": inspect.run,
+    "push": push.run,
 }
 
 
@@ -76,12 +78,13 @@ def command_parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.Argum
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{train,adapt,evaluate,inspect,tasks}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{train,adapt,evaluate,inspect,push,tasks}")
     commands.add_parser("train", help="meta-train an adapter; --config FILE and --key value", add_help=False)
     for name, module, about in (
         ("adapt", adapt, "adapt to one task, or to each task of a file"),
         ("evaluate", evaluate, "query loss and a metric on held-out tasks; --config: compare starts"),
         ("inspect", inspect, "an adapter's contents; --estimate: a run's memory"),
+        ("push", push, "upload a saved adapter to the hub"),
     ):
         module.add_options(commands.add_parser(name, help=about, allow_abbrev=False))
     commands.add_parser("tasks", help="which training tasks help or hurt; --config FILE", add_help=False)

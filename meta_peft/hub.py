@@ -22,6 +22,7 @@ from meta_peft.base_model import BaseIdentity, agree_on_padding, load_base, load
 from meta_peft.config import ModelArguments
 from meta_peft.errors import MetaPeftError
 from meta_peft.fast_weights import FastWeights, active_adapter
+from meta_peft.hub_errors import explained
 from meta_peft.inner_optimizers.rule import RATES
 from meta_peft.objectives import CLASSIFYING, objective_name
 from meta_peft.sidecar import JSON, TENSORS, Sidecar
@@ -29,6 +30,7 @@ from meta_peft.tasks.encoding import Encoding, tokenizer_of
 from meta_peft.types import Params
 
 LABELS = "label_names.json"  # names of classes, which neither PEFT nor transformers reads by itself
+CARD = "README.md"
 
 
 @dataclass(frozen=True)
@@ -56,15 +58,23 @@ def save(model: PeftModel, sidecar: Sidecar, folder: str | Path, *, card: str | 
         write_adapter(weights, model.peft_config[adapter], sidecar.base.name, partial)
         sidecar.write(partial)
         if card is not None:
-            (partial / "README.md").write_text(card, encoding="utf-8")
+            (partial / CARD).write_text(card, encoding="utf-8")
 
 
 def save_adapted(
-    weights: Params, config: Any, base_name: str, folder: str | Path, *, label_names: tuple[str, ...] = ()
+    weights: Params,
+    config: Any,
+    base_name: str,
+    folder: str | Path,
+    *,
+    label_names: tuple[str, ...] = (),
+    card: str | None = None,
 ) -> None:
     """Write adapted weights as an ordinary PEFT adapter, and names of classes beside it as `transformers` calls them."""
     with _replacing_files(Path(folder)) as partial:
         write_adapter(weights, config, base_name, partial)
+        if card is not None:
+            (partial / CARD).write_text(card, encoding="utf-8")
         if label_names:
             names = {"id2label": dict(enumerate(label_names)), "label2id": {n: i for i, n in enumerate(label_names)}}
             (partial / LABELS).write_text(json.dumps(names, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -84,7 +94,13 @@ def write_adapter(weights: Params, config: Any, base_name: str, folder: Path) ->
 
 
 def load(
-    base: Any, adapter: str | Path, *, tokenizer: Any = None, revision: str | None = None, **model_options: Any
+    base: Any,
+    adapter: str | Path,
+    *,
+    tokenizer: Any = None,
+    revision: str | None = None,
+    token: str | None = None,
+    **model_options: Any,
 ) -> PeftModel:
     """A base model with a meta-learned adapter, ready for `meta_peft.adapt`.
 
@@ -93,12 +109,13 @@ def load(
         adapter: a folder, or an id on the hub.
         tokenizer: the base's tokenizer; found by the base's name if not given.
         revision: branch, tag or commit of the adapter on the hub.
+        token: of the hub, for an adapter that not everybody may read; by default the one you are logged in with.
         model_options: if the base is named, how to load it: fields of `ModelArguments`, such as ``load_in_4bit=True``.
 
     Raises:
-        MetaPeftError: the adapter has no sidecar, or belongs to another base model.
+        MetaPeftError: the hub does not give the adapter, or it has no sidecar, or belongs to another base model.
     """
-    folder = fetch(adapter, revision)
+    folder = fetch(adapter, revision, token=token)
     sidecar = Sidecar.read(folder)
     if base is None and model_options.get("trust_remote_code"):
         raise MetaPeftError(
@@ -158,50 +175,77 @@ def meta_learned(model: Any) -> MetaLearned:
     return found
 
 
-def fetch(adapter: str | Path, revision: str | None = None) -> Path:
-    """The folder of `adapter`, downloaded if it is an id on the hub."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+def fetch(adapter: str | Path, revision: str | None = None, *, token: str | None = None) -> Path:
+    """The folder of `adapter`, downloaded if it is an id on the hub.
 
+    Raises:
+        MetaPeftError: it is neither, or the hub does not give it to this user.
+    """
+    from huggingface_hub import snapshot_download
+
+    nothing = f"{str(adapter)!r} is neither a folder nor an adapter the hub gives"
     try:
         if Path(adapter).is_dir():
             return Path(adapter)
-        files = [CONFIG, WEIGHTS, JSON, TENSORS]
-        return Path(snapshot_download(str(adapter), revision=revision, allow_patterns=files))
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise MetaPeftError(f"{str(adapter)!r} is neither a folder nor an adapter the hub gives ({error}).") from error
+    except OSError as error:  # no name that a file can have
+        raise MetaPeftError(f"{nothing} ({error}).") from error
+    files = [CONFIG, WEIGHTS, JSON, TENSORS]
+    with explained(nothing):
+        return Path(snapshot_download(str(adapter), revision=revision, allow_patterns=files, token=token))
 
 
-def push(folder: str | Path, repo_id: str, *, private: bool = False, token: str | None = None) -> str:
-    """Upload a saved adapter folder to the hub; returns its address.
+def push(
+    folder: str | Path,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    token: str | None = None,
+    revision: str | None = None,
+) -> str:
+    """Upload a saved adapter folder, meta-learned or adapted, to the hub; returns the address of the commit.
 
-    The adapter, its sidecar, the card and the results beside them go, checkpoints of the training do not.
+    The adapter, its sidecar, the card and the results beside them go, checkpoints of the training do not. A repository that
+    is not there is made.
+
+    Args:
+        folder: what `save`, `MetaTrainer.save_model` or `Adapted.save` wrote.
+        repo_id: ``user/name``.
+        private: whether a new repository is private; by default as your account has it.
+        token: of the hub; by default the one you are logged in with.
+        revision: the branch to write to, which has to be there; by default main.
 
     Raises:
         MetaPeftError: the folder holds no adapter, or the hub refuses it.
     """
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     missing = [name for name in (CONFIG, WEIGHTS) if not (Path(folder) / name).is_file()]
     if missing:
         raise MetaPeftError(f"{folder} has no {' and no '.join(missing)}: give the folder of a saved adapter.")
     api = HfApi(token=token)
-    try:
+    with explained(f"The hub does not take {folder} as {repo_id!r}", writing=True):
         repo = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         commit = api.upload_folder(
             repo_id=repo,
             folder_path=str(folder),
-            allow_patterns=[CONFIG, WEIGHTS, JSON, TENSORS, LABELS, "README.md", "results.*"],
+            allow_patterns=[CONFIG, WEIGHTS, JSON, TENSORS, LABELS, CARD, "results.*"],
             commit_message="LoRA adapter of meta_peft",
+            revision=revision,
         )
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
-        said = " ".join(str(error).split())
-        raise MetaPeftError(
-            f"The hub does not take {folder} as {repo_id!r} ({said}). Log in with `hf auth login`, with a token that may"
-            " write there, or give another repo_id."
-        ) from error
     return str(commit)
+
+
+def push_checkpoint(
+    folder: Path, repo_id: str, *, step: int, whole: str | None, token: str | None, revision: str | None
+) -> None:
+    """Upload the adapter, sidecar and card of a checkpoint; and all of it into the folder `whole`, if one is named."""
+    from huggingface_hub import HfApi
+
+    api, message = HfApi(token=token), f"Training in progress, step {step}"
+    to: dict[str, Any] = {"repo_id": repo_id, "folder_path": str(folder), "revision": revision}
+    api.upload_folder(**to, commit_message=message, allow_patterns=[CONFIG, WEIGHTS, JSON, TENSORS, CARD])
+    if whole is not None:
+        api.upload_folder(**to, commit_message=f"{message}, checkpoint", path_in_repo=whole)
 
 
 @contextmanager

@@ -69,8 +69,8 @@ def run(
             "results.png",
         ),
     )
+    report.write(Path(str(args.output_dir)))  # first: the card shows the plot, and may be pushed with it
     trainer.save_model()
-    report.write(Path(str(args.output_dir)))
     print(f"\nHeld-out tasks: {len(report.tasks)}, {args.shots} examples each.\n\n{report.markdown()}\n")
     print(f"Adapter, table and plot are in {args.output_dir}.")
     return report

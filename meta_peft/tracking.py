@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import resource
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,32 +19,41 @@ from meta_peft.rate_map import RateMap
 
 Pictures = Callable[[], dict[str, Any]]
 """Figures of matplotlib by name."""
+MOST_CURVES = 100  # held-out tasks that get curves of their own
 
 
 class PictureCallback(TrainerCallback):
-    """Sends pictures to the trackers of a run, after every evaluation and at the end of training.
+    """Sends pictures to the trackers of a run, after every evaluation and with the last step, and curves of single tasks.
 
     Args:
         pictures: makes them; it is called only if there is a tracker that shows pictures.
         callbacks: all callbacks of the run, among which the trackers are.
+        curves: numbers by name that the last evaluation found, too many for the log.
     """
 
-    def __init__(self, pictures: Pictures, callbacks: Callable[[], list[Any]]):
-        self._pictures, self._callbacks = pictures, callbacks
+    def __init__(
+        self, pictures: Pictures, callbacks: Callable[[], list[Any]], curves: Callable[[], dict[str, float]] = dict
+    ):
+        self._pictures, self._callbacks, self._curves = pictures, callbacks, curves
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._send(state)
+        if state.is_world_process_zero and (curves := self._curves()):
+            for callback in self._callbacks():
+                _count(callback, curves, state.global_step)
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._send(state)
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """At the end of training itself trackers are closed already."""
+        if control.should_training_stop and not control.should_evaluate:
+            self._send(state, only="inner_rates")
 
-    def _send(self, state: Any) -> None:
+    def _send(self, state: Any, only: str = "") -> None:
         if not state.is_world_process_zero:
             return
         shows = [show for callback in self._callbacks() if (show := _shows(callback)) is not None]
         if shows:
             for name, figure in self._pictures().items():
-                for show in shows:
+                for show in shows if name.startswith(only) else ():
                     show(name, figure, state.global_step)
 
 
@@ -62,6 +71,18 @@ def _shows(callback: Any) -> Callable[[str, Any, int], None] | None:
     return None
 
 
+def _count(callback: Any, numbers: dict[str, float], step: int) -> None:
+    """Send numbers to a tracker that has begun; nothing to other callbacks."""
+    kind = type(callback).__name__
+    if kind == "TensorBoardCallback" and callback.tb_writer is not None:
+        for name, value in numbers.items():
+            callback.tb_writer.add_scalar(name, value, step)
+    elif kind == "WandbCallback" and callback._initialized:
+        callback._wandb.log({**numbers, "train/global_step": step})
+    elif kind == "TrackioCallback" and callback._initialized:
+        callback._trackio.log(numbers, step=step)
+
+
 def _pixels(figure: Any) -> np.ndarray:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
@@ -70,9 +91,27 @@ def _pixels(figure: Any) -> np.ndarray:
     return np.asarray(canvas.buffer_rgba())[..., :3]
 
 
-def rate_picture(names: list[str], log_rates: torch.Tensor) -> Any:
-    """The rates as a figure (see `RateMap`)."""
-    return RateMap.of(names, log_rates).figure()
+def rate_pictures(names: list[str], sizes: list[int], log_rates: torch.Tensor) -> dict[str, Any]:
+    """The rates as figures (see `RateMap`), one for each inner step if each has rates of its own.
+
+    Args:
+        names: of the n fast weights.
+        sizes: how many entries each has.
+        log_rates: ``[S, n]``, or a column for each entry, whose geometric mean is shown.
+    """
+    if log_rates.shape[1] != len(names):
+        log_rates = torch.stack([part.mean(1) for part in log_rates.split(sizes, dim=1)], dim=1)
+    if len(log_rates) == 1:
+        return {"inner_rates": RateMap.of(names, log_rates).figure()}
+    return {f"inner_rates/step_{k + 1}": RateMap.of(names, row[None]).figure() for k, row in enumerate(log_rates)}
+
+
+def task_curves(tasks: Sequence[str], before: np.ndarray, after: np.ndarray) -> dict[str, float]:
+    """Query losses of held-out tasks, ``[T]`` each, by names for a tracker; none, if they are more than it could show."""
+    if len(tasks) > MOST_CURVES:
+        return {}
+    curves = {f"eval_tasks/{task}/loss_before": float(loss) for task, loss in zip(tasks, before, strict=True)}
+    return curves | {f"eval_tasks/{task}/loss": float(loss) for task, loss in zip(tasks, after, strict=True)}
 
 
 def adaptation_picture(before: np.ndarray, after: np.ndarray) -> Any:

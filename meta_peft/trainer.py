@@ -33,6 +33,7 @@ from meta_peft.config import MetaLoraConfig, ModelArguments
 from meta_peft.data_wait import DataWait
 from meta_peft.errors import MetaPeftError
 from meta_peft.evaluate import Start, curve
+from meta_peft.hub_errors import explained
 from meta_peft.objectives import objective_name
 from meta_peft.outer_loop import LearnedRates, assign_gradient, bind
 from meta_peft.outer_step import OuterStep
@@ -49,10 +50,22 @@ from meta_peft.tasks import Encoding, EpisodeCollator, EpisodeDataset, TaskSet
 from meta_peft.tasks.encoding import tokenizer_of
 from meta_peft.tasks.labelling import episodes_of
 from meta_peft.tasks.sampling import Adaptive
-from meta_peft.tracking import LossInProgressBar, PictureCallback, adaptation_picture, peak_memory_gb, rate_picture
+from meta_peft.tracking import (
+    LossInProgressBar,
+    PictureCallback,
+    adaptation_picture,
+    peak_memory_gb,
+    rate_pictures,
+    task_curves,
+)
 from meta_peft.types import Episode, EpisodeBatch
 
 logger = logging.getLogger("meta_peft")
+
+ON_THE_CARD = (
+    *("max_steps", "tasks_in_a_step", "learning_rate", "inner_lr_learning_rate", "lr_scheduler_type", "shots"),
+    *("query_size", "inner_steps", "inner_optimizer", "inner_lr", "fast_weights", "task_sampling", "seed"),
+)
 
 
 class MetaTrainer(CheckpointedTrainer):
@@ -111,7 +124,8 @@ class MetaTrainer(CheckpointedTrainer):
         self._skipped = 0  # updates in a row that were not made
         self._diverged = 0  # tasks since the last line of the log
         self._log_began, self._log_tasks = time.monotonic(), 0
-        self._held_out: tuple[np.ndarray, np.ndarray] | None = None  # query losses of the last evaluation
+        self._held_out: tuple[list[str], np.ndarray, np.ndarray] | None = None  # query losses of the last evaluation
+        self._rate_grad_norm: Tensor | None = None
         self._failure: MetaPeftError | None = None
         base = peft_model.get_base_model()
         objective = objective_name(base)
@@ -153,7 +167,7 @@ class MetaTrainer(CheckpointedTrainer):
         )
         if self.callback_handler.pop_callback(ProgressCallback) is not None:
             self.callback_handler.add_callback(LossInProgressBar)
-        self.add_callback(PictureCallback(self._pictures, lambda: self.callback_handler.callbacks))
+        self.add_callback(PictureCallback(self._pictures, lambda: self.callback_handler.callbacks, self._curves))
 
     # ---- data
 
@@ -275,7 +289,7 @@ class MetaTrainer(CheckpointedTrainer):
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         """The adapter and the rates are clipped apart: their gradients differ by orders of magnitude."""
         if self.rates.log_rates.grad is not None:
-            nn.utils.clip_grad_norm_([self.rates.log_rates], self.args.max_grad_norm)
+            self._rate_grad_norm = nn.utils.clip_grad_norm_([self.rates.log_rates], self.args.max_grad_norm)
         return super()._clip_grad_norm(model)
 
     # ---- evaluation
@@ -289,9 +303,9 @@ class MetaTrainer(CheckpointedTrainer):
             raise MetaPeftError("There are no tasks to evaluate on: give eval_dataset.")
         if not isinstance(episodes, EpisodeDataset):
             episodes = self.evaluation_episodes(TaskSet.of(episodes, self.args.task_column))
-        batches, steps = self.batches(episodes.by_length()), (0, max(self.args.inner_steps, 1))
-        result = curve(self.scorer.loss_fn, self.start(), batches, steps, scorer=self.scorer)
-        self._held_out = result.loss[:, 0], result.loss[:, 1]
+        drawn, steps = episodes.by_length(), (0, max(self.args.inner_steps, 1))
+        result = curve(self.scorer.loss_fn, self.start(), self.batches(drawn), steps, scorer=self.scorer)
+        self._held_out = [episode.task for episode in drawn], result.loss[:, 0], result.loss[:, 1]
         metrics = {
             f"{metric_key_prefix}_loss_before": float(result.loss[:, 0].mean()),
             f"{metric_key_prefix}_loss": float(result.loss[:, 1].mean()),
@@ -318,24 +332,31 @@ class MetaTrainer(CheckpointedTrainer):
         super().log(logs, start_time)
 
     def _since_last_log(self) -> dict[str, float]:
-        """Tasks per second, the mean loss of support rows before the first inner step, and the most memory so far."""
+        """Tasks per second, the mean loss of support rows before the first inner step, how large the gradient of the rates
+        was, and the most memory so far."""
         now, before = time.monotonic(), self.outer_step.losses_before
         found = {"tasks_per_second": round(self._log_tasks / max(now - self._log_began, 1e-9), 3)}
         if before:
             found["loss_before"] = float(np.mean(before))
         before.clear()
+        if self._rate_grad_norm is not None:
+            found["rate_grad_norm"] = float(self._rate_grad_norm)
         self._log_began, self._log_tasks = now, 0
         return {**found, "peak_memory_gb": round(peak_memory_gb(), 3)}
 
     def _pictures(self) -> dict[str, Any]:
         """For trackers: the learned rates, and how held-out tasks fared in the last evaluation."""
-        rule, pictures = self.args.inner_rule(), {}
-        if rule.learn_rates and not rule.rates_per_entry:
-            names = rule.fast_names(self.loss_fn.weights.parameters())
-            pictures["inner_rates"] = rate_picture(names, self.rates.log_rates.detach().cpu())
+        rule, weights, pictures = self.args.inner_rule(), self.loss_fn.weights.parameters(), {}
+        if rule.learn_rates:
+            names = rule.fast_names(weights)
+            sizes = [weights[name].numel() for name in names]
+            pictures = rate_pictures(names, sizes, self.rates.log_rates.detach().cpu())
         if self._held_out is not None:
-            pictures["held_out_tasks"] = adaptation_picture(*self._held_out)
+            pictures["held_out_tasks"] = adaptation_picture(*self._held_out[1:])
         return pictures
+
+    def _curves(self) -> dict[str, float]:
+        return {} if self._held_out is None else task_curves(*self._held_out)
 
     # ---- saving
 
@@ -397,11 +418,50 @@ class MetaTrainer(CheckpointedTrainer):
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         if self.args.should_save:
-            card = model_card(self.sidecar(), self.args.hub_model_id, self._results)
+            options = {name: getattr(self.args, name) for name in ON_THE_CARD}
+            repo_id = getattr(self, "hub_model_id", None) or self.args.hub_model_id
+            card = model_card(self.sidecar(), repo_id, self._results, options, ask_hub=self.args.push_to_hub)
             hub.save(self.loss_fn.model, self.sidecar(), output_dir or str(self.args.output_dir), card=card)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """The card is written with the adapter (see `_save`)."""
+
+    # ---- the hub
+
+    @property
+    def _hub_name(self) -> str:
+        """What its repository is called, or is going to be."""
+        return getattr(self, "hub_model_id", None) or self.args.hub_model_id or Path(str(self.args.output_dir)).name
+
+    def init_hf_repo(self, *args: Any, **kwargs: Any) -> None:
+        with explained(f"The hub gives no repository for {self._hub_name!r}", writing=True):
+            super().init_hf_repo(*args, **kwargs)
+
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
+        """`Trainer.push_to_hub`: save the adapter with its sidecar and card, and upload the folder without checkpoints.
+
+        Raises:
+            MetaPeftError: the hub refuses it.
+        """
+        with explained(f"The hub does not take the adapter as {self._hub_name!r}", writing=True):
+            return super().push_to_hub(*args, **kwargs)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """A checkpoint's adapter with its own sidecar, which the Trainer would leave out.
+
+        Nor are the run's arguments pushed, which the Trainer pickles with the token in them. A hub that refuses does not
+        end training: the next checkpoint is tried, and `save_model` raises.
+        """
+        args, folder = self.args, Path(checkpoint_folder)
+        if not self.is_world_process_zero() or args.hub_strategy == "end":
+            return
+        whole = {"checkpoint": "last-checkpoint", "all_checkpoints": folder.name}.get(str(args.hub_strategy.value))
+        to: dict[str, Any] = {"token": args.hub_token, "revision": args.hub_revision}
+        try:
+            with explained(f"The hub does not take {folder.name} as {self._hub_name!r}", writing=True):
+                hub.push_checkpoint(folder, self._hub_name, step=self.state.global_step, whole=whole, **to)
+        except MetaPeftError as error:
+            logger.warning("%s. Training goes on.", error)
 
     # ---- what a checkpoint holds
 

@@ -15,8 +15,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
+
+import pytest
+import yaml
 
 TOKEN = "hf_of_the_owner"
 LARGE = (".safetensors", ".png")
@@ -66,6 +70,24 @@ def running() -> Iterator[Hub]:
         server.shutdown()
         thread.join()
         server.server_close()
+
+
+def connect(monkeypatch: pytest.MonkeyPatch, hub: Hub, home: Path, token: str | None = TOKEN) -> None:
+    """The client of this process as it is with HF_ENDPOINT and HF_TOKEN set, online, and without Xet."""
+    from huggingface_hub import constants
+
+    for name, value in {
+        "ENDPOINT": hub.address,
+        "HUGGINGFACE_CO_URL_TEMPLATE": hub.address + "/{repo_id}/resolve/{revision}/{filename}",
+        "HF_HUB_OFFLINE": False,
+        "HF_HUB_DISABLE_XET": True,
+        "HF_HUB_CACHE": str(home / "hub"),
+        "HF_TOKEN_PATH": str(home / "token"),
+    }.items():
+        monkeypatch.setattr(constants, name, value)
+    monkeypatch.setattr("transformers.utils.hub._hf_api", None)  # one that was made before knows another address
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setenv("HF_TOKEN", token or "")
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -131,8 +153,10 @@ class _Handler(BaseHTTPRequestHandler):
     # ---- endpoints
 
     def create(self, body: bytes) -> None:
-        if not self._owner:
+        if not self.headers.get("Authorization"):
             raise RefusedError(401, "Invalid username or password.")
+        if not self._owner:
+            raise RefusedError(403, "This token may not write here")
         asked = json.loads(body)
         name = f"{asked.get('organization') or 'user'}/{asked['name']}"
         if name in self.the_hub.repos:
@@ -142,11 +166,15 @@ class _Handler(BaseHTTPRequestHandler):
         return self._send(200, {"url": f"{self.the_hub.address}/{name}"})
 
     def validate(self, body: bytes) -> None:
-        """The metadata of a card has to be there and name its library; the hub checks more."""
+        """The metadata of a card has to be there, name its library, and name a base by an id; the hub checks more."""
         found = re.match(r"---\n(.*?)\n---\n", json.loads(body)["content"], re.DOTALL)
-        if found is None or "library_name:" not in found[1]:
-            return self._send(400, {"errors": [{"message": "no metadata"}], "warnings": []})
-        return self._send(200, {"errors": [], "warnings": []})
+        values = yaml.safe_load(found[1]) if found else {}
+        base, errors = values.get("base_model"), []
+        if "library_name" not in values:
+            errors.append("no metadata")
+        if base is not None and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", base):
+            errors.append(f'"base_model" with value "{base}" is not valid. Use a model id from https://hf.co/models.')
+        return self._send(400 if errors else 200, {"errors": [{"message": e} for e in errors], "warnings": []})
 
     def preupload(self, body: bytes, repo: str, revision: str) -> None:
         self._repo(repo, write=True)

@@ -247,7 +247,8 @@ def test_saved_adapters_load_in_stock_peft(tmp_path: Path):
         model = load(base_model(kind), trained_folder())
         folders[kind] = tmp_path / kind
         adapt_many(model, {"p": SUPPORT, "m": MANY["m"]})["p"].save(folders[kind])
-        assert {path.name for path in folders[kind].iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+        written = {path.name for path in folders[kind].iterdir()}
+        assert written == {"README.md", "adapter_config.json", "adapter_model.safetensors"}
         written = json.loads((folders[kind] / "adapter_config.json").read_text())
         assert written["base_model_name_or_path"] == str(tiny_folder())
         adapted, _ = adapt(model, SUPPORT)

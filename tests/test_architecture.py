@@ -28,6 +28,7 @@ FLOORS = [
         "metrics",
         "data_wait",
         "atomic_files",
+        "hub_errors",
     ],
     [
         "live_memory",

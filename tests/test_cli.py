@@ -291,11 +291,11 @@ def test_help_fits_one_screen(capsys: pytest.CaptureFixture[str], monkeypatch: p
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) <= 24
     assert max(map(len, lines)) <= 80
-    for word in ("train", "adapt", "evaluate", "inspect", "tasks", "examples:", "exit codes:"):
+    for word in ("train", "adapt", "evaluate", "inspect", "push", "tasks", "examples:", "exit codes:"):
         assert any(word in line for line in lines), word
 
 
-@pytest.mark.parametrize("command", ["train", "adapt", "evaluate", "inspect", "tasks"])
+@pytest.mark.parametrize("command", ["train", "adapt", "evaluate", "inspect", "push", "tasks"])
 def test_help_of_each_command(command: str, capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit) as done:
         main([command, "--help"])
@@ -332,9 +332,9 @@ def message(capsys: pytest.CaptureFixture[str], words: list[str]) -> str:
         (["xyzzy"], "There is no command 'xyzzy'."),
         (
             [],
-            "arguments are required: {train,adapt,evaluate,inspect,tasks}; meta-peft --help shows what there is.",
+            "arguments are required: {train,adapt,evaluate,inspect,push,tasks}; meta-peft --help shows what there is.",
         ),
-        (["--version"], "required: {train,adapt,evaluate,inspect,tasks}"),
+        (["--version"], "required: {train,adapt,evaluate,inspect,push,tasks}"),
         (["adapt"], "the following arguments are required: --adapter, --support, --output"),
         (["inspect", "--adapter"], "argument --adapter: expected one argument"),
         (["inspect", "--adapter", "x", "--what"], "unrecognized arguments: --what"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import runpy
+import shutil
 from pathlib import Path
 
 import gguf
@@ -103,6 +104,30 @@ def test_a_folder_of_adapters_is_served_in_mixed_batches(folders: dict[str, Path
         alone = recipe["answer"](model, tokenizer, [done])
         assert done["answer"] == alone[0]
     assert len({done["answer"] for done in found}) > 1
+
+
+def test_what_the_recipe_asks_is_what_the_adapter_learned(folders: dict[str, Path], tmp_path: Path):
+    """Prompts stand behind the token that rows begin with, a folder's name may have a dot, and sizes are counted."""
+    recipe = runpy.run_path(str(ROOT / "recipes" / "serve_mixed_batch.py"))
+    for name, folder in folders.items():
+        shutil.copytree(folder, tmp_path / f"say.{name}")
+    model, tokenizer = recipe["load"](str(tiny_folder()), str(tmp_path))
+    asked = recipe["padded"](tokenizer, ["abc ->", "a"])
+    learned = load(None, trained_folder()).meta_peft
+    row = learned.encoding.of_task([{"input": "abc", "target": "pp"}])({"input": "abc", "target": "pp"})
+    prompt = [token for token, label in zip(row["input_ids"], row["labels"], strict=True) if label == -100]
+    assert asked["input_ids"][0].tolist() == prompt
+    assert asked["attention_mask"].sum(1).tolist() == [7, 2]
+    answers = recipe["answer"](model, tokenizer, [{"task": f"say.{name}", "prompt": "abc ->"} for name in NAMES], 3)
+    for name, found in zip(NAMES, answers, strict=True):
+        alone = PeftModel.from_pretrained(base_model(), str(folders[name])).eval()
+        inputs = recipe["padded"](tokenizer, ["abc ->"])
+        ids = alone.generate(**inputs, max_new_tokens=3, do_sample=False, eos_token_id=tokenizer.eos_token_id)
+        assert found == tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    tensors = load_file(folders["p"] / "adapter_model.safetensors").values()
+    assert recipe["bytes_per_adapter"](model) == sum(t.numel() * t.element_size() for t in tensors)
+    with pytest.raises(SystemExit, match="has 0 adapters"):
+        recipe["load"](str(tiny_folder()), str(tiny_folder()))
 
 
 def test_as_vllm_wants_it(folders: dict[str, Path]):

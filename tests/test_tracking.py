@@ -7,11 +7,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from surface import EVAL, letter_tasks, run_python, trainer
 
-from meta_peft.tracking import adaptation_picture, peak_memory_gb
+from meta_peft.tracking import adaptation_picture, peak_memory_gb, rate_pictures, task_curves
 
-NUMBERS = {"train/loss", "train/loss_before", "train/grad_norm", "train/tasks_per_second", "train/peak_memory_gb"}
+NUMBERS = {
+    f"train/{name}"
+    for name in ("loss", "loss_before", "grad_norm", "rate_grad_norm", "tasks_per_second", "peak_memory_gb")
+}
 PICTURES = {"inner_rates", "held_out_tasks"}
 
 
@@ -22,10 +26,16 @@ def test_tensorboard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "events"))
     run = trainer(tmp_path / "out", eval_tasks=letter_tasks(EVAL), report_to=["tensorboard"], logging_steps=1)
     run.train()
-    run.evaluate()
+    trained = EventAccumulator(str(tmp_path / "events")).Reload()
+    assert set(trained.Tags()["images"]) == {"inner_rates"}, "with the last step, before the tracker is closed"
+    assert [image.step for image in trained.Images("inner_rates")] == [2]
+    metrics = run.evaluate()
     run.callback_handler.call_event("on_train_end", run.args, run.state, run.control)
     found = EventAccumulator(str(tmp_path / "events")).Reload()
     tags = found.Tags()
+    for name in ("loss_before", "loss"):
+        each = [found.Scalars(f"eval_tasks/say {letter}/{name}")[-1].value for letter in EVAL]
+        assert np.mean(each) == pytest.approx(metrics[f"eval_{name}"], rel=1e-5)
     assert set(tags["scalars"]) >= NUMBERS
     assert set(tags["images"]) == PICTURES
     assert found.Images("inner_rates")[0].encoded_image_string.startswith(b"\x89PNG")
@@ -61,6 +71,24 @@ def test_tasks_before_and_after(tmp_path: Path):
     figure.savefig(tmp_path / "tasks.png")
     (points,) = figure.axes[0].collections
     assert points.get_offsets().tolist() == [[1.0, 0.5], [2.0, 1.0]]
+
+
+def test_rates_of_steps_and_entries():
+    names = [f"base_model.model.model.layers.{layer}.self_attn.q_proj.lora_A.weight" for layer in (0, 1)]
+    log_rates = torch.tensor([[0.0, 1.0], [2.0, 3.0]])
+    each = rate_pictures(names, [6, 6], log_rates)
+    assert list(each) == ["inner_rates/step_1", "inner_rates/step_2"]
+    shown = each["inner_rates/step_2"].axes[0].images[0].get_array()
+    assert shown.ravel().tolist() == pytest.approx((torch.tensor([2.0, 3.0]) / np.log(10)).tolist())
+    entries = torch.tensor([[0.0, 2.0, 5.0, 5.0, 5.0]])
+    (figure,) = rate_pictures(names, [2, 3], entries).values()
+    assert figure.axes[0].images[0].get_array().ravel().tolist() == pytest.approx([1 / np.log(10), 5 / np.log(10)])
+
+
+def test_more_tasks_than_a_tracker_shows():
+    losses = np.arange(101.0)
+    assert task_curves([str(i) for i in range(101)], losses, losses) == {}
+    assert task_curves(["a"], losses[1:2], losses[:1]) == {"eval_tasks/a/loss_before": 1.0, "eval_tasks/a/loss": 0.0}
 
 
 def test_memory_is_counted_in_gigabytes():
