@@ -128,7 +128,7 @@ def adapted_card(
 def is_hub_id(name: str) -> bool:
     """Whether a model or data set of this name can be one on the hub: not where there is a folder or file of the name."""
     from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
     try:
         validate_repo_id(name)
@@ -174,7 +174,7 @@ def _metadata(sidecar: Sidecar, where: str, results: CardResults, licence: Mappi
     ]
     data = ModelCardData(
         **_base(sidecar.base.name),
-        **licence,
+        **dict[str, Any](licence),
         library_name="peft",
         pipeline_tag=KINDS[sidecar.objective].pipeline,
         tags=["lora", "peft", "meta-learning", "meta_peft"],

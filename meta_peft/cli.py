@@ -16,8 +16,6 @@ EXAMPLES = """examples:
   meta-peft train --config recipes/configs/locale_formatting.yaml
   meta-peft adapt --adapter outputs/meta_lora --support rows.jsonl --output new
   meta-peft evaluate --adapter outputs/meta_lora --tasks held_out.jsonl
-  meta-peft inspect --adapter outputs/meta_lora
-  meta-peft push --adapter outputs/meta_lora --to user/my-adapter
   meta-peft tasks --config recipes/configs/locale_formatting.yaml
 
 exit codes: 0 done, 2 something given cannot be used (the message says what)"""

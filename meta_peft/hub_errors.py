@@ -21,7 +21,7 @@ def explained(what: str, *, writing: bool = False) -> Iterator[None]:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
     # Of which library's HTTP errors those of the client are depends on its version.
-    http_error = HfHubHTTPError.__bases__[0]
+    http_error: type[Exception] = HfHubHTTPError.__bases__[0]
     try:
         yield
     except MetaPeftError:

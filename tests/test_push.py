@@ -32,6 +32,7 @@ from meta_peft import MetaPeftError, ModelArguments, TaskArguments, adapt_many, 
 from meta_peft.cli import main
 from meta_peft.compare import CompareArguments
 from meta_peft.fast_weights import FastWeights
+from meta_peft.hub import fetch
 from meta_peft.main_job import run
 
 UPLOADED = {"README.md", "adapter_config.json", "adapter_model.safetensors", "meta_peft.json", "meta_peft.safetensors"}
@@ -248,7 +249,7 @@ def test_an_adapted_adapter(online: Hub, tmp_path: Path):
     assert online.repos["user/p"].private
     assert 'PeftModel.from_pretrained(base, "user/p")' in files["README.md"].decode()
     adapted.save(tmp_path / "p")
-    theirs = stock_logits(PeftModel.from_pretrained(base_model(), "user/p"))
+    theirs = stock_logits(PeftModel.from_pretrained(base_model(), fetch("user/p")))
     assert bits({"": theirs}) == bits({"": stock_logits(PeftModel.from_pretrained(base_model(), tmp_path / "p"))})
     with pytest.raises(MetaPeftError, match=r"has no meta_peft\.json"):
         load(base_model(), "user/p")
