@@ -175,7 +175,8 @@ def _check_base(base: Any, *, second_order: bool) -> None:
             "The base model is in float16, and gradient scaling does not reach the inner loop: small gradients would"
             " be lost. Load it with dtype='bfloat16' or 'float32'."
         )
-    if getattr(base, "is_activation_checkpointing", False):
+    name = "is_activation_checkpointing"  # before transformers 5.23 is_gradient_checkpointing
+    if getattr(base, name if hasattr(base, name) else "is_gradient_checkpointing", False):
         say_once(
             "Activation checkpointing is off in the inner loop: the model's own would recompute with the wrong weights."
             " gradient_checkpointing of MetaLoraConfig, or AdapterLoss(checkpoint=True), does it with the right ones."

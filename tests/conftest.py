@@ -236,3 +236,10 @@ def fingerprint(model: nn.Module) -> dict[str, str]:
         return hashlib.sha256(tensor.detach().reshape(-1).view(torch.uint8).numpy().tobytes()).hexdigest()
 
     return {name: digest(tensor) for name, tensor in tensors.items()}
+
+
+def enable_checkpointing(base: torch.nn.Module, options: dict) -> Callable[[], bool]:
+    """transformers' own activation checkpointing, which older versions call by another name; whether it is on."""
+    word = "activation" if hasattr(base, "activation_checkpointing_enable") else "gradient"
+    getattr(base, f"{word}_checkpointing_enable")(options)
+    return lambda: getattr(base, f"is_{word}_checkpointing")

@@ -9,7 +9,7 @@ import peft
 import pytest
 import torch
 from architectures import ARCHITECTURES, base_of, lora
-from conftest import fingerprint, random_rows, tiny, tiny_base, with_lora
+from conftest import enable_checkpointing, fingerprint, random_rows, tiny, tiny_base, with_lora
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForSeq2SeqLM
@@ -317,7 +317,7 @@ def test_compiled_peft_model():
 
 def test_activation_checkpointing_is_switched_off(said):
     model = tiny().train()
-    model.get_base_model().activation_checkpointing_enable({"use_reentrant": False})
+    enable_checkpointing(model.get_base_model(), {"use_reentrant": False})
     passes(model)
     passes(model)
     assert sum("Activation checkpointing is off in the inner loop" in message for message in said.messages) == 1

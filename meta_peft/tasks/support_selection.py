@@ -69,7 +69,7 @@ class SupportSelection:
         if task not in self._known:
             rows_of = tasks.rows_of[task]
             looked_at = self._looked_at(task, len(rows_of), 4 * (shots + len(taken)))
-            rows = [tasks.dataset[rows_of[int(position)]] for position in looked_at]
+            rows = [tasks.dataset[int(rows_of[int(position)])] for position in looked_at]
             self._known[task] = looked_at, features(self.how, rows, self._view)
         looked_at, known = self._known[task]
         free = np.flatnonzero(~np.isin(looked_at, taken))
