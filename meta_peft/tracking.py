@@ -64,7 +64,7 @@ def _shows(callback: Any) -> Callable[[str, Any, int], None] | None:
         return lambda name, figure, step: callback.tb_writer.add_figure(name, figure, step, close=False)
     if kind == "WandbCallback" and callback._initialized:
         wandb = callback._wandb
-        return lambda name, figure, step: wandb.log({name: wandb.Image(figure), "train/global_step": step})
+        return lambda name, figure, step: wandb.log({name: wandb.Image(_pixels(figure)), "train/global_step": step})
     if kind == "TrackioCallback" and callback._initialized:
         trackio = callback._trackio
         return lambda name, figure, step: trackio.log({name: trackio.Image(_pixels(figure))}, step=step)
