@@ -40,7 +40,7 @@ class RateMap:
         """A table of at most `width` characters a line: shades, dark for high rates, and the rates if there is room."""
         shades = self._shades()
         cells = [
-            [f"{2 * shade} {rate:.0e}" if np.isfinite(rate) else "" for shade, rate in zip(*line, strict=True)]
+            [f"{2 * shade} {rate:.1e}" if np.isfinite(rate) else "" for shade, rate in zip(*line, strict=True)]
             for line in zip(shades, self.rates, strict=True)
         ]
         lines = _aligned(["layer", *self.columns], [[row, *line] for row, line in zip(self.rows, cells, strict=True)])

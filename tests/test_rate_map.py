@@ -51,8 +51,8 @@ def test_what_is_in_no_layer_has_a_row_of_its_own():
 def test_dark_is_high():
     lines = rate_map([1e-4, 1e-2, 1e-3, 1e-3, 1e-3, 1e-3, 1e-3, 1e-3]).as_text(100).splitlines()
     assert lines[0].split() == ["layer", "q_proj", "A", "q_proj", "B", "v_proj", "A", "v_proj", "B"]
-    assert "██ 1e-02" in lines[1]
-    assert "▒▒ 1e-03" in lines[1]
+    assert "██ 1.0e-02" in lines[1]
+    assert "▒▒ 1.0e-03" in lines[1]
     assert len(lines) == 3
 
 
