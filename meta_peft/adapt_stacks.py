@@ -101,7 +101,12 @@ def check_hold_back(hold_back: float) -> None:
 
 
 def adapted_stacks(
-    model: PeftModel, supports: Mapping[str, Support], *, steps: int | None, tasks_per_forward: int
+    model: PeftModel,
+    supports: Mapping[str, Support],
+    *,
+    steps: int | None,
+    tasks_per_forward: int,
+    failed: dict[str, str] | None = None,
 ) -> Iterator[dict[str, Adapted]]:
     """Results by task name, as soon as a stack is done; meanwhile the model's meta-learned adapter is the active one.
 
@@ -110,6 +115,7 @@ def adapted_stacks(
         steps: gradient steps, the most of them where rows are held back; None for as many as in meta-training.
         tasks_per_forward: how many tasks with equally many rows go through the model at once. Where memory runs out,
             fewer are tried.
+        failed: gets the reason of each task that does not fit by itself; without it, the first one is an error.
     """
     learned = hub.meta_learned(model)
     steps = learned.sidecar.inner.steps if steps is None else steps
@@ -121,7 +127,7 @@ def adapted_stacks(
         loss_fn = AdapterLoss(model, second_order=False)
         with loss_fn.dense_copies_where_room():
             for names in _stacks(supports, tasks_per_forward):
-                yield _adapt_what_fits(loss_fn, learned, {name: supports[name] for name in names}, steps)
+                yield _adapt_what_fits(loss_fn, learned, {name: supports[name] for name in names}, steps, failed)
     finally:
         model.set_adapter(active[0] if len(active) == 1 else active)
 
@@ -135,20 +141,28 @@ def _stacks(supports: Mapping[str, Support], size: int) -> list[list[str]]:
 
 
 def _adapt_what_fits(
-    loss_fn: AdapterLoss, learned: hub.MetaLearned, tasks: dict[str, Support], steps: int
+    loss_fn: AdapterLoss,
+    learned: hub.MetaLearned,
+    tasks: dict[str, Support],
+    steps: int,
+    failed: dict[str, str] | None,
 ) -> dict[str, Adapted]:
     """All tasks at once, or half of them and the other half, where memory runs out."""
     found = or_out_of_memory(partial(_adapt_stack, loss_fn, learned, tasks, steps))
     if not isinstance(found, BaseException):
         return found
     if len(tasks) == 1:
-        raise MetaPeftError(
-            f"Memory ran out on task {next(iter(tasks))!r} alone: give it fewer or shorter rows, or quantise the base."
-        ) from found
+        (name,) = tasks
+        said = f"Memory ran out on task {name!r} alone: give it fewer or shorter rows, or quantise the base."
+        if failed is None:
+            raise MetaPeftError(said) from found
+        failed[name] = said
+        return {}
     items, half = list(tasks.items()), len(tasks) // 2
     logger.warning("Memory ran out with %d tasks at once; going on with %d of them.", len(tasks), half)
     halves = (dict(items[:half]), dict(items[half:]))
-    return {name: result for part in halves for name, result in _adapt_what_fits(loss_fn, learned, part, steps).items()}
+    parts = [_adapt_what_fits(loss_fn, learned, part, steps, failed) for part in halves]
+    return {name: result for part in parts for name, result in part.items()}
 
 
 def _adapt_stack(

@@ -15,6 +15,7 @@ from peft import PeftModel
 from meta_peft import hub
 from meta_peft.adapt_stacks import Adapted, Support, adapted_stacks, check_hold_back, encoded_support
 from meta_peft.atomic_files import write_file
+from meta_peft.base_model import BaseIdentity
 from meta_peft.digests import of_texts
 from meta_peft.errors import MetaPeftError
 from meta_peft.fast_weights import FastWeights
@@ -103,7 +104,7 @@ def adapt_folder(
 def folder_names(tasks: Sequence[str]) -> dict[str, str]:
     """Tasks' names as names of folders, nothing outside them. Those that would be the same get a digest behind them."""
     plain = {task: _plain(task) for task in tasks}
-    count = Counter(name.casefold() for name in plain.values())
+    count = Counter([FAILED, *(name.casefold() for name in plain.values())])  # whose place is the summary's
     return {
         task: name
         if count[name.casefold()] == 1 and len(name.encode()) <= 200
@@ -133,7 +134,8 @@ def _adapted(
             supports[name] = encoded_support(learned, name, rows, hold_back)
         except MetaPeftError as error:
             failed[name] = str(error)
-    for stack in adapted_stacks(model, supports, steps=steps, tasks_per_forward=tasks_per_forward):
+    stacks = adapted_stacks(model, supports, steps=steps, tasks_per_forward=tasks_per_forward, failed=failed)
+    for stack in stacks:
         for name, adapted in stack.items():
             if all(bool(weight.isfinite().all()) for weight in adapted.weights.values()):
                 yield name, adapted
@@ -153,7 +155,7 @@ def _start(model: PeftModel, learned: hub.MetaLearned, steps: int | None, hold_b
     kept = [str(base.dtype), *(str(getattr(base, f"is_loaded_in_{bits}bit", False)) for bits in (4, 8))]
     how: list[Any] = [
         sidecar.inner.to_dict(),
-        asdict(sidecar.base),
+        asdict(BaseIdentity.of(base)),
         asdict(sidecar.facts),
         sidecar.prompt_format.to_dict(),
     ]

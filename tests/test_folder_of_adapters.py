@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from surface import base_model, bits, letter_rows, letter_tasks, trained_folder, write_jsonl
 
 from meta_peft import MetaPeftError, adapt_folder, adapt_many, load
+from meta_peft.adapter_loss import AdapterLoss
 from meta_peft.folder_of_adapters import NOTE, Made, folder_names
 
 TASKS = {"say p": letter_rows("p")[:3], "say m": letter_rows("m")[:3], "say n": letter_rows("n")[:2]}
@@ -80,6 +81,37 @@ def test_another_start_makes_all_again(model: PeftModel, tmp_path: Path):
     with torch.no_grad():
         next(p for n, p in model.named_parameters() if "lora_B" in n).add_(1e-3)
     assert adapt_folder(model, TASKS, tmp_path).made == 3
+
+
+def test_another_base_of_the_same_sizes_makes_all_again(model: PeftModel, tmp_path: Path):
+    adapt_folder(model, TASKS, tmp_path)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" not in name:
+                parameter.mul_(1.1)
+    assert adapt_folder(model, TASKS, tmp_path).made == 3
+
+
+def test_a_task_that_memory_does_not_hold_does_not_stop_the_others(
+    model: PeftModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    measured = AdapterLoss._measured
+
+    def little_memory(self, measure, adapter, rows):
+        if rows.labels_BL.shape[0] > 3:
+            raise MemoryError
+        return measured(self, measure, adapter, rows)
+
+    monkeypatch.setattr(AdapterLoss, "_measured", little_memory)
+    result = adapt_folder(model, {"big": letter_rows("o")[:4], **TASKS}, tmp_path, tasks_per_forward=1)
+    assert (result.made, list(result.failed)) == (3, ["big"])
+    assert "Memory ran out on task 'big' alone" in json.loads((tmp_path / "failed.json").read_text())["big"]
+
+
+def test_a_task_of_the_name_of_the_summary(model: PeftModel, tmp_path: Path):
+    result = adapt_folder(model, {"Failed.json": TASKS["say p"], "one": letter_rows("o")[:1]}, tmp_path, hold_back=0.3)
+    assert (result.made, list(result.failed)) == (1, ["one"])
+    assert (tmp_path / "failed.json").is_file()
 
 
 def test_a_task_that_fails_does_not_stop_the_others(model: PeftModel, tmp_path: Path):
