@@ -20,6 +20,7 @@ from torch import Tensor
 from meta_peft import hub, inner_loop
 from meta_peft.adapter_loss import AdapterLoss
 from meta_peft.card import adapted_card
+from meta_peft.checked import is_number
 from meta_peft.errors import MetaPeftError
 from meta_peft.inner_optimizers.rule import RATES, scaled
 from meta_peft.memory import or_out_of_memory
@@ -73,8 +74,8 @@ def encoded_support(learned: hub.MetaLearned, name: str, support: Examples, hold
     """The rows of one task as the adapter's model reads them.
 
     Args:
-        hold_back: the share of rows to hold back, rounded, one at least if it is above 0. They are drawn at random, by a
-            fixed seed.
+        hold_back: the share of rows to hold back, rounded, one at least if it is above 0; or, as a whole number, how
+            many. They are drawn at random, by a fixed seed.
 
     Raises:
         MetaPeftError: there are no rows, or too few to hold any back; or one cannot be read.
@@ -82,10 +83,10 @@ def encoded_support(learned: hub.MetaLearned, name: str, support: Examples, hold
     rows = list(support)
     if not rows:
         raise MetaPeftError(f"Task {name!r} has no support rows.")
-    n_held = max(1, round(hold_back * len(rows))) if hold_back else 0
+    n_held = max(1, round(hold_back * len(rows))) if 0 < hold_back < 1 else int(hold_back)
     if n_held >= len(rows):
         raise MetaPeftError(
-            f"Task {name!r} has {len(rows)} support rows, and hold_back={hold_back:g} of them leaves none to adapt on:"
+            f"Task {name!r} has {len(rows)} support rows, and hold_back={hold_back:g} leaves none of them to adapt on:"
             " give it more rows, or hold back less."
         )
     of_task = learned.encoding.of_task(rows)
@@ -96,8 +97,11 @@ def encoded_support(learned: hub.MetaLearned, name: str, support: Examples, hold
 
 
 def check_hold_back(hold_back: float) -> None:
-    if not 0 <= hold_back < 1:
-        raise MetaPeftError(f"hold_back must be a share of the support rows, 0 or more and below 1; got {hold_back!r}.")
+    if not is_number(hold_back) or hold_back < 0 or (hold_back >= 1 and not isinstance(hold_back, int)):
+        raise MetaPeftError(
+            f"hold_back must be a share of the support rows, 0 or more and below 1, or a whole number of them; got"
+            f" {hold_back!r}."
+        )
 
 
 def adapted_stacks(

@@ -56,8 +56,9 @@ def adapt_many(
         model: from `meta_peft.load`, or trained by `MetaTrainer`; it is left unchanged.
         tasks: support rows by task name.
         steps: gradient steps; by default as many as in meta-training.
-        hold_back: a share of each task's rows, drawn at random, that it is not adapted on. Of the weights after 0, 1, ...
-            `steps` steps, each task gets those with which the loss of its held-back rows is lowest (early stopping).
+        hold_back: a share of each task's rows, or a whole number of them, drawn at random, that it is not adapted on. Of
+            the weights after 0, 1, ... `steps` steps, each task gets those with which the loss of its held-back rows is
+            lowest (early stopping).
         tasks_per_forward: how many tasks with equally many rows go through the model at once. Where memory runs out,
             fewer are tried.
         progress: called with the number of tasks just finished.

@@ -2,30 +2,27 @@
 
 from __future__ import annotations
 
-import argparse
 import logging
 import sys
 import warnings
 from collections.abc import Callable, Sequence
 
+from meta_peft import __version__
 from meta_peft.allocator import keep_freed_memory
 from meta_peft.commands import adapt, estimate, evaluate, inspect, push, tasks, train
+from meta_peft.commands.options_parser import OptionsParser
 from meta_peft.errors import MetaPeftError, did_you_mean
 
 EXAMPLES = """examples:
   meta-peft train --config recipes/configs/locale_formatting.yaml
   meta-peft adapt --adapter outputs/meta_lora --support rows.jsonl --output new
   meta-peft evaluate --adapter outputs/meta_lora --tasks held_out.jsonl
-  meta-peft tasks --config recipes/configs/locale_formatting.yaml
 
-exit codes: 0 done, 2 something given cannot be used (the message says what)"""
+exit codes: 0 done; 2 something given cannot be used (the message says what);
+  3 some tasks failed (adapt); 130, 143 stopped by a signal"""
 
-RUNS: dict[str, Callable[[argparse.Namespace], int]] = {
-    "adapt": adapt.run,
-    "evaluate": evaluate.run,
-    "inspect": inspect.run,
-    "push": push.run,
-}
+WITH_FEW_OPTIONS = {"adapt": adapt, "evaluate": evaluate, "inspect": inspect, "push": push}
+STOPPED = 130  # 128 and the number of SIGINT, as shells have it
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -42,6 +39,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (MetaPeftError, OSError) as error:  # what was given, or a file that cannot be read or written
         print(f"meta-peft: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("meta-peft: stopped.", file=sys.stderr)
+        return STOPPED
 
 
 def _main(words: list[str]) -> int:
@@ -52,7 +52,7 @@ def _main(words: list[str]) -> int:
     if words and not words[0].startswith("-") and words[0] not in commands:
         raise MetaPeftError(f"There is no command {words[0]!r}.{did_you_mean(words[0], commands)}")
     options = parser.parse_args(words)
-    return RUNS[options.command](options)
+    return WITH_FEW_OPTIONS[options.command].run(options)
 
 
 def _of_a_run(words: Sequence[str]) -> Callable[[Sequence[str]], int] | None:
@@ -67,31 +67,26 @@ def _of_a_run(words: Sequence[str]) -> Callable[[Sequence[str]], int] | None:
     return evaluate.compare if words[:1] == ["evaluate"] and with_config else None
 
 
-def command_parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
-    """The parser of the whole command line, and that of each command; `train` has a parser of its own."""
-    parser = argparse.ArgumentParser(
+def command_parsers() -> tuple[OptionsParser, dict[str, OptionsParser]]:
+    """The parser of the whole command line, and those of its commands; `train` and `tasks` read options of their own."""
+    parser = OptionsParser(
         prog="meta-peft",
         description="Meta-learn LoRA adapters that adapt to a new task in a few gradient steps.",
         epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
+    parser.add_argument("--version", action="version", version=f"meta-peft {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="{train,adapt,evaluate,inspect,push,tasks}")
-    commands.add_parser("train", help="meta-train an adapter; --config FILE and --key value", add_help=False)
-    for name, module, about in (
-        ("adapt", adapt, "adapt to one task, or to each task of a file"),
-        ("evaluate", evaluate, "query loss and a metric on held-out tasks; --config: compare starts"),
-        ("inspect", inspect, "an adapter's contents; --estimate: a run's memory"),
-        ("push", push, "upload a saved adapter to the hub"),
+    commands.add_parser("train", help="meta-train an adapter; --config FILE", add_help=False)
+    for name, help_line in (
+        ("adapt", "adapt to one task, or to each task of a file"),
+        ("evaluate", "on held-out tasks; --config: compare starts"),
+        ("inspect", "an adapter's contents; --estimate: a run's memory"),
+        ("push", "upload a saved adapter to the hub"),
     ):
-        module.add_options(commands.add_parser(name, help=about, allow_abbrev=False))
-    commands.add_parser("tasks", help="which training tasks help or hurt; --config FILE", add_help=False)
-
-    def fail(message: str) -> None:
-        raise MetaPeftError(f"{message}; meta-peft --help shows what there is.")
-
-    for each in (parser, *(commands.choices[name] for name in RUNS)):
-        each.error = fail  # type: ignore[method-assign, assignment]  # argparse would exit with its usage
+        module = WITH_FEW_OPTIONS[name]
+        usage, about = f"meta-peft {name} {module.USAGE}", {"description": module.ABOUT, "epilog": module.EXAMPLES}
+        module.add_options(commands.add_parser(name, help=help_line, usage=usage, **about))
+    commands.add_parser("tasks", help="which training tasks help or hurt", add_help=False)
     return parser, dict(commands.choices)
 
 

@@ -82,9 +82,11 @@ def adapt_folder(
     size = STACKS * tasks_per_forward
     for i in range(0, len(named), size):
         missing: dict[str, list[dict[str, Any]]] = {}
+        digests: dict[str, str] = {}
         for name in named.names[i : i + size]:
             rows = named.rows(name)
-            metrics = _made_before(folders[name], _digest(start, rows))
+            digests[name] = of_texts(start, json.dumps(rows, sort_keys=True, default=repr))
+            metrics = _made_before(folders[name], digests[name])
             if metrics is None:
                 missing[name] = rows
             else:
@@ -93,11 +95,11 @@ def adapt_folder(
         for name, adapted in _adapted(model, learned, missing, result.failed, steps, hold_back, tasks_per_forward):
             (folders[name] / NOTE).unlink(missing_ok=True)  # it is of the adapter that is replaced now
             adapted.save(folders[name])
-            note = {"task": name, "digest": _digest(start, missing[name]), "metrics": adapted.metrics}
+            note = {"task": name, "digest": digests[name], "metrics": adapted.metrics}
             write_file(folders[name] / NOTE, json.dumps(note, ensure_ascii=False) + "\n")
             result.made += 1
             done(Made(name, folders[name], adapted.metrics))
-    _write_failed(folder, result.failed)
+        _write_failed(folder, result.failed)
     return result
 
 
@@ -159,12 +161,8 @@ def _start(model: PeftModel, learned: hub.MetaLearned, steps: int | None, hold_b
         asdict(sidecar.facts),
         sidecar.prompt_format.to_dict(),
     ]
-    how += [sidecar.max_length, sorted(sidecar.rate_factors.items()), steps, hold_back, *kept]
+    how += [sidecar.max_length, sorted(sidecar.rate_factors.items()), steps, float(hold_back), *kept]
     return of_texts(weights.hexdigest(), json.dumps(how, sort_keys=True))
-
-
-def _digest(start: str, rows: list[dict[str, Any]]) -> str:
-    return of_texts(start, json.dumps(rows, sort_keys=True, default=repr))
 
 
 def _made_before(folder: Path, digest: str) -> dict[str, float] | None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,9 +27,15 @@ from surface import (
     write_jsonl,
 )
 
-from meta_peft import adapt, adapt_folder, load
+import meta_peft
+from meta_peft import MetaLoraConfig, ModelArguments, TaskArguments, adapt, adapt_folder, load
 from meta_peft.cli import main
+from meta_peft.commands import estimate, evaluate, tasks, train
+from meta_peft.compare import CompareArguments
+from meta_peft.estimate import EstimateArguments
+from meta_peft.protocol import ProtocolArguments
 from meta_peft.sidecar import JSON
+from meta_peft.task_report import TaskReportArguments
 
 
 def meta() -> str:
@@ -57,6 +65,10 @@ def support(tmp_path: Path) -> Path:
     path = tmp_path / "support.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in letter_rows("p")[:3]))
     return path
+
+
+def option_names(group: type) -> set[str]:
+    return {field.name for field in dataclasses.fields(group) if field.init}
 
 
 def train_words(tmp_path: Path, *more: str) -> list[str]:
@@ -289,26 +301,91 @@ def test_help_fits_one_screen(capsys: pytest.CaptureFixture[str], monkeypatch: p
         main(["--help"])
     assert done.value.code == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) <= 24
+    assert len(lines) <= 26
     assert max(map(len, lines)) <= 80
     for word in ("train", "adapt", "evaluate", "inspect", "push", "tasks", "examples:", "exit codes:"):
         assert any(word in line for line in lines), word
 
 
-@pytest.mark.parametrize("command", ["train", "adapt", "evaluate", "inspect", "push", "tasks"])
-def test_help_of_each_command(command: str, capsys: pytest.CaptureFixture[str]):
+COMMANDS = {
+    ("train",): train.HELP,
+    ("adapt",): "",
+    ("evaluate",): "",
+    ("inspect",): "",
+    ("push",): "",
+    ("tasks",): tasks.HELP,
+    ("evaluate", "--config", "x.yaml"): evaluate.COMPARE_HELP,
+    ("inspect", "--estimate"): estimate.HELP,
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_help_of_each_command(command: tuple[str, ...], capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit) as done:
-        main([command, "--help"])
+        main([*command, "--help"])
     assert done.value.code == 0
-    assert f"usage: meta-peft {command}" in capsys.readouterr().out
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith(f"usage: meta-peft {command[0]} ")
+    assert len(lines) <= 26, "one screen"
+    assert max(map(len, lines)) <= 80
+    assert any(line.startswith("example") for line in lines)
 
 
-def test_help_is_quick():
+RUN = (ModelArguments, TaskArguments, MetaLoraConfig, CompareArguments)
+OWN = {
+    "train": (train.HELP, RUN, set()),
+    "tasks": (tasks.HELP, (*RUN, TaskReportArguments), option_names(TaskReportArguments)),
+    "evaluate": (evaluate.COMPARE_HELP, (*RUN, ProtocolArguments), option_names(ProtocolArguments)),
+    "inspect": (estimate.HELP, (*RUN, EstimateArguments), option_names(EstimateArguments)),
+}
+
+
+@pytest.mark.parametrize("command", OWN)
+def test_pages_of_help_name_options_that_there_are(command: str):
+    """These pages are written by hand, so that nothing has to be imported to show them."""
+    page, groups, own = OWN[command]
+    named = set(re.findall(r"--([a-z_0-9]+)", page)) - {"config", "key", "help_all", "help"}
+    assert named <= {name for group in groups for name in option_names(group)}
+    assert own <= named, "every option of its own is there"
+
+
+def test_help_all_lists_every_option(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as done:
+        main(["tasks", "--help_all"])
+    assert done.value.code == 0
+    shown = capsys.readouterr().out
+    assert all(f"--{name}" in shown for name in ("inner_lr", "gradient_checkpointing", "report_dir"))
+
+
+@pytest.mark.parametrize("command", ["", "train", "tasks", "adapt"])
+def test_help_is_quick(command: str):
     """Without torch, whose import takes seconds."""
     run_python(
-        "import sys\nfrom meta_peft.cli import main\ntry:\n    main(['--help'])\nexcept SystemExit:\n    pass\n"
-        "assert 'torch' not in sys.modules"
+        f"import sys\nfrom meta_peft.cli import main\ntry:\n    main('{command} --help'.split())\n"
+        "except SystemExit:\n    pass\nassert 'torch' not in sys.modules"
     )
+
+
+def test_version(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as done:
+        main(["--version"])
+    assert done.value.code == 0
+    assert capsys.readouterr().out == f"meta-peft {meta_peft.__version__}\n"
+
+
+def test_options_may_be_written_as_those_of_train(tmp_path: Path, support: Path, capsys: pytest.CaptureFixture[str]):
+    words = ["--adapter", meta(), "--support", str(support), "--output", str(tmp_path / "a"), "--steps", "1"]
+    assert main(["adapt", *words, "--tasks_per_forward=1", "--hold_back", "1"]) == 0
+    assert "held_back_loss_after" in json.loads(capsys.readouterr().out)
+
+
+def test_stopped_by_ctrl_c(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    def stopped(options: object) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("meta_peft.commands.inspect.run", stopped)
+    assert main(["inspect", "--adapter", meta()]) == 130
+    assert capsys.readouterr().err == "meta-peft: stopped.\n"
 
 
 # ---- errors
@@ -334,10 +411,12 @@ def message(capsys: pytest.CaptureFixture[str], words: list[str]) -> str:
             [],
             "arguments are required: {train,adapt,evaluate,inspect,push,tasks}; meta-peft --help shows what there is.",
         ),
-        (["--version"], "required: {train,adapt,evaluate,inspect,push,tasks}"),
-        (["adapt"], "the following arguments are required: --adapter, --support, --output"),
-        (["inspect", "--adapter"], "argument --adapter: expected one argument"),
-        (["inspect", "--adapter", "x", "--what"], "unrecognized arguments: --what"),
+        (["adapt"], "The following arguments are required: --adapter, --support, --output; meta-peft adapt --help"),
+        (["inspect", "--adapter"], "Argument --adapter: expected one argument"),
+        (["inspect", "--adapter", "x", "y"], "Unrecognized arguments: y"),
+        (["inspect", "--adapter", "x", "--what"], "There is no option --what. Try --help."),
+        (["adapt", "--adaptor", "x"], "There is no option --adaptor. Did you mean '--adapter'?"),
+        (["evaluate", "--task_columns=x"], "There is no option --task-columns. Did you mean '--task-column'?"),
         (["train", "--shot", "3"], "There is no option --shot. Did you mean 'shots'?"),
         (["train", "--shots", "0"], "shots must be a number of 1 or more; got 0"),
         (["train", "--config", "nothing.yaml"], "There is no config file 'nothing.yaml'"),
@@ -357,7 +436,9 @@ def test_words_that_cannot_be_used(words: list[str], expected: str, capsys: pyte
     [
         ({"--support": "nothing.jsonl"}, "There is no file 'nothing.jsonl'."),
         ({"--steps": "-1"}, "steps must be 0 or more, got -1."),
-        ({"--steps": "many"}, "argument --steps: invalid int value: 'many'"),
+        ({"--hold-back": "2.5"}, "or a whole number of them; got 2.5"),
+        ({"--hold-back": "some"}, "Argument --hold-back:"),
+        ({"--steps": "many"}, "Argument --steps: invalid int value: 'many'"),
         ({"--task-column": "family"}, "Expected a column 'family' that names the task of each row"),
         ({"--dtype": "float16"}, "dtype=float16 is refused"),
         ({"--model-name-or-path": "no/such-model"}, "The base model 'no/such-model' cannot be loaded"),

@@ -16,9 +16,10 @@ import sys
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 
 import kinds
+import loopback_hub
 import pytest
 import torch
 import yaml
@@ -109,20 +110,16 @@ def adapter_folder(base_folder: Path, tmp_path_factory: pytest.TempPathFactory) 
 
 
 @pytest.fixture
-def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, adapter_folder: Path) -> Path:
-    """A current folder with the files that the pages name, and no hub."""
+def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, adapter_folder: Path) -> Iterator[Path]:
+    """A current folder with the files that the pages name, and a hub on this machine."""
     monkeypatch.chdir(tmp_path)
     for split, letters in {"train": "abcd", "validation": "ef", "test": "gh"}.items():
         rows = [{"task": task, "input": str(i), "target": task * 2} for task in letters for i in range(8)]
         (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     shutil.copytree(adapter_folder, tmp_path / "outputs" / "my_tasks")
-    api = SimpleNamespace(
-        create_repo=lambda name, **options: SimpleNamespace(repo_id=name),
-        upload_folder=lambda folder_path, **options: f"pushed {os.listdir(folder_path)}",
-    )
-    monkeypatch.setattr("huggingface_hub.HfApi", lambda **options: api)
-    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **options: str(adapter_folder))
-    return tmp_path
+    with loopback_hub.running() as hub:
+        loopback_hub.connect(monkeypatch, hub, tmp_path / "home")
+        yield tmp_path
 
 
 @pytest.mark.parametrize("page", with_blocks("python"), ids=page_name)
@@ -149,9 +146,7 @@ def commands(page: Path) -> Iterator[list[str]]:
 def test_commands_name_what_exists(page: Path, workplace: Path, monkeypatch: pytest.MonkeyPatch):
     asked: list[object] = []
     monkeypatch.setattr(main_job, "run", lambda *groups: asked.append(groups))
-    for command in cli.RUNS:
-        monkeypatch.setitem(cli.RUNS, command, lambda options: asked.append(options) or 0)
-    for module in (estimate, tasks):
+    for module in (*cli.WITH_FEW_OPTIONS.values(), estimate, tasks):
         monkeypatch.setattr(module, "run", lambda options: asked.append(options) or 0)
     groups = (*GROUPS, ProtocolArguments)
     monkeypatch.setattr(evaluate, "compare", lambda words: asked.append(parse(groups, words)) or 0)

@@ -114,12 +114,27 @@ def test_a_task_of_the_name_of_the_summary(model: PeftModel, tmp_path: Path):
     assert (tmp_path / "failed.json").is_file()
 
 
+def test_failures_are_written_as_they_come(model: PeftModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("meta_peft.folder_of_adapters.STACKS", 1)
+    known: list[bool] = []
+    tasks = {"one row": letter_rows("o")[:1], **TASKS}
+    adapt_folder(
+        model,
+        tasks,
+        tmp_path,
+        hold_back=1,
+        tasks_per_forward=1,
+        done=lambda made: known.append((tmp_path / "failed.json").is_file()),
+    )
+    assert known == [True, True, True], "before the next tasks are done"
+
+
 def test_a_task_that_fails_does_not_stop_the_others(model: PeftModel, tmp_path: Path):
     tasks = {**TASKS, "one row": letter_rows("o")[:1]}
     result = adapt_folder(model, tasks, tmp_path, hold_back=0.3)
     assert result.made == 3
     assert list(result.failed) == ["one row"]
-    assert "leaves none to adapt on" in json.loads((tmp_path / "failed.json").read_text())["one row"]
+    assert "leaves none of them to adapt on" in json.loads((tmp_path / "failed.json").read_text())["one row"]
     assert adapt_folder(model, TASKS, tmp_path, hold_back=0.3).failed == {}
     assert not (tmp_path / "failed.json").exists(), "of an earlier call"
 
@@ -164,8 +179,17 @@ def test_held_back_rows_are_not_adapted_on(model: PeftModel):
     assert sum(matches) == (1 if first.metrics["steps"] else 0)
 
 
-@pytest.mark.parametrize("hold_back", [-0.1, 1, 1.5, float("nan")])
-def test_shares_that_are_none(model: PeftModel, tmp_path: Path, hold_back: float):
+def test_rows_held_back_by_their_number_or_their_share(model: PeftModel):
+    tasks = {"a": letter_rows("p")[:4]}
+    by_number, by_share = (adapt_many(model, tasks, hold_back=held)["a"] for held in (2, 0.5))
+    assert bits(by_number.weights) == bits(by_share.weights)
+    assert bits(by_number.weights) != bits(adapt_many(model, tasks, hold_back=1)["a"].weights)
+    with pytest.raises(MetaPeftError, match="has 4 support rows, and hold_back=4 leaves none of them"):
+        adapt_many(model, tasks, hold_back=4)
+
+
+@pytest.mark.parametrize("hold_back", [-0.1, 1.0, 1.5, -1, float("nan"), "2"])
+def test_what_cannot_be_held_back(model: PeftModel, tmp_path: Path, hold_back: float):
     with pytest.raises(MetaPeftError, match="hold_back must be a share"):
         adapt_folder(model, TASKS, tmp_path, hold_back=hold_back)
     with pytest.raises(MetaPeftError, match="hold_back must be a share"):

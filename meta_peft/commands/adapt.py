@@ -10,6 +10,15 @@ from typing import Any
 
 from meta_peft.commands.model_options import add_model_options, load_model
 
+ABOUT = "Adapt to one task, or to each task of a file."
+USAGE = "--adapter DIR_OR_ID --support FILE --output DIR [options]"
+EXAMPLES = """examples:
+  meta-peft adapt --adapter outputs/mine --support rows.jsonl --output new
+  meta-peft adapt --adapter outputs/mine --support customers.jsonl \\
+      --task-column customer --hold-back 2 --output adapters
+
+With --task-column, what is in DIR already is not made again; what failed, and
+why, is in DIR/failed.json (exit code 3)."""
 SOME_FAILED = 3  # exit code
 
 
@@ -17,22 +26,19 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add_model_options(parser)
     parser.add_argument("--support", required=True, metavar="FILE", help="examples; with --task-column, of many tasks")
     parser.add_argument("--output", required=True, metavar="DIR", help="where the adapted PEFT adapter goes")
-    parser.add_argument("--task-column", help="adapt to each task this column names, into one folder each")
-    parser.add_argument("--steps", type=int, help="gradient steps (as in meta-training by default)")
-    parser.add_argument(
-        "--hold-back",
-        type=float,
-        default=0.0,
-        metavar="SHARE",
-        help="share of the examples that is not adapted on, but tells after how many steps to stop",
-    )
-    parser.add_argument("--tasks-per-forward", type=int, default=8, help="tasks adapted to at once (default: 8)")
+    parser.add_argument("--task-column", metavar="NAME", help="adapt to each task it names, a folder each")
+    parser.add_argument("--steps", type=int, metavar="N", help="gradient steps (as in meta-training)")
+    held = "examples that tell when to stop: a share of them, or how many (0)"
+    parser.add_argument("--hold-back", type=_share_or_rows, default=0.0, metavar="X", help=held)
+    parser.add_argument("--tasks-per-forward", type=int, default=8, metavar="N", help="tasks adapted to at once (8)")
 
 
 def run(options: argparse.Namespace) -> int:
+    from meta_peft.adapt_stacks import check_hold_back
     from meta_peft.checked import at_least
 
     at_least("--tasks-per-forward", options.tasks_per_forward, 1)
+    check_hold_back(options.hold_back)
     return _one(options) if options.task_column is None else _each(options)
 
 
@@ -80,6 +86,11 @@ def _each(options: argparse.Namespace) -> int:
         file=sys.stderr,
     )
     return SOME_FAILED
+
+
+def _share_or_rows(word: str) -> float:
+    """As `hold_back` of `adapt_many`: a whole number is one of rows."""
+    return int(word) if word.isdecimal() else float(word)
 
 
 def _say(task: str, folder: Any, metrics: dict[str, Any]) -> None:

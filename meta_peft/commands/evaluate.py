@@ -7,20 +7,47 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from meta_peft.commands.model_options import add_model_options, load_model
+from meta_peft.commands.run_options import run_options, show_help
 from meta_peft.errors import MetaPeftError
+
+ABOUT = "Query loss and a metric of an adapter on held-out tasks."
+USAGE = "--adapter DIR_OR_ID --tasks FILE [options]"
+EXAMPLES = """examples:
+  meta-peft evaluate --adapter outputs/mine --tasks held_out.jsonl --shots 8
+  meta-peft evaluate --config mine.yaml    (which start is best; has a --help)"""
+COMPARE_HELP = """usage: meta-peft evaluate --config FILE [--key value ...]
+
+Which start is best for these tasks, at equal compute: train each, adapt it to
+held-out tasks, write a report. Takes every option of `meta-peft train`, and:
+
+  --starts NAME [NAME ...]      of peft_defaults, plain, multitask, reptile,
+                                fomaml, meta (what the other options say) and
+                                in_context; all by default
+  --seeds N [N ...]             each start is trained once for each (0 1 2)
+  --shots_curve N [N ...]       also compare with so many support rows
+  --task_counts N [N ...]       also train on so many of the training tasks
+  --measure false               only write the report of what is there
+
+What is in output_dir already is not measured again.
+
+example:
+  meta-peft evaluate --config mine.yaml --starts multitask meta --seeds 0 1"""
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     add_model_options(parser)
     parser.add_argument("--tasks", required=True, metavar="FILE", help="rows with a column that names their task")
-    parser.add_argument("--task-column", nargs="+", help="that column, or several (as in meta-training by default)")
-    parser.add_argument("--shots", type=int, help="support rows of a task (as in meta-training by default)")
-    parser.add_argument("--steps", type=int, nargs="+", default=[0, 1, 3, 10], help="numbers of adaptation steps")
-    parser.add_argument("--metric", help="what is reported beside the loss (as in meta-training by default)")
-    parser.add_argument("--max-new-tokens", type=int, help="where a generated answer is cut (see max_new_tokens)")
-    parser.add_argument("--choice-score", default="sum", help="how choices are ranked: sum or mean (default: sum)")
-    parser.add_argument("--tasks-per-forward", type=int, default=8, help="tasks evaluated at once (default: 8)")
-    parser.add_argument("--output", metavar="DIR", help="also write results.json, results.md and results.png here")
+    parser.add_argument(
+        "--task-column", nargs="+", metavar="NAME", help="that column, or several (as in meta-training)"
+    )
+    parser.add_argument("--shots", type=int, metavar="N", help="support rows of a task (as in meta-training)")
+    steps = {"type": int, "nargs": "+", "default": [0, 1, 3, 10], "metavar": "N"}
+    parser.add_argument("--steps", **steps, help="adaptation steps (0 1 3 10)")  # type: ignore[arg-type]
+    parser.add_argument("--metric", metavar="NAME", help="beside the loss (as in meta-training)")
+    parser.add_argument("--max-new-tokens", type=int, metavar="N", help="where a generated answer is cut")
+    parser.add_argument("--choice-score", default="sum", metavar="HOW", help="choices rank by sum or mean (sum)")
+    parser.add_argument("--tasks-per-forward", type=int, default=8, metavar="N", help="tasks evaluated at once (8)")
+    parser.add_argument("--output", metavar="DIR", help="also write table and plot here")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -75,20 +102,14 @@ def run(options: argparse.Namespace) -> int:
 
 def compare(words: Sequence[str]) -> int:
     """The whole comparison: options of `train`, and what is compared (see `meta_peft.protocol`)."""
-    from meta_peft.compare import CompareArguments
-    from meta_peft.config import MetaLoraConfig, ModelArguments, TaskArguments
-    from meta_peft.config_file import parse
+    show_help(words, COMPARE_HELP)
     from meta_peft.protocol import ProtocolArguments, run
     from meta_peft.protocol.verdict import verdict
 
-    about = "Compare starts on held-out tasks. Takes every option of train, and these."
-    if {"-h", "--help"} & set(words):  # a page of its own, without the options of train
-        parse((ProtocolArguments,), ["--help"], prog="meta-peft evaluate --config FILE", about=about)
-    groups = (ModelArguments, TaskArguments, MetaLoraConfig, CompareArguments, ProtocolArguments)
-    model_args, task_args, args, comparison, protocol = parse(groups, words, prog="meta-peft evaluate", about=about)
-    summary = run(model_args, task_args, args, comparison, protocol)
+    given = run_options(words, ProtocolArguments, prog="meta-peft evaluate")
+    summary = run(*given)
     print("\n".join(verdict(summary)))
-    print(f"The report is {Path(str(args.output_dir)) / 'report.html'}.")
+    print(f"The report is {Path(str(given[2].output_dir)) / 'report.html'}.")
     return 0
 
 

@@ -8,6 +8,13 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from meta_peft.errors import MetaPeftError
+
+ABOUT = "What is in an adapter folder, or, with --estimate, where a run's memory goes."
+USAGE = "--adapter DIR_OR_ID [options]"
+EXAMPLES = """examples:
+  meta-peft inspect --adapter outputs/mine --plot rates.png
+  meta-peft inspect --estimate --config mine.yaml    (has a --help)"""
 LINES = """To use it:
   meta-peft adapt --adapter {folder} --support examples.jsonl --output adapted
   meta-peft evaluate --adapter {folder} --tasks held_out.jsonl
@@ -21,7 +28,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--adapter", required=True, metavar="DIR_OR_ID", help="a folder or a hub id")
     parser.add_argument("--json", action="store_true", help="all values as JSON")
     parser.add_argument("--plain", action="store_true", help="one rate a line instead of a map")
-    parser.add_argument("--plot", metavar="FILE", help="also write the map of rates as a picture, such as rates.png")
+    parser.add_argument("--plot", metavar="FILE", help="also write the map as a picture, such as rates.png")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -35,7 +42,9 @@ def run(options: argparse.Namespace) -> int:
     sidecar = Sidecar.read(folder)
     fast = sidecar.inner.fast_names(sidecar.names)
     by_matrix = None if sidecar.inner.rates_per_entry else RateMap.of(fast, sidecar.log_rates)
-    if options.plot and by_matrix is not None:
+    if options.plot:
+        if by_matrix is None:
+            raise MetaPeftError("--plot draws one rate for each LoRA matrix; here each entry has its own: leave it out.")
         by_matrix.figure().savefig(options.plot, dpi=150)
     if options.json:
         print(json.dumps(_values(sidecar, fast), indent=1, ensure_ascii=False))
@@ -98,6 +107,8 @@ def _adapted(folder: Path, options: argparse.Namespace) -> int:
     from meta_peft.checked import read_object
     from meta_peft.folder_of_adapters import NOTE
 
+    if options.plot:
+        raise MetaPeftError(f"--plot draws learned rates, and {folder} has none: leave it out.")
     config = read_object(folder / CONFIG, "the config of a PEFT adapter")
     note = read_object(folder / NOTE, "a note of adapt_folder") if (folder / NOTE).is_file() else {}
     if options.json:

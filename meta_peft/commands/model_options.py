@@ -7,13 +7,11 @@ from typing import Any
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--adapter", required=True, metavar="DIR_OR_ID", help="a meta-learned adapter: folder or hub id"
-    )
-    parser.add_argument("--model-name-or-path", help="the base model (by default the one the adapter names)")
+    parser.add_argument("--adapter", required=True, metavar="DIR_OR_ID", help="a meta-learned adapter")
+    parser.add_argument("--model-name-or-path", metavar="ID", help="the base (the one the adapter names)")
     parser.add_argument("--load-in-4bit", action="store_true", help="quantise the base to 4 bits")
     parser.add_argument("--load-in-8bit", action="store_true", help="quantise the base to 8 bits")
-    parser.add_argument("--dtype", default="float32", help="precision of the base: float32 or bfloat16")
+    parser.add_argument("--dtype", default="float32", metavar="NAME", help="of the base: float32 or bfloat16 (float32)")
 
 
 def load_model(options: argparse.Namespace) -> Any:
