@@ -32,6 +32,7 @@ import memory  # noqa: E402
 import meta_step  # noqa: E402
 import peers  # noqa: E402
 import products  # noqa: E402
+import serving  # noqa: E402
 import support_selection  # noqa: E402
 import task_sampling  # noqa: E402
 import workers  # noqa: E402
@@ -313,3 +314,11 @@ def test_memory_modes_are_handed_on_where_maml_has_them(monkeypatch: pytest.Monk
     assert contenders.memory_option("unrolled") == {}
     with pytest.raises(ValueError, match="no memory='replay'"):
         contenders.memory_option("replay")
+
+
+def test_serving(run_program: Callable[..., dict[str, Any]], tmp_path: Path):
+    found = run_program(serving, "--threads", "1", "--loaded", "1", "5")["found"]
+    assert [(row["adapters"], list(row["batches"])) for row in found] == [(1, ["1"]), (5, ["1", "4"])]
+    assert "load_seconds" not in found[0]
+    assert "bytes" in found[1]
+    assert "| 5 |" in (tmp_path / "output.md").read_text()

@@ -44,7 +44,9 @@ def run(options: argparse.Namespace) -> int:
     by_matrix = None if sidecar.inner.rates_per_entry else RateMap.of(fast, sidecar.log_rates)
     if options.plot:
         if by_matrix is None:
-            raise MetaPeftError("--plot draws one rate for each LoRA matrix; here each entry has its own: leave it out.")
+            raise MetaPeftError(
+                "--plot draws one rate for each LoRA matrix; here each entry has its own: leave it out."
+            )
         by_matrix.figure().savefig(options.plot, dpi=150)
     if options.json:
         print(json.dumps(_values(sidecar, fast), indent=1, ensure_ascii=False))
