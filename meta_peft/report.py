@@ -54,17 +54,27 @@ class Report:
             f"| start | steps | query loss | worst task | {metric.head} (95 % interval) | {worst} | rate x |",
             "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
         ]
-        for r in self.rows():
-            score, low, high, worst = (
-                metric.shown(value)
-                for value in (r[metric.name], *r[f"{metric.name}_interval"], r[f"worst_{metric.name}"])
-            )
-            factor = "" if r["rate_factor"] is None or r["steps"] == 0 else f"{r['rate_factor']:g}"
-            lines.append(
-                f"| {r['start']} | {r['steps']} | {r['loss']:.2f} | {r['worst_loss']:.2f} | {score} ({low} to {high}) |"
-                f" {worst} | {factor} |"
-            )
+        lines += [f"| {' | '.join(texts.values())} |" for texts in self.texts()]
         return "\n".join(lines)
+
+    def texts(self) -> list[dict[str, str]]:
+        """The rows as a table shows them."""
+        metric, found = self.metric, []
+        for row in self.rows():
+            score, low, high = (metric.shown(v) for v in (row[metric.name], *row[f"{metric.name}_interval"]))
+            factor = row["rate_factor"]
+            found.append(
+                {
+                    "start": row["start"],
+                    "steps": str(row["steps"]),
+                    "loss": f"{row['loss']:.2f}",
+                    "worst_loss": f"{row['worst_loss']:.2f}",
+                    "score": f"{score} ({low} to {high})",
+                    "worst_score": metric.shown(row[f"worst_{metric.name}"]),
+                    "rate_factor": "" if factor is None or row["steps"] == 0 else f"{factor:g}",
+                }
+            )
+        return found
 
     def figure(self) -> Any:
         """Query loss and score against adaptation steps, one line for each start, with 95 % intervals."""

@@ -6,6 +6,7 @@ import json
 import runpy
 import shutil
 from pathlib import Path
+from typing import Any
 
 import gguf
 import pytest
@@ -92,42 +93,65 @@ def test_a_batch_with_another_adapter_for_each_row(served: PeftModel):
             torch.testing.assert_close(mixed[row : row + 1], alone, atol=1e-5, rtol=1e-5)
 
 
-def test_a_folder_of_adapters_is_served_in_mixed_batches(folders: dict[str, Path]):
-    recipe = runpy.run_path(str(ROOT / "recipes" / "serve_mixed_batch.py"))
-    model, tokenizer = recipe["load"](str(tiny_folder()), str(folders["p"].parent))
-    assert set(model.peft_config) == set(NAMES)
+@pytest.fixture(scope="module")
+def recipe() -> dict[str, Any]:
+    return runpy.run_path(str(ROOT / "recipes" / "serve_mixed_batch.py"))
+
+
+def written_alone(recipe: dict[str, Any], folder: Path, prompt: str, n: int = 32) -> str:
+    """What the adapter of `folder` writes by itself."""
+    model = PeftModel.from_pretrained(base_model(), str(folder)).eval()
+    tokenizer = AutoTokenizer.from_pretrained(tiny_folder())
+    inputs = recipe["padded"](tokenizer, [prompt])
+    ids = model.generate(**inputs, max_new_tokens=n, do_sample=False, eos_token_id=tokenizer.eos_token_id)
+    return tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def test_a_folder_of_adapters_is_served_in_mixed_batches(folders: dict[str, Path], recipe: dict[str, Any]):
+    served = recipe["load"](str(tiny_folder()), str(folders["p"].parent))
     requests = [{"task": name, "prompt": prompt} for name in NAMES for prompt in ("abc ->", "a ->")]
-    lines = [json.dumps(request) for request in requests]
-    found = list(recipe["served"](model, tokenizer, lines))
+    found = list(recipe["answered"](served, [json.dumps(request) for request in requests]))
     assert [{key: done[key] for key in ("task", "prompt")} for done in found] == requests
     for done in found:
-        alone = recipe["answer"](model, tokenizer, [done])
-        assert done["answer"] == alone[0]
+        assert done["answer"] == written_alone(recipe, folders[done["task"]], done["prompt"])
     assert len({done["answer"] for done in found}) > 1
 
 
-def test_what_the_recipe_asks_is_what_the_adapter_learned(folders: dict[str, Path], tmp_path: Path):
-    """Prompts stand behind the token that rows begin with, a folder's name may have a dot, and sizes are counted."""
-    recipe = runpy.run_path(str(ROOT / "recipes" / "serve_mixed_batch.py"))
-    for name, folder in folders.items():
-        shutil.copytree(folder, tmp_path / f"say.{name}")
-    model, tokenizer = recipe["load"](str(tiny_folder()), str(tmp_path))
-    asked = recipe["padded"](tokenizer, ["abc ->", "a"])
+def test_more_adapters_than_slots(folders: dict[str, Path], tmp_path: Path, recipe: dict[str, Any]):
+    """Adapters make room for others and come back; a folder's name may have a dot."""
+    letters = "opqrstuvwxyzabcdefgh"
+    adapted = adapt_many(load(None, trained_folder()), {name: letter_rows(name)[:2] for name in letters}, steps=5)
+    for name, result in adapted.items():
+        result.save(tmp_path / f"say.{name}")
+    served = recipe["load"](str(tiny_folder()), str(tmp_path))
+    assert len(served.weights) == 20 > len(served.model.peft_config) == recipe["BATCH"]
+    order = [*letters, *letters[::-1], "o", "h"]
+    requests = [{"task": f"say.{name}", "prompt": "abc ->"} for name in order]
+    found = list(recipe["answered"](served, [json.dumps(request) for request in requests]))
+    alone = {name: written_alone(recipe, tmp_path / f"say.{name}", "abc ->") for name in letters}
+    assert [done["answer"] for done in found] == [alone[name] for name in order]
+    assert len(set(alone.values())) > 1
+
+
+def test_prompts_are_those_that_the_adapter_learned(recipe: dict[str, Any], tmp_path: Path):
+    """They stand behind the token that rows begin with."""
+    asked = recipe["padded"](AutoTokenizer.from_pretrained(tiny_folder()), ["abc ->", "a"])
     learned = load(None, trained_folder()).meta_peft
     row = learned.encoding.of_task([{"input": "abc", "target": "pp"}])({"input": "abc", "target": "pp"})
     prompt = [token for token, label in zip(row["input_ids"], row["labels"], strict=True) if label == -100]
     assert asked["input_ids"][0].tolist() == prompt
     assert asked["attention_mask"].sum(1).tolist() == [7, 2]
-    answers = recipe["answer"](model, tokenizer, [{"task": f"say.{name}", "prompt": "abc ->"} for name in NAMES], 3)
-    for name, found in zip(NAMES, answers, strict=True):
-        alone = PeftModel.from_pretrained(base_model(), str(folders[name])).eval()
-        inputs = recipe["padded"](tokenizer, ["abc ->"])
-        ids = alone.generate(**inputs, max_new_tokens=3, do_sample=False, eos_token_id=tokenizer.eos_token_id)
-        assert found == tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    tensors = load_file(folders["p"] / "adapter_model.safetensors").values()
-    assert recipe["bytes_per_adapter"](model) == sum(t.numel() * t.element_size() for t in tensors)
+
+
+def test_adapters_that_cannot_be_served(folders: dict[str, Path], tmp_path: Path, recipe: dict[str, Any]):
     with pytest.raises(SystemExit, match="has 0 adapters"):
         recipe["load"](str(tiny_folder()), str(tmp_path / "nowhere"))
+    for name in ("p", "m"):
+        shutil.copytree(folders[name], tmp_path / name)
+    config = tmp_path / "m" / "adapter_config.json"
+    config.write_text(config.read_text().replace('"lora_alpha": ', '"lora_alpha": 1'))
+    with pytest.raises(SystemExit, match="has 2 adapters; expected one or more, all with the same config"):
+        recipe["load"](str(tiny_folder()), str(tmp_path))
 
 
 def test_as_vllm_wants_it(folders: dict[str, Path]):

@@ -95,16 +95,12 @@ def all_found(folder: Path, options: str | None = None) -> list[Found]:
     """
     found = [Found.read(file) for file in sorted((folder / FOLDER).glob("*.json"))]
     for each in found:
-        check_options(each, options, folder)
+        if options is not None and each.options != options:
+            raise MetaPeftError(
+                f"{path_of(each.cell, folder)} was measured with other options or other data. Give the options it was"
+                " measured with, another output_dir, or remove it to have it measured again."
+            )
     return found
-
-
-def check_options(found: Found, options: str | None, folder: Path) -> None:
-    if options is not None and found.options != options:
-        raise MetaPeftError(
-            f"{path_of(found.cell, folder)} was measured with other options or other data. Give the options it was"
-            " measured with, another output_dir, or remove it to have it measured again."
-        )
 
 
 def digest(*parts: Any) -> str:

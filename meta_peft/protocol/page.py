@@ -96,26 +96,20 @@ def tables(summary: Summary) -> Iterator[Table]:
 
 
 def _scores(summary: Summary) -> Table:
-    metric, rows = summary.metric, summary.report.rows()
-    errors = [error for start in summary.starts for error in summary.calibration(start)]
+    errors = [f"{error:.2f}" for start in summary.starts for error in summary.calibration(start)]
     columns = [
         "start",
         "steps",
         "query loss",
-        f"{metric.head} (95 % interval)",
+        f"{summary.metric.head} (95 % interval)",
         "worst task",
         "calibration error",
         "rate x",
     ]
-    lines = []
-    for row, error in zip(rows, errors, strict=True):
-        score, low, high, worst = (
-            metric.shown(value)
-            for value in (row[metric.name], *row[f"{metric.name}_interval"], row[f"worst_{metric.name}"])
-        )
-        factor = "" if row["rate_factor"] is None or row["steps"] == 0 else f"{row['rate_factor']:g}"
-        lines.append([row["start"], str(row["steps"]), f"{row['loss']:.2f}", f"{score} ({low} to {high})", worst])
-        lines[-1] += [f"{error:.2f}", factor]
+    lines = [
+        [row["start"], row["steps"], row["loss"], row["score"], row["worst_score"], error, row["rate_factor"]]
+        for row, error in zip(summary.report.texts(), errors, strict=True)
+    ]
     seeds = f"{len(summary.seeds)} seed{'s' * (len(summary.seeds) > 1)}"
     return f"Held-out tasks: {len(summary.tasks)}, {seeds}", columns, lines
 

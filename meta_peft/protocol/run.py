@@ -13,7 +13,7 @@ from meta_peft.compare import CompareArguments
 from meta_peft.config import MetaLoraConfig, ModelArguments, TaskArguments
 from meta_peft.errors import MetaPeftError
 from meta_peft.protocol.arguments import ProtocolArguments
-from meta_peft.protocol.cells import Found, all_found, cells_of, check_options, digest, path_of
+from meta_peft.protocol.cells import all_found, cells_of, digest, path_of
 from meta_peft.protocol.measure import Setting, measured
 from meta_peft.protocol.page import write_page
 from meta_peft.protocol.summary import Summary
@@ -51,17 +51,17 @@ def run(
     folder = Path(str(args.output_dir))
     curve = tuple(sorted(set(protocol.shots_curve or ())))
     options = _options_of_a_cell(about, curve)
+    found = all_found(folder, options)  # what is there may be of other options: known before anything is trained
     if protocol.measure:
         processor = tokenizer_for(model_args)
         setting = Setting(model_args, args, comparison, tasks, processor, curve, folder)
         cells = list(cells_of(protocol))
         for i, cell in enumerate(cells, 1):
             if path_of(cell, folder).is_file():
-                check_options(Found.read(path_of(cell, folder)), options, folder)
                 continue
             logger.info("Cell %d of %d: %s", i, len(cells), cell.name)
             measured(cell, setting, options).write(folder)
-    found = all_found(folder, options)
+        found = all_found(folder, options)  # other processes may have measured some
     if not found:
         raise MetaPeftError(f"There is nothing measured in {folder} yet: leave measure=false out.")
     summary = Summary.of(found, about)

@@ -81,6 +81,11 @@ class Summary:
         return self.found[0].at
 
     @property
+    def shots(self) -> int:
+        """Support rows of a task, in training and where nothing else is said."""
+        return int(self.about["training"]["shots"])
+
+    @property
     def starts(self) -> list[str]:
         """Names of starts, in the order of tables."""
         return [start for start in TITLES if any(f.cell.start == start for f in self.found)]
@@ -119,11 +124,10 @@ class Summary:
 
     def along_shots(self) -> dict[str, dict[int, np.ndarray]]:
         """The score by task after `at` steps, for each start and each number of support rows."""
-        own = int(self.about["training"]["shots"])
         found: dict[str, dict[int, np.ndarray]] = {}
         for start in self.starts:
             cells = self.of_start(start)
-            by_shots = {own: self._at(cells)}
+            by_shots = {self.shots: self._at(cells)}
             for n in cells[0].shots:
                 by_shots[int(n)] = np.mean([_ordered(f, f.shots[n]["score"], self.tasks) for f in cells], axis=0)
             found[start] = dict(sorted(by_shots.items()))

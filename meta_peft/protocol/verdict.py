@@ -12,13 +12,13 @@ BY = {True: "ahead of", False: "behind"}
 
 def verdict(summary: Summary) -> list[str]:
     """A few sentences, the most important one first."""
-    scores = {start: float(np.mean(by_shots[_shots(summary)])) for start, by_shots in summary.along_shots().items()}
+    scores = {start: float(np.mean(by_shots[summary.shots])) for start, by_shots in summary.along_shots().items()}
     metric, sign = summary.metric, 1 if summary.metric.higher_is_better else -1
     best = max(scores, key=lambda start: sign * scores[start])
     after = "" if best == IN_CONTEXT else f" after {summary.at} steps"
     said = [
         f"Best on these tasks: {TITLES[best]}, {metric.shown(scores[best])} {metric.unit} {metric.title}{after} on"
-        f" {_shots(summary)} examples."
+        f" {summary.shots} examples."
     ]
     at = {d.other: d for d in summary.differences() if d.steps == summary.at}
     if "multitask" in at:
@@ -52,7 +52,3 @@ def _compared(summary: Summary, difference: Difference) -> str:
     if difference.ahead or difference.behind:
         return f"{BY[difference.ahead]} {TITLES[difference.other]} by {far} ({interval})"
     return f"level with {TITLES[difference.other]} ({interval})"
-
-
-def _shots(summary: Summary) -> int:
-    return int(summary.about["training"]["shots"])

@@ -104,7 +104,7 @@ def test_two_steps(recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.py")), ids=lambda path: path.stem)
 def test_recipes_are_thin(path: Path):
     lines = path.read_text(encoding="utf-8").splitlines()
-    assert len(lines) <= (90 if path.stem == "serve_mixed_batch" else 45)  # a server has more to do
+    assert len(lines) <= (95 if path.stem == "serve_mixed_batch" else 45)  # a server has more to do
     if path.stem in RECIPES:
         assert len(lines) <= 20
         assert (path.parent / "data" / f"{path.stem}.py").is_file()
