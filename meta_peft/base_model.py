@@ -21,6 +21,7 @@ from meta_peft.objectives import CLASSIFYING, objective_name
 from meta_peft.registry_models import REGISTRY_MODELS
 from meta_peft.sharding import Sharding, asked_for, refusal
 from meta_peft.tasks.encoding import tokenizer_of
+from meta_peft.whole_head import keep_heads_whole
 from meta_peft.whole_weights import whole_weight
 
 logger = logging.getLogger("meta_peft")
@@ -124,6 +125,7 @@ def load_base(args: ModelArguments) -> Any:
     _check_complete(model, objective, found)
     if args.load_in_4bit + args.load_in_8bit and not quantised_layers(model):
         raise MetaPeftError("The base was loaded without quantisation, though it was asked for: leave device_map out.")
+    keep_heads_whole(model)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     model.name_or_path = args.model_name_or_path  # what adapters name as their base: never a cache folder

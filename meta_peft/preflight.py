@@ -115,7 +115,7 @@ def _check_layers(model: PeftModel, adapter: str) -> None:
             remedy = (
                 "Keep LoRA weights in float32 (get_peft_model does, with autocast_adapter_dtype=True)."
                 if is_lora(name)
-                else "A head has the precision of its base: load the base in float32, in 4-bit or 8-bit if it is large."
+                else "A head has the precision of its base: load the base with load_base, which keeps heads in float32."
             )
             raise MetaPeftError(f"{name} is in {parameter.dtype}, which swallows small inner steps. {remedy}")
         if not parameter.is_floating_point():

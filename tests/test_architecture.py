@@ -42,7 +42,7 @@ FLOORS = [
         "shelf",
         "registry_models",
     ],
-    ["survival", "processes", "ops", "preflight", "dora", "inner_loop", "hessian"],
+    ["survival", "processes", "ops", "preflight", "dora", "inner_loop", "hessian", "whole_head"],
     ["objectives", "fast_forwards", "fast_attention", "inner_path", "health", "checkpointed_trainer"],
     ["tasks", "adapter_loss", "algorithms", "model_kinds"],
     ["memory_plan", "schedule", "base_view", "predictions"],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,12 +20,14 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoModelForTokenClassification
 
+from meta_peft.adapter_files import load_adapter
 from meta_peft.adapter_loss import AdapterLoss
 from meta_peft.algorithms import MAML
 from meta_peft.base_model import load_base, lora_config, with_adapter
 from meta_peft.errors import MetaPeftError
 from meta_peft.fast_weights import FastWeights, is_lora
 from meta_peft.frozen_linear import dequantise, quantised_layers
+from meta_peft.hub import write_adapter
 from meta_peft.inner_loop import adapt
 from meta_peft.inner_optimizers import InnerRule
 from meta_peft.inner_optimizers.rule import RATES
@@ -241,6 +244,33 @@ def test_quantised_twin(how: str):
     assert_equal(mine.grads.adapter, theirs.grads.adapter, 1e-3)
 
 
+@pytest.mark.parametrize("options", [{}, {"load_in_4bit": True}, {"load_in_8bit": True}], ids=str)
+@pytest.mark.parametrize("kind", [HEAD, "token_classification"])
+def test_a_head_is_whole_on_a_base_in_bfloat16(kind: str, options: dict[str, bool], tmp_path: Path):
+    """Its gradients are those on the same base in float32 but for rounding on the way, and no small step is lost."""
+    models = {}
+    for dtype in ("bfloat16", "float32"):
+        made = arguments(kind, dtype=dtype, **options)
+        models[dtype] = with_adapter(load_base(made), lora_config(made))
+    coarse, fine = models.values()
+    check_model(coarse, second_order=True)
+    heads = {name: p for name, p in FastWeights(coarse).parameters().items() if not is_lora(name)}
+    assert {parameter.dtype for parameter in heads.values()} == {torch.float32}
+    randomise(fine)
+    FastWeights(coarse).load_(dict(FastWeights(fine).parameters()))
+    case = "bert, tokens" if kind == "token_classification" else "bert"
+    batch = EpisodeBatch(rows_of(case, seed=2), rows_of(case, seed=3), ["one", "other"])
+    gentle = MAML(InnerRule(lr=1e-4, steps=1))
+    mine, theirs = (meta_gradient(model, batch, gentle) for model in (coarse, fine))
+    for name in heads:
+        a, b = mine.grads.adapter[name].flatten(), theirs.grads.adapter[name].flatten()
+        assert F.cosine_similarity(a, b, dim=0) > 0.98, name
+    saved = dict(FastWeights(coarse).parameters())
+    write_adapter({n: p.detach() for n, p in saved.items()}, coarse.peft_config["default"], "base", tmp_path)
+    loaded = FastWeights(load_adapter(load_base(arguments(kind, dtype="bfloat16", **options)), tmp_path, tuple(saved)))
+    assert all(torch.equal(p, saved[name]) for name, p in loaded.parameters().items()), "no digit is lost on the way"
+
+
 def refused(model: PeftModel, message: str) -> None:
     with pytest.raises(MetaPeftError, match=message):
         check_model(model, second_order=True)
@@ -253,8 +283,8 @@ def test_heads_that_are_refused():
     refused(
         with_adapter(load_base(made), without), "is not part of the adapter.*give LoraConfig a task_type of SEQ_CLS"
     )
-    coarse = with_adapter(load_base(arguments(HEAD, dtype="bfloat16")), lora_config(made))
-    refused(coarse, r"classifier.weight is in torch.bfloat16.*load the base in float32")
+    coarse = with_adapter(load_base(made).bfloat16(), lora_config(made))
+    refused(coarse, r"classifier.weight is in torch.bfloat16.*load the base with load_base")
     more = lora_config(made)
     more.modules_to_save.append("word_embeddings")
     refused(
