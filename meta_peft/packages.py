@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 from meta_peft.errors import MetaPeftError
@@ -20,8 +21,7 @@ def cache_folder() -> Path:
 
 def pip_download(package: str, version: str, folder: Path, *, source: bool = False) -> Path:
     """The wheel of a Python package, or its source archive; downloaded into `folder`, which must be empty."""
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder)]
-    command += ["--disable-pip-version-check"]
+    command = [*_pip(), "download", "--quiet", "--no-deps", "--dest", str(folder), "--disable-pip-version-check"]
     command += ["--no-binary", package] if source else ["--only-binary", package]
     return _fetch([*command, f"{package}=={version}"], f"Python package {package}=={version}", folder)
 
@@ -35,6 +35,11 @@ def npm_download(package: str, version: str, folder: Path) -> Path:
 def apt_download(package: str, folder: Path) -> Path:
     """The newest ``.deb`` of a Debian package; downloaded into `folder`, which must be empty."""
     return _fetch(["apt-get", "download", "--quiet", package], f"Debian package {package}", folder)
+
+
+def _pip() -> list[str]:
+    """The pip of this environment; where it has none, as with uv, that on the path: nothing is installed by it."""
+    return [sys.executable, "-m", "pip"] if find_spec("pip") else ["pip"]
 
 
 def _fetch(command: Sequence[str], what: str, folder: Path) -> Path:

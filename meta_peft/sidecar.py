@@ -190,7 +190,7 @@ class Sidecar:
         for steps, factor in self.rate_factors.items():
             whole("rate_factors", steps, 0, LARGEST)
             if not (is_number(factor) and 0 < factor <= LARGEST):
-                raise MetaPeftError(f"rate_factors must be positive numbers; got {shown(factor)} for {steps} steps")
+                raise MetaPeftError(f"rate_factors must be positive numbers; got {shown(factor)} for {steps} steps.")
 
 
 def _facts(values: dict[str, Any]) -> Facts:

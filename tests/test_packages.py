@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 from package_index import only_from, write_wheel
 
-from meta_peft import MetaPeftError
+from meta_peft import MetaPeftError, packages
 from meta_peft.packages import apt_download, cache_folder, npm_download, pip_download
 
 
@@ -39,6 +40,21 @@ def test_another_version_does_not_do(index: Path, target: Path):
     expected = r"package some-words==1.3 could not be had \(pip: .*No matching distribution.*\): check the network"
     with pytest.raises(MetaPeftError, match=expected):
         pip_download("some-words", "1.3", target)
+
+
+def test_an_environment_without_pip_takes_the_one_on_the_path(
+    index: Path, tmp_path: Path, target: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """As uv makes them."""
+    wheel, pip = write_wheel(index, "some-words", "1.2", {}), shutil.which("pip")
+    monkeypatch.setattr(packages, "find_spec", lambda name: None)
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    with pytest.raises(MetaPeftError, match="there is no pip on this machine: install pip"):
+        pip_download("some-words", "1.2", target)
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "pip").write_text(f'#!/bin/sh\nexec {pip} "$@"\n')
+    (tmp_path / "bin" / "pip").chmod(0o755)
+    assert pip_download("some-words", "1.2", target).name == wheel.name
 
 
 @pytest.mark.parametrize(

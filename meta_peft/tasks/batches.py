@@ -45,7 +45,9 @@ def _rows(of_tasks: Sequence[Inputs], which: str) -> Rows:
     first = of_tasks[0]
     for inputs in of_tasks:
         if "labels" not in inputs:
-            raise MetaPeftError(f"The {which} rows have {sorted(inputs)}, and no labels: what is to be predicted?")
+            raise MetaPeftError(
+                f"The {which} rows have {sorted(inputs)}, and no labels, so nothing to predict: add them."
+            )
         if inputs.keys() != first.keys() or len(inputs["labels"]) != len(first["labels"]):
             raise MetaPeftError(
                 f"All tasks of a batch have equally many {which} rows and the same inputs; got"
