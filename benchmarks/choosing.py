@@ -42,6 +42,8 @@ def parser_of(program: str) -> argparse.ArgumentParser:
     parser.add_argument("--test_tasks", type=int, default=32, help="at most so many (32)")
     parser.add_argument("--query", type=int, default=8, help="query rows of a task in evaluation")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--dtype", default="float32", help="of the base: float32 or bfloat16 (float32)")
+    parser.add_argument("--prompt_template", default="{input} ->", help="of the tasks of a file ('{input} ->')")
     parser.add_argument("--threads", type=int, default=1)
     return parser
 
@@ -76,14 +78,14 @@ def splits(given: argparse.Namespace) -> tuple[TaskSet, TaskSet]:
 class Base:
     """A base with LoRA layers, and its tokenizer, for several runs from the same start."""
 
-    def __init__(self, quick: bool):
-        if quick:
+    def __init__(self, given: argparse.Namespace):
+        if given.quick:
             with tempfile.TemporaryDirectory() as folder:
                 _save_tiny(Path(folder))
                 args = ModelArguments(folder, lora_r=2)
                 self.tokenizer, base = load_tokenizer(folder), load_base(args)
         else:
-            args = ModelArguments(lora_layers=LAYERS)
+            args = ModelArguments(lora_layers=LAYERS, dtype=given.dtype)
             self.tokenizer, base = load_tokenizer(args.model_name_or_path), load_base(args)
         torch.manual_seed(0)  # LoRA A matrices start at random
         self.model = with_adapter(base, lora_config(args))
@@ -106,6 +108,7 @@ class Base:
             learning_rate=3e-3,
             warmup_steps=given.outer_steps // 10,
             max_length=128,
+            prompt_template=given.prompt_template,
             save_strategy="no",
             report_to="none",
             disable_tqdm=True,

@@ -28,7 +28,7 @@ def main() -> None:
     parser.add_argument("--selections", nargs="+", default=list(SELECTIONS), choices=SELECTIONS)
     given = choosing.given_options(parser)
     facts, began = report.run_facts(given.threads), time.monotonic()
-    base, (train, test) = choosing.Base(given.quick), choosing.splits(given)
+    base, (train, test) = choosing.Base(given), choosing.splits(given)
     names = ["random", *(name for name in given.selections if name != "random")]
     scores = {name: [] for name in names}
     with tempfile.TemporaryDirectory() as folder:

@@ -30,7 +30,7 @@ def main() -> None:
     parser.add_argument("--train_tasks", type=int, default=48, help="at most so many (48)")
     given = choosing.given_options(parser)
     facts, began = report.run_facts(given.threads), time.monotonic()
-    base, (train, test) = choosing.Base(given.quick), choosing.splits(given)
+    base, (train, test) = choosing.Base(given), choosing.splits(given)
     kept = sorted(np.random.default_rng(2).permutation(len(train))[: given.train_tasks])
     train = train.select(train.names[i] for i in kept)
     names = ["uniform", *(name for name in given.samplings if name != "uniform")]
