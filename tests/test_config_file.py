@@ -201,7 +201,7 @@ def test_what_a_group_refuses_comes_through(tmp_path: Path):
 def test_what_transformers_refuses_is_an_error_of_ours_too():
     with pytest.raises(MetaPeftError, match=r"save_strategy.*invalid choice: 'sometimes'"):
         parse(GROUPS, ["--save_strategy", "sometimes"])
-    with pytest.raises(MetaPeftError, match=r"Expected value warmup_steps >= 0\.$"):
+    with pytest.raises(MetaPeftError, match=r"warmup_steps [^.]*\.$"):
         parse(GROUPS, ["--warmup_steps", "-1"])
 
 

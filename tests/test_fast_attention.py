@@ -174,9 +174,18 @@ def test_dropout_and_what_transformers_warns_of_fall_back(options: dict[str, Any
     assert not ours
 
 
-def test_softcap_is_refused_by_transformers():
-    with twice_differentiable_attention(), pytest.raises(ValueError, match="softcap"):
-        module._attention_forward(SimpleNamespace(), *(randn(1, 1, 3, 4) for _ in range(3)), None, softcap=2.0)
+def test_softcap_is_left_to_transformers(ours: list[tuple[int, ...]]):
+    """Which refuses it from some version on."""
+    given = (SimpleNamespace(), *(randn(1, 1, 3, 4) for _ in range(3)), None)
+    try:
+        expected = sdpa_attention_forward(*given, softcap=2.0)[0]
+    except ValueError:
+        with twice_differentiable_attention(), pytest.raises(ValueError, match="softcap"):
+            module._attention_forward(*given, softcap=2.0)
+    else:
+        with twice_differentiable_attention():
+            torch.testing.assert_close(module._attention_forward(*given, softcap=2.0)[0], expected)
+    assert not ours
 
 
 def test_autocast_is_left_to_torch(ours: list[tuple[int, ...]]):

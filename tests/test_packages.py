@@ -46,13 +46,13 @@ def test_an_environment_without_pip_takes_the_one_on_the_path(
     index: Path, tmp_path: Path, target: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """As uv makes them."""
-    wheel, pip = write_wheel(index, "some-words", "1.2", {}), shutil.which("pip")
+    wheel, pip, path = write_wheel(index, "some-words", "1.2", {}), shutil.which("pip"), os.environ["PATH"]
     monkeypatch.setattr(packages, "find_spec", lambda name: None)
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
     with pytest.raises(MetaPeftError, match="there is no pip on this machine: install pip"):
         pip_download("some-words", "1.2", target)
     (tmp_path / "bin").mkdir()
-    (tmp_path / "bin" / "pip").write_text(f'#!/bin/sh\nexec {pip} "$@"\n')
+    (tmp_path / "bin" / "pip").write_text(f'#!/bin/sh\nPATH={path} exec {pip} "$@"\n')
     (tmp_path / "bin" / "pip").chmod(0o755)
     assert pip_download("some-words", "1.2", target).name == wheel.name
 

@@ -122,7 +122,7 @@ def test_encoded_keeps_tasks_and_drops_text():
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
-        (['{"task": "a", "input": ' + "9" * 5000 + ', "target": "x"}'], "line 1: not JSON .*4300 digits"),
+        (['{"task": "a", "input": ' + "9" * 5000 + ', "target": "x"}'], "line 1: not JSON .*4300"),
         (["[" * 10**5], "line 1: not JSON .*recursion"),
         (['{"task": "a", "input": 99999999999999999999999, "target": "x"}'], "do not make a table"),
         (['{"task": "a", "input": "\\ud800", "target": "x"}'], "do not make a table"),
