@@ -15,9 +15,10 @@ def verdict(summary: Summary) -> list[str]:
     scores = {start: float(np.mean(by_shots[summary.shots])) for start, by_shots in summary.along_shots().items()}
     metric, sign = summary.metric, 1 if summary.metric.higher_is_better else -1
     best = max(scores, key=lambda start: sign * scores[start])
+    shown = metric.shown(scores[best])
     after = "" if best == IN_CONTEXT else f" after {summary.at} steps"
     said = [
-        f"Best on these tasks: {TITLES[best]}, {metric.shown(scores[best])} {metric.unit} {metric.title}{after} on"
+        f"Best on these tasks: {TITLES[best]}, {' '.join(filter(None, (shown, metric.unit, metric.title)))}{after} on"
         f" {summary.shots} examples."
     ]
     at = {d.other: d for d in summary.differences() if d.steps == summary.at}
