@@ -7,6 +7,9 @@ import json
 import logging
 import re
 import shutil
+import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -19,6 +22,7 @@ from surface import (
     TEST,
     TRAIN,
     base_model,
+    environment,
     letter_rows,
     letter_tasks,
     run_python,
@@ -377,6 +381,20 @@ def test_options_may_be_written_as_those_of_train(tmp_path: Path, support: Path,
     words = ["--adapter", meta(), "--support", str(support), "--output", str(tmp_path / "a"), "--steps", "1"]
     assert main(["adapt", *words, "--tasks_per_forward=1", "--hold_back", "1"]) == 0
     assert "held_back_loss_after" in json.loads(capsys.readouterr().out)
+
+
+def test_train_stopped_by_a_signal_says_how_to_go_on(tmp_path: Path):
+    words = train_words(tmp_path, "--max_steps", "100000", "--save_strategy", "steps", "--save_steps", "100000")
+    own = environment(PYTHONUNBUFFERED="1")
+    command = [sys.executable, "-m", "meta_peft.cli", *words, "--logging_steps", "1", "--disable_tqdm", "true"]
+    with subprocess.Popen(command, env=own, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as run:
+        assert run.stdout is not None
+        seen = next(line for line in run.stdout if "'loss'" in line)
+        run.send_signal(signal.SIGTERM)
+        rest = run.stdout.read()
+    assert run.returncode == 143, seen + rest
+    assert f"To go on: --output_dir {tmp_path}/out --resume_from_checkpoint True" in rest
+    assert list((tmp_path / "out").glob("checkpoint-*"))
 
 
 def test_stopped_by_ctrl_c(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
