@@ -292,6 +292,8 @@ def test_inspect_an_adapted_adapter(tmp_path: Path, capsys: pytest.CaptureFixtur
     shown = capsys.readouterr().out
     assert "say p  {'steps': 3" in shown
     assert f"PeftModel.from_pretrained(base, '{tmp_path / 'say_p'}')" in shown
+    assert main(["inspect", "--adapter", str(tmp_path / "say_p"), "--plot", str(tmp_path / "rates.png")]) == 2
+    assert "has none: leave it out" in capsys.readouterr().err
     assert main(["inspect", "--adapter", str(tmp_path)]) == 2
     assert "not the config of a PEFT adapter" in capsys.readouterr().err
 
