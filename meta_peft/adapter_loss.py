@@ -23,13 +23,15 @@ from meta_peft.fast_forwards import fast_forwards
 from meta_peft.fast_weights import FastWeights, head_modules, is_lora, lora_layers
 from meta_peft.forwards import replaced_forwards
 from meta_peft.frozen_linear import dense_copies, quantised_layers
-from meta_peft.frozen_prefix import FrozenPrefix, layers_of
+from meta_peft.frozen_prefix import FrozenPrefix, Prefix, layers_of
+from meta_peft.inner_optimizers import InnerRule
 from meta_peft.memory import available
 from meta_peft.objectives import objective_for, objective_name
 from meta_peft.objectives.labelled_tokens import TaskScores
 from meta_peft.ops.lora_linear import is_plain
+from meta_peft.slow_prefix import AboveSlow
 from meta_peft.task_rows import RowsRearrangedError, TasksApart, rows_in_place
-from meta_peft.types import Params, Rows
+from meta_peft.types import Params, Rows, Stack
 
 Measured = TypeVar("Measured")
 ROOM = 0.25  # of the memory that is left
@@ -68,6 +70,7 @@ class AdapterLoss:
         self._checkpoint = checkpoint
         below_head = [name for name in self.weights.parameters() if is_lora(name)]
         self._prefix = FrozenPrefix(model, base.config.model_type, below_head)
+        self._slow_prefixes: dict[tuple[str, ...], tuple[Prefix, tuple[str, ...]]] = {}
         layers, heads = list(lora_layers(model, adapter)), list(head_modules(model, adapter))
         self._adapted: list[tuple[str, nn.Module]] = [*layers, *heads]
         self._pooled = frozenset([p for p, layer in layers if is_plain(layer, adapter)] + [p for p, _ in heads])
@@ -129,9 +132,47 @@ class AdapterLoss:
         device = next(iter(self.weights.parameters().values())).device
         return self.dense_copies(ROOM * available(device))
 
-    def layers(self) -> tuple[int, int]:
-        """How many layers the model has, and how many of them are run once per stack instead of at every step."""
-        return len(layers_of(self._base)), self._prefix.n_layers
+    def own(self) -> Params:
+        """The adapter's own values, detached."""
+        return {name: p.detach() for name, p in self.weights.parameters().items()}
+
+    def above(self, fast: tuple[str, ...]) -> AboveSlow | None:
+        """The loss as a function of what reaches the weights called `fast`, if other weights of the adapter lie below."""
+        prefix, below = self._below(fast)
+        return AboveSlow(self, prefix, below) if below and self._at_once else None
+
+    def apart(self, reason: RowsRearrangedError) -> None:
+        """From now on the tasks of a stack go through the model one after the other."""
+        self._at_once = False
+        preflight.say_once(f"{reason} The tasks of a stack go through the model one after the other.")
+
+    def within(
+        self, inside: AbstractContextManager[None], adapter: Params, rows: Rows, *, second_order: bool = True
+    ) -> Tensor:
+        """The losses of all tasks at once, computed inside a context.
+
+        Raises:
+            RowsRearrangedError: this model cannot have the tasks of a stack at once.
+        """
+        own = self.weights.parameters()
+        at_once = any(value.dim() > own[name].dim() for name, value in adapter.items())
+        with self._running(adapter, rows, at_once=at_once, second_order=second_order), inside:
+            return self._objective.loss_per_task(self._base, self._head, rows)
+
+    def stack(self, rule: InnerRule) -> Stack:
+        """How many layers run how often for an inner loop by `rule`."""
+        prefix, below = self._below(tuple(rule.fast_names(self.weights.parameters())))
+        frozen = self._prefix.n_layers
+        return Stack(len(layers_of(self._base)), frozen, prefix.n_layers - frozen if below and self._at_once else 0)
+
+    def _below(self, fast: tuple[str, ...]) -> tuple[Prefix, tuple[str, ...]]:
+        """What runs before the first fast weight, and which of the others it has."""
+        if fast not in self._slow_prefixes:
+            prefix = Prefix(self.model, self._base.config.model_type, [name for name in fast if is_lora(name)])
+            paths = {module: f"{path}." for path, module in self.model.named_modules()}
+            starts = tuple(paths[module] for module in prefix.modules())
+            self._slow_prefixes[fast] = prefix, tuple(n for n in self.weights.parameters() if n.startswith(starts))
+        return self._slow_prefixes[fast]
 
     def _measured(
         self, measure: Callable[[Rows], Measured], adapter: Params, rows: Rows, *, all_layers: bool = False
@@ -144,8 +185,7 @@ class AdapterLoss:
                 with self._running(adapter, rows, at_once=bool(stacked), all_layers=all_layers):
                     return [measure(rows)]
             except RowsRearrangedError as reason:
-                self._at_once = False
-                preflight.say_once(f"{reason} The tasks of a stack go through the model one after the other.")
+                self.apart(reason)
         measured = []
         for task, its_rows in enumerate(self._apart.of(rows)):
             its_adapter = {name: value[task] if name in stacked else value for name, value in adapter.items()}
@@ -154,12 +194,14 @@ class AdapterLoss:
         return measured
 
     @contextmanager
-    def _running(self, adapter: Params, rows: Rows, *, at_once: bool, all_layers: bool) -> Iterator[None]:
+    def _running(
+        self, adapter: Params, rows: Rows, *, at_once: bool, all_layers: bool = False, second_order: bool = True
+    ) -> Iterator[None]:
+        in_place = partial(self._forwards_in_place, adapter, self.second_order and second_order)
         with ExitStack() as stack:
-            stack.enter_context(self._forwards_in_place(adapter))
+            stack.enter_context(in_place())
             if self._checkpoint:
-                again = partial(self._forwards_in_place, adapter)
-                stack.enter_context(replaced_forwards(checkpointed(layers_of(self._base), again)))
+                stack.enter_context(replaced_forwards(checkpointed(layers_of(self._base), in_place)))
             if not all_layers:
                 stack.enter_context(self._prefix.reused(rows))
             if at_once:
@@ -167,12 +209,12 @@ class AdapterLoss:
             yield
 
     @contextmanager
-    def _forwards_in_place(self, adapter: Params) -> Iterator[None]:
+    def _forwards_in_place(self, adapter: Params, second_order: bool) -> Iterator[None]:
         with ExitStack() as stack:
             stack.enter_context(evaluation_mode(self.model))
             stack.enter_context(self.weights.installed(adapter))
             stack.enter_context(replaced_forwards(self._forwards))
-            if self.second_order and torch.is_grad_enabled():
+            if second_order and torch.is_grad_enabled():
                 stack.enter_context(twice_differentiable_attention())
             yield
 

@@ -21,7 +21,7 @@ from meta_peft.objectives import CLASSIFYING, objective_name
 from meta_peft.registry_models import REGISTRY_MODELS
 from meta_peft.sharding import Sharding, asked_for, refusal
 from meta_peft.tasks.encoding import tokenizer_of
-from meta_peft.whole_head import keep_heads_whole
+from meta_peft.whole_head import keep_heads_whole, start_at_zero
 from meta_peft.whole_weights import whole_weight
 
 logger = logging.getLogger("meta_peft")
@@ -122,20 +122,28 @@ def load_base(args: ModelArguments) -> Any:
         )
     except (OSError, ValueError) as error:
         raise MetaPeftError(f"The base model {args.model_name_or_path!r} cannot be loaded: {error}") from error
-    _check_complete(model, objective, found)
+    absent = _absent_parts(model, found)
+    _check_complete(model, objective, absent)
     if args.load_in_4bit + args.load_in_8bit and not quantised_layers(model):
         raise MetaPeftError("The base was loaded without quantisation, though it was asked for: leave device_map out.")
     keep_heads_whole(model)
+    if absent and args.new_head == "zero":  # what is absent is a head, or it would have been refused
+        start_at_zero(model)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     model.name_or_path = args.model_name_or_path  # what adapters name as their base: never a cache folder
     return model
 
 
-def _check_complete(model: Any, objective: str, found: dict[str, Any]) -> None:
-    """Raise if frozen weights start at random: the next one who loads the base would have others."""
+def _absent_parts(model: Any, found: dict[str, Any]) -> set[str]:
+    """The weights that the checkpoint has not, or has in another shape."""
     absent = [*found["missing_keys"], *(key if isinstance(key, str) else key[0] for key in found["mismatched_keys"])]
-    parts = {name for name, _ in model.named_parameters()} & set(absent)
+    return {name for name, _ in model.named_parameters()} & set(absent)
+
+
+def _check_complete(model: Any, objective: str, absent: set[str]) -> None:
+    """Raise if frozen weights start at random: the next one who loads the base would have others."""
+    parts = absent
     if objective in CLASSIFYING:  # the head is learned, and saved with the adapter
         parts = {name for name in parts if not name.split(".")[0].endswith(HEADS)}
     if parts:

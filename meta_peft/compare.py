@@ -16,7 +16,7 @@ from tqdm import tqdm
 from meta_peft.checked import at_least, is_number, one_of
 from meta_peft.equal_compute import at_equal_compute
 from meta_peft.errors import MetaPeftError
-from meta_peft.evaluate import Curve, Start, tune, tuned_curve
+from meta_peft.evaluate import Curve, Start, joined, losses_by_factor, tuned_curve
 from meta_peft.in_context import in_context_scores
 from meta_peft.report import Report
 from meta_peft.tasks import TaskSet
@@ -80,7 +80,7 @@ def compare(
 
 def multitask_start(of: MetaTrainer, tasks: TaskSet, new_model: Callable[[], PeftModel]) -> Start:
     """The hard baseline: one LoRA for all tasks, from the same episodes and more, for the same compute."""
-    own = at_equal_compute(of.args, of.loss_fn.layers(), algorithm="multitask")
+    own = at_equal_compute(of.args, of.loss_fn.stack(of.args.inner_rule()), algorithm="multitask")
     trainer = MetaTrainer(
         new_model(),
         args=own,
@@ -112,11 +112,30 @@ def start_curve(
     test: list[EpisodeBatch],
     steps: list[int],
     factors: list[float],
+    *others: Start,
 ) -> Curve:
-    """The curve of one start on the test tasks, its rate for each number of steps chosen on the validation tasks."""
+    """The curve of one start on the test tasks, its rate for each number of steps chosen on the validation tasks.
+
+    `others` are the same start by other rules: for each number of steps the rule, too, is chosen on the validation tasks.
+    """
+    starts = [start, *others]
     n_validation, n_test = (sum(batch.n_tasks for batch in batches) for batches in (validation, test))
-    with tqdm(total=n_validation * len(factors) + n_test, desc=start.name, unit="task", dynamic_ncols=True) as bar:
-        loss_fn = trainer.scorer.loss_fn
-        chosen = tune(loss_fn, start, validation, steps, factors, progress=bar.update)
-        bar.total = n_validation * len(factors) + n_test * len(set(chosen.values()))
-        return tuned_curve(loss_fn, start, test, chosen, scorer=trainer.scorer, progress=bar.update)
+    to_tune = n_validation * len(factors) * len(starts)
+    with tqdm(total=to_tune + n_test, desc=start.name, unit="task", dynamic_ncols=True) as bar:
+        loss_fn, steps = trainer.scorer.loss_fn, sorted(steps)
+        loss_VFS = np.stack(
+            [losses_by_factor(loss_fn, s, validation, steps, factors, progress=bar.update) for s in starts]
+        )
+        best_S = loss_VFS.reshape(-1, len(steps)).argmin(0)
+        which_S, factor_S = best_S // len(factors), [factors[i] for i in best_S % len(factors)]
+        bar.total = to_tune + n_test * len(set(best_S))
+        chosen = [
+            {k: f for k, f, w in zip(steps, factor_S, which_S, strict=True) if w == i} for i in range(len(starts))
+        ]
+        return joined(
+            [
+                tuned_curve(loss_fn, s, test, of_it, scorer=trainer.scorer, progress=bar.update)
+                for s, of_it in zip(starts, chosen, strict=True)
+                if of_it
+            ]
+        )

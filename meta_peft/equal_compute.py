@@ -1,6 +1,7 @@
 """Other algorithms in place of that of a run, for as many outer steps as cost what the run costs.
 
-Counted in matrix products of a row with a layer. Layers below the lowest adapted one are run once a row.
+Counted in matrix products of a row with a layer. Layers below the lowest adapted one are run once a row, those below the
+lowest fast weight once forward and once backward.
 """
 
 from __future__ import annotations
@@ -14,13 +15,14 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 from meta_peft.algorithms import MultiTask
 from meta_peft.config import MetaLoraConfig
 from meta_peft.schedule import AnyAlgorithm
+from meta_peft.types import Stack
 
 
-def at_equal_compute(args: MetaLoraConfig, layers: tuple[int, int], **changes: Any) -> MetaLoraConfig:
+def at_equal_compute(args: MetaLoraConfig, layers: Stack, **changes: Any) -> MetaLoraConfig:
     """A copy of `args` with some options changed, and with the outer steps that the same compute buys.
 
     Args:
-        layers: how many layers the model has, and how many of them run once a row (see `AdapterLoss.layers`).
+        layers: how many layers the model has, and how many of them run how often (see `AdapterLoss.stack`).
         changes: options, such as ``algorithm="multitask"``. Steps of multi-task warm-up stay as they are.
     """
     own = copy.copy(args)
@@ -28,18 +30,20 @@ def at_equal_compute(args: MetaLoraConfig, layers: tuple[int, int], **changes: A
         setattr(own, option, value)
     own.eval_strategy, own.save_strategy = IntervalStrategy.NO, SaveStrategy.NO
     warmup = min(args.multitask_warmup_steps, args.max_steps)  # these cost what a step of multi-task training costs
-    n_layers, once = layers
-    ratio = compute_ratio(n_layers, n_layers - once, args) / compute_ratio(n_layers, n_layers - once, own)
+    ratio = compute_ratio(layers, args) / compute_ratio(layers, own)
     own.max_steps = warmup + round((args.max_steps - warmup) * ratio)
     return own
 
 
-def compute_ratio(n_layers: int, adapted: int, args: MetaLoraConfig) -> float:
+def compute_ratio(layers: Stack, args: MetaLoraConfig) -> float:
     """How many steps of multi-task training cost as much as one outer step of `args.algorithm`, on average."""
     rows, schedule = args.shots + args.query_size, args.schedule()
 
     def cost(algorithm: AnyAlgorithm) -> int:
-        return rows * (n_layers - adapted) + adapted * algorithm.products(args.shots, args.query_size)
+        slow = layers.slow if algorithm.adapts and algorithm.inner.fast is not None else 0
+        fast = layers.all - layers.frozen - slow
+        in_passing = rows * fast if slow else 0  # the pass that finds what reaches the fast weights runs all layers
+        return rows * (layers.frozen + 2 * slow) + in_passing + fast * algorithm.products(args.shots, args.query_size)
 
     proper = range(min(args.multitask_warmup_steps, args.max_steps - 1), args.max_steps)
     return float(np.mean([cost(schedule.at(step)) for step in proper])) / cost(MultiTask())

@@ -289,14 +289,14 @@ def _rank(loss_fn: AdapterLoss) -> int:
 
 def _how(kind: str, settled: _Settled, loss_fn: AdapterLoss) -> str:
     """In words, where a number comes from."""
-    layers, once = loss_fn.layers()
     algorithm, second = settled.algorithm, settled.algorithm.second_order
+    layers, frozen, slow = loss_fn.stack(algorithm.inner)
     if kind in (SUPPORT, QUERY):
         labels = (settled.batch.support if kind == SUPPORT else settled.batch.query).labels_BL
         graphs = max(algorithm.kept_graphs, 1) if kind == SUPPORT and second and isinstance(algorithm, MAML) else 1
         tasks, inputs = settled.batch.n_tasks, "layer inputs" if settled.checkpoint else "activations"
         rows = f"{tasks} x {labels.shape[0] // tasks} rows of {labels.shape[1]} tokens"
-        return f"{rows}: {inputs} of {layers - once} of {layers} layers, {graphs} graph{'s' * (graphs > 1)}"
+        return f"{rows}: {inputs} of {layers - frozen - slow} of {layers} layers, {graphs} graph{'s' * (graphs > 1)}"
     return {
         BACK: "what backward passes make" + (", kept for second derivatives" if second else ""),
         SCORES: "rows x heads x tokens x tokens" + (", kept for second derivatives" if second else ""),

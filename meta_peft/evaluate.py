@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -22,12 +23,13 @@ Progress = Callable[[int], object]
 
 @dataclass(frozen=True)
 class Start:
-    """An adapter to adapt from, and the rule and rates to adapt it by."""
+    """An adapter to adapt from, and the rule and rates to adapt it by; `how` tells it from others of its name, in words."""
 
     name: str
     adapter: Params
     hyper: Params
     rule: InnerRule
+    how: str = ""
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,8 @@ class Curve:
     """Query loss, and score by the metric called `metric`, ``[T, S]`` each, of T tasks after each of S numbers of steps.
 
     `factors` are the rate factors used, ``[S]``, None where there were several. `calibration` has the counts of
-    `labelled_tokens.TaskScores` summed over tasks, ``[S, K, 3]``, where they were kept.
+    `labelled_tokens.TaskScores` summed over tasks, ``[S, K, 3]``, where they were kept. `how` is that of the
+    start that was adapted, ``[S]``, where there are several of one name.
     """
 
     steps: tuple[int, ...]
@@ -44,6 +47,7 @@ class Curve:
     factors: tuple[float | None, ...]
     metric: str = "exact_match"
     calibration: np.ndarray | None = None
+    how: tuple[str, ...] = ()
 
 
 def curve(
@@ -83,7 +87,8 @@ def curve(
     ]
     loss, score = (np.stack([values[i] for values in by_step], axis=1) for i in (0, 1))
     calibration = np.stack([counts.sum(0) for _, _, counts in by_step])
-    return Curve(tuple(sorted(steps)), loss, score, (factor,) * len(steps), scorer.metric.name, calibration)
+    how = (start.how,) * len(steps)
+    return Curve(tuple(sorted(steps)), loss, score, (factor,) * len(steps), scorer.metric.name, calibration, how)
 
 
 def tune(
@@ -96,9 +101,22 @@ def tune(
     progress: Progress = lambda tasks: None,
 ) -> dict[int, float]:
     """For each number of steps, the rate factor with the lowest mean query loss on the validation `batches`."""
+    mean_loss_FS = losses_by_factor(loss_fn, start, batches, steps, factors, progress=progress)
+    return {step: factors[int(best)] for step, best in zip(sorted(steps), mean_loss_FS.argmin(0), strict=True)}
+
+
+def losses_by_factor(
+    loss_fn: AdapterLoss,
+    start: Start,
+    batches: Sequence[EpisodeBatch],
+    steps: Sequence[int],
+    factors: Sequence[float],
+    *,
+    progress: Progress = lambda tasks: None,
+) -> np.ndarray:
+    """Mean query losses ``[F, S]``, infinite where a task's is not finite."""
     tried = [curve(loss_fn, start, batches, steps, factor=f, progress=progress) for f in factors]
-    mean_loss = np.stack([np.where(np.isfinite(c.loss), c.loss, np.inf).mean(0) for c in tried])  # [F, S]
-    return {step: factors[int(best)] for step, best in zip(sorted(steps), mean_loss.argmin(0), strict=True)}
+    return np.stack([np.where(np.isfinite(c.loss), c.loss, np.inf).mean(0) for c in tried])
 
 
 def tuned_curve(
@@ -121,7 +139,28 @@ def tuned_curve(
         parts.update({k: (run.loss[:, i], run.score[:, i], run.calibration[i]) for i, k in enumerate(mine)})
     loss, score = (np.stack([parts[step][i] for step in steps], axis=1) for i in (0, 1))
     calibration = np.stack([parts[step][2] for step in steps])
-    return Curve(tuple(steps), loss, score, tuple(factors[k] for k in steps), scorer.metric.name, calibration)
+    how = (start.how,) * len(steps)
+    return Curve(tuple(steps), loss, score, tuple(factors[k] for k in steps), scorer.metric.name, calibration, how)
+
+
+def joined(curves: Sequence[Curve]) -> Curve:
+    """Curves of the same tasks after different numbers of steps as one."""
+    order = sorted((step, c, i) for c, found in enumerate(curves) for i, step in enumerate(found.steps))
+
+    def column(name: str) -> list[Any]:
+        return [getattr(curves[c], name)[..., i] for _, c, i in order]
+
+    counts = [curves[c].calibration for _, c, _ in order]
+    calibration = [of[i] for of, (_, _, i) in zip(counts, order, strict=True) if of is not None]
+    return Curve(
+        steps=tuple(step for step, _, _ in order),
+        loss=np.stack(column("loss"), axis=1),
+        score=np.stack(column("score"), axis=1),
+        factors=tuple(curves[c].factors[i] for _, c, i in order),
+        metric=curves[0].metric,
+        calibration=np.stack(calibration) if len(calibration) == len(order) else None,
+        how=tuple(curves[c].how[i] for _, c, i in order),
+    )
 
 
 def calibration_error(counts_K3: np.ndarray) -> float:

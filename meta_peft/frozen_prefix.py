@@ -10,7 +10,7 @@ layers each time.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -47,38 +47,48 @@ class Run(NamedTuple):
     n_layers: int
 
 
-class FrozenPrefix:
-    """Remembers, for each live `Rows`, what the constant parts of a model return."""
+class Prefix:
+    """What a forward runs before it comes to the first of some weights: everything, if there are none."""
 
-    def __init__(self, model: nn.Module, model_type: str, adapted: list[str]):
-        self._runs = _constant_runs(model, adapted) if model_type in PLAIN_STACKS else []
-        self._known: WeakKeyDictionary[Rows, dict[int, Any]] = WeakKeyDictionary()
+    def __init__(self, model: nn.Module, model_type: str, weights: list[str]):
+        self._runs = _runs_before(model, weights) if model_type in PLAIN_STACKS else []
 
     @property
     def n_layers(self) -> int:
-        """How many layers are run once per stack."""
+        """How many layers they are."""
         return sum(run.n_layers for run in self._runs)
 
     def modules(self) -> list[nn.Module]:
-        """What is run once per stack."""
+        """Each layer, or each half of a model, that belongs to it."""
         return [module for run in self._runs for module in run.modules]
 
     @contextmanager
-    def reused(self, rows: Rows) -> Iterator[None]:
-        """A forward of `rows` inside this context skips what an earlier one has computed."""
-        known = self._known.setdefault(rows, {}) if self._runs else {}
+    def noted(self, known: dict[int, Any], change: Callable[[Any], Any] = lambda output: output) -> Iterator[None]:
+        """Forwards inside this context write what each run returns to `known`, after `change`; what is there is not run."""
         skipped = {module: known[i] for i, run in enumerate(self._runs) if i in known for module in run.modules}
         with ExitStack() as stack:
             stack.enter_context(replaced_forwards((m, partial(_return, value)) for m, value in skipped.items()))
             for i, run in enumerate(self._runs):
                 if i not in known:
-                    stack.callback(run.modules[-1].register_forward_hook(_remembering(known, i)).remove)
+                    stack.callback(run.modules[-1].register_forward_hook(_noting(known, i, change)).remove)
             yield
 
 
-def _remembering(known: dict[int, Any], i: int) -> Callable[[nn.Module, Any, Any], Any]:
+class FrozenPrefix(Prefix):
+    """Remembers, for each live `Rows`, what the constant parts of a model return."""
+
+    def __init__(self, model: nn.Module, model_type: str, adapted: list[str]):
+        super().__init__(model, model_type, adapted)
+        self._known: WeakKeyDictionary[Rows, dict[int, Any]] = WeakKeyDictionary()
+
+    def reused(self, rows: Rows) -> AbstractContextManager[None]:
+        """A forward of `rows` inside this context skips what an earlier one has computed."""
+        return self.noted(self._known.setdefault(rows, {}), _detached)
+
+
+def _noting(known: dict[int, Any], i: int, change: Callable[[Any], Any]) -> Callable[[nn.Module, Any, Any], Any]:
     def hook(_: nn.Module, __: Any, output: Any) -> Any:
-        known[i] = _detached(output)
+        known[i] = change(output)
         return known[i]
 
     return hook
@@ -111,12 +121,14 @@ def layers_of(base: Any) -> list[nn.Module]:
     return [layer for half in (*halves, base.get_decoder()) for layer in layer_list(half)]
 
 
-def _constant_runs(model: Any, adapted: list[str]) -> list[Run]:
+def _runs_before(model: Any, adapted: list[str]) -> list[Run]:
     base = model.get_base_model()
     if not base.config.is_encoder_decoder:
         return _lower_layers(model, adapted)
     paths = {module: path for path, module in model.named_modules()}
     encoder, decoder = base.get_encoder(), base.get_decoder()
+    if not adapted:
+        return [Run([encoder], len(layer_list(encoder))), Run(layer_list(decoder), len(layer_list(decoder)))]
     in_encoder = [name for name in adapted if _below(paths[encoder], name)]
     in_decoder = [name for name in adapted if _below(paths[decoder], name)]
     if len(in_encoder) + len(in_decoder) < len(adapted):
@@ -130,7 +142,8 @@ def _lower_layers(model: nn.Module, adapted: list[str]) -> list[Run]:
     """What comes before the first adapted layer in the one list of layers that holds every adapted module."""
     for path, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and all(_below(path, name) for name in adapted):
-            first = next(i for i in range(len(module)) if any(_below(f"{path}.{i}", name) for name in adapted))
+            is_adapted = (any(_below(f"{path}.{i}", name) for name in adapted) for i in range(len(module)))
+            first = next((i for i, found in enumerate(is_adapted) if found), len(module))
             return [Run(list(module)[:first], first)] if first else []
     return []
 

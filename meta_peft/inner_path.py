@@ -86,7 +86,8 @@ class InnerPath:
         self._steps: list[_Step] = []
         self.losses: list[Tensor] = []  # the support losses before each step, [T] each
         self.difference_error_T: Tensor | None = None
-        self.fast, self.slow = start(meta.adapter, rule, support.n_tasks)
+        self.fast, slow = start(meta.adapter, rule, support.n_tasks)
+        self.slow = {**slow, **meta.given}
         self._start, self._shelf, state = self.fast, Shelf(), rule.init(self.fast)
         for k in range(rule.steps):  # the gradient has no name here, so that it is gone before the next one is computed
             self.fast, state = rule.step(k, self.fast, self._gradient(k, state), state, self._hyper)

@@ -23,6 +23,7 @@ from meta_peft.inner_loop import start
 from meta_peft.inner_optimizers import InnerRule
 from meta_peft.memory import available
 from meta_peft.params import leaves
+from meta_peft.slow_prefix import above_of
 from meta_peft.types import EpisodeBatch, LossFn, Meta, Rows
 
 logger = logging.getLogger("meta_peft")
@@ -118,13 +119,13 @@ class MemoryPlan:
         kind = (bool(algorithm.second_order), algorithm.inner)
         known = self._needs.get(kind)
         if known is None or known.tokens < support or known.query_tokens < query:
-            support_graph, forward = _graph_bytes(loss_fn, meta, batch.support, algorithm)
+            support_graph, forward, below = _graph_bytes(loss_fn, meta, batch.support, algorithm)
             fast, _ = algorithm.inner.split(meta.adapter)
             weights = sum(p.nbytes for p in fast.values())
             states = len(algorithm.inner.init(fast)) / max(len(fast), 1)
-            known = _Needs(
-                support, query, support_graph, forward * query // support, int(weights * (COPIES + 2 * states))
-            )
+            copies = int(weights * (COPIES + 2 * states))
+            once = below * (support + query) // support
+            known = _Needs(support, query, support_graph, forward * query // support, copies, once)
             self._needs[kind] = known
         return known
 
@@ -140,22 +141,28 @@ class MemoryPlan:
 
 @dataclass(frozen=True)
 class _Needs:
-    """Bytes for one task: the graph of an inner step, the graph of the query loss, copies of its fast weights."""
+    """Bytes for one task: the graph of an inner step, the graph of the query loss, copies of its fast weights.
+
+    `once` is for the graph of what lies below the fast weights, of support and query together (see `slow_prefix`).
+    """
 
     tokens: int
     query_tokens: int
     graph: int
     query_graph: int
     copies: int
+    once: int = 0
 
     def tasks_in(self, budget: float, graphs: int) -> int:
         return int(budget / self.of_task(graphs))
 
     def of_task(self, graphs: int) -> float:
-        return MARGIN * (max(graphs, 1) * self.graph + self.query_graph + self.copies)
+        return MARGIN * (max(graphs, 1) * self.graph + self.query_graph + self.copies + self.once)
 
     def graphs_in(self, budget: float, n_tasks: int) -> int:
-        return int((budget / MARGIN / max(n_tasks, 1) - self.query_graph - self.copies) / max(self.graph, 1))
+        return int(
+            (budget / MARGIN / max(n_tasks, 1) - self.query_graph - self.copies - self.once) / max(self.graph, 1)
+        )
 
 
 def _graphs(algorithm: Any) -> int:
@@ -163,8 +170,8 @@ def _graphs(algorithm: Any) -> int:
     return algorithm.kept_graphs if isinstance(algorithm, MAML) and algorithm.second_order else 1
 
 
-def _graph_bytes(loss_fn: LossFn, meta: Meta, support: Rows, algorithm: Any) -> tuple[int, int]:
-    """What autograd saves for an inner step of one task, and for the forward of it alone."""
+def _graph_bytes(loss_fn: LossFn, meta: Meta, support: Rows, algorithm: Any) -> tuple[int, int, int]:
+    """What autograd saves for an inner step of one task, for the forward of it alone, and for what is run once below it."""
     saved: dict[int, int] = {}
 
     def note(tensor: Tensor) -> Tensor:
@@ -175,14 +182,19 @@ def _graph_bytes(loss_fn: LossFn, meta: Meta, support: Rows, algorithm: Any) -> 
 
     rows = support.tasks(0, 1)
     fast, slow = start(meta.adapter, algorithm.inner, 1)
+    below = 0
     with saved_tensors_hooks(note, lambda tensor: tensor):
+        if (above := above_of(algorithm, loss_fn, meta.adapter)) is not None:
+            reached = above.reach(leaves(slow), rows)
+            loss_fn, slow, below = above, {**slow, **leaves(reached)}, sum(saved.values())
+            saved.clear()
         forward_only = loss_fn({**slow, **leaves(fast)}, rows)
         forward = sum(saved.values())
         del forward_only
         if not algorithm.second_order:
-            return forward, forward
+            return forward, forward, below
         saved.clear()
         graph = GradientGraph(loss_fn, fast, slow, rows)
         total = sum(saved.values())
         del graph
-    return total, forward
+    return total, forward, below

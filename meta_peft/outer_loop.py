@@ -20,6 +20,8 @@ from meta_peft.memory import or_out_of_memory
 from meta_peft.memory_plan import MemoryPlan
 from meta_peft.params import weighted_sum
 from meta_peft.schedule import AnyAlgorithm
+from meta_peft.slow_prefix import above_of, gradient_above
+from meta_peft.task_rows import RowsRearrangedError
 from meta_peft.types import Algorithm, EpisodeBatch, LossFn, Meta, MetaGradient, Params
 
 
@@ -82,7 +84,9 @@ def bind(model: PeftModel | AdapterLoss, algorithm: AnyAlgorithm, *, checkpoint:
     return loss_fn
 
 
-def in_chunks(algorithm: Algorithm, loss_fn: LossFn, meta: Meta, batch: EpisodeBatch, plan: MemoryPlan) -> MetaGradient:
+def in_chunks(
+    algorithm: AnyAlgorithm, loss_fn: LossFn, meta: Meta, batch: EpisodeBatch, plan: MemoryPlan
+) -> MetaGradient:
     """The mean of the meta-gradients of the batch's chunks, each weighted by its number of tasks."""
     parts: list[MetaGradient] = []
     done, order = 0, None
@@ -95,7 +99,7 @@ def in_chunks(algorithm: Algorithm, loss_fn: LossFn, meta: Meta, batch: EpisodeB
             batch, order = batch.by_length()
         chunk = batch.part(done, min(done + size, batch.n_tasks))
         with loss_fn.dense_copies(plan.spare) if isinstance(loss_fn, AdapterLoss) else nullcontext():
-            part = or_out_of_memory(partial(settled, loss_fn, meta, chunk))
+            part = or_out_of_memory(partial(_gradient, settled, loss_fn, meta, chunk))
         if not isinstance(part, BaseException):
             parts.append(part)
             done += chunk.n_tasks
@@ -110,6 +114,16 @@ def in_chunks(algorithm: Algorithm, loss_fn: LossFn, meta: Meta, batch: EpisodeB
     if order is not None:
         metrics = {name: values[order.argsort().to(values.device)] for name, values in metrics.items()}
     return MetaGradient(grads, batch.n_tasks, metrics)
+
+
+def _gradient(algorithm: AnyAlgorithm, loss_fn: LossFn, meta: Meta, batch: EpisodeBatch) -> MetaGradient:
+    """That of one chunk; what lies below the fast weights is run once, where it is known what that is."""
+    if (above := above_of(algorithm, loss_fn, meta.adapter)) is not None:
+        try:
+            return gradient_above(algorithm, above, meta, batch)
+        except RowsRearrangedError as reason:
+            above.model.apart(reason)
+    return algorithm(loss_fn, meta, batch)
 
 
 def _nothing_fits(algorithm: Algorithm) -> MetaPeftError:

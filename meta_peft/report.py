@@ -41,7 +41,8 @@ class Report:
         rows = []
         for name, curve in self.curves.items():
             for i, steps in enumerate(curve.steps):
-                rows.append(_row(name, steps, curve.factors[i], curve.loss[:, i], curve.score[:, i], self.metric))
+                how = curve.how[i] if curve.how else ""
+                rows.append(_row(name, steps, curve.factors[i], curve.loss[:, i], curve.score[:, i], self.metric, how))
         if self.in_context is not None:
             rows.append(_row("in-context examples", 0, None, *self.in_context, self.metric))
         return rows
@@ -71,7 +72,9 @@ class Report:
                     "worst_loss": f"{row['worst_loss']:.2f}",
                     "score": f"{score} ({low} to {high})",
                     "worst_score": metric.shown(row[f"worst_{metric.name}"]),
-                    "rate_factor": "" if factor is None or row["steps"] == 0 else f"{factor:g}",
+                    "rate_factor": ""
+                    if factor is None or row["steps"] == 0
+                    else ", ".join(filter(None, (f"{factor:g}", row["how"]))),
                 }
             )
         return found
@@ -128,12 +131,19 @@ class Report:
 
 
 def _row(
-    name: str, steps: int, factor: float | None, loss: np.ndarray, score: np.ndarray, metric: Metric
+    name: str,
+    steps: int,
+    factor: float | None,
+    loss: np.ndarray,
+    score: np.ndarray,
+    metric: Metric,
+    how: str = "",
 ) -> dict[str, Any]:
     return {
         "start": name,
         "steps": steps,
         "rate_factor": factor,
+        "how": how,
         "tasks": len(loss),
         "loss": float(loss.mean()),
         "loss_interval": interval(loss),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -68,6 +68,14 @@ class Rows:
         return Rows(inputs, change(self.labels_BL), n_tasks, choices)
 
 
+class Stack(NamedTuple):
+    """How many layers a model has; how many lie below the first adapted one, and from there below the first fast one."""
+
+    all: int
+    frozen: int
+    slow: int = 0
+
+
 @dataclass(frozen=True, eq=False)
 class EpisodeBatch:
     """T episodes: their support rows, their query rows and the names of their tasks."""
@@ -105,10 +113,14 @@ def _last_label(rows: Rows) -> Tensor:
 
 @dataclass(frozen=True)
 class Meta:
-    """What the outer loop learns: the adapter's initialisation and the inner loop's rates."""
+    """What the outer loop learns: the adapter's initialisation and the inner loop's rates.
+
+    `given` is what losses depend on besides, under names of its own: no inner step moves it (see `slow_prefix`).
+    """
 
     adapter: Params
     hyper: Params
+    given: Params = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

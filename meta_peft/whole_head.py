@@ -1,4 +1,4 @@
-"""A classification head in float32 on a base in bfloat16: the head is learned, and bfloat16 swallows small steps."""
+"""The classification head of a base: in float32, since it is learned, and from zero where the checkpoint has none."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ LOW = (torch.bfloat16, torch.float16)
 
 
 def keep_heads_whole(model: nn.Module) -> None:
-    """Put the classification heads of `model` into float32. What comes into them is converted.
+    """Put the classification heads of `model` into float32, for bfloat16 swallows small steps. What comes in is converted.
 
     PEFT copies a head with its hook, so that each adapter's own is whole too.
     """
@@ -24,3 +24,15 @@ def keep_heads_whole(model: nn.Module) -> None:
 
 def _in_float32(head: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple(x.float() if isinstance(x, Tensor) and x.dtype in LOW else x for x in inputs)
+
+
+def start_at_zero(model: nn.Module) -> None:
+    """Set the last layer of the heads of `model` to zero, so that all classes are alike before the first example.
+
+    What a number stands for changes from task to task, so a start that prefers one is wrong for most (Ye and Chao,
+    ICLR 2022, arXiv 2106.16245). The first step then makes each class's weights of its examples.
+    """
+    heads = [head for name, head in model.named_children() if name.endswith(HEADS)]
+    last = [layer for head in heads for layer in head.modules() if isinstance(layer, nn.Linear)][-1]
+    for parameter in last.parameters():
+        nn.init.zeros_(parameter)

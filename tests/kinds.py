@@ -136,7 +136,12 @@ def folder(kind: str) -> Path:
 
 def arguments(kind: str, **options: Any) -> ModelArguments:
     how = KINDS[kind]
-    given = {"objective": how.objective, "num_labels": how.num_labels, "lora_target_modules": list(how.targets)}
+    given = {
+        "objective": how.objective,
+        "num_labels": how.num_labels,
+        "lora_target_modules": list(how.targets),
+        "new_head": "random",
+    }
     return ModelArguments(str(folder(kind)), **{**given, "lora_r": 2, **options})
 
 

@@ -8,6 +8,7 @@ import pytest
 from surface import config
 
 from meta_peft.equal_compute import at_equal_compute, compute_ratio
+from meta_peft.types import Stack
 
 
 @pytest.mark.parametrize(
@@ -22,7 +23,7 @@ from meta_peft.equal_compute import at_equal_compute, compute_ratio
 )
 def test_compute_ratio_by_hand(tmp_path: Path, algorithm: str, products: int):
     args = config(tmp_path, algorithm=algorithm, shots=4, query_size=8, inner_steps=3, proximal=1.0)
-    assert compute_ratio(6, 2, args) == pytest.approx(products / 96)
+    assert compute_ratio(Stack(6, 4), args) == pytest.approx(products / 96)
 
 
 @pytest.mark.parametrize(
@@ -36,7 +37,7 @@ def test_compute_ratio_by_hand(tmp_path: Path, algorithm: str, products: int):
 )
 def test_compute_ratio_of_what_is_kept_and_rebuilt(tmp_path: Path, options: dict, products: int):
     args = config(tmp_path, shots=4, query_size=8, inner_steps=3, **options)
-    assert compute_ratio(6, 2, args) == pytest.approx(products / 96)
+    assert compute_ratio(Stack(6, 4), args) == pytest.approx(products / 96)
 
 
 def test_compute_ratio_is_the_mean_over_the_schedule(tmp_path: Path):
@@ -48,23 +49,37 @@ def test_compute_ratio_is_the_mean_over_the_schedule(tmp_path: Path):
         [3, 3, 3, 3, 1, 1],
     )  # of one inner step, and how often the query rows are seen
     steps = [48 + 2 * (3 * s * 4 + 2 * 8 * q) for s, q in zip(support, queries, strict=True)]
-    assert compute_ratio(6, 2, args) == pytest.approx(sum(steps) / 6 / 96)
+    assert compute_ratio(Stack(6, 4), args) == pytest.approx(sum(steps) / 6 / 96)
 
 
 def test_compute_ratio_where_all_layers_are_adapted(tmp_path: Path):
     args = config(tmp_path, shots=4, query_size=4, inner_steps=1)
-    assert compute_ratio(6, 6, args) == pytest.approx((4 * 4 + 2 * 4) / (2 * 8))
+    assert compute_ratio(Stack(6, 0), args) == pytest.approx((4 * 4 + 2 * 4) / (2 * 8))
 
 
 def test_others_get_the_steps_that_the_same_compute_buys(tmp_path: Path):
     """6 layers, 4 of them run once: a step of MAML costs 176 products, of multi-task training 96, of first order 128."""
     args = config(tmp_path, shots=4, query_size=8, inner_steps=3, max_steps=60)
-    steps = {name: at_equal_compute(args, (6, 4), algorithm=name).max_steps for name in ("maml", "multitask", "fomaml")}
+    steps = {
+        name: at_equal_compute(args, Stack(6, 4), algorithm=name).max_steps for name in ("maml", "multitask", "fomaml")
+    }
     assert steps == {"maml": 60, "multitask": round(60 * 176 / 96), "fomaml": round(60 * 176 / 128)}
     assert args.max_steps == 60, "the options given stay as they are"
 
 
 def test_steps_of_warm_up_stay_as_they_are(tmp_path: Path):
     args = config(tmp_path, shots=4, query_size=8, inner_steps=3, max_steps=60, multitask_warmup_steps=20)
-    own = at_equal_compute(args, (6, 4), algorithm="multitask")
+    own = at_equal_compute(args, Stack(6, 4), algorithm="multitask")
     assert own.max_steps == 20 + round(40 * 176 / 96)
+
+
+def test_layers_below_the_fast_weights_cost_as_much_as_in_multi_task_training(tmp_path: Path):
+    """Of 6 layers 1 is frozen, 3 are slow, 2 are fast: a forward, forward and backward, a forward and inner steps."""
+    options = {"shots": 4, "query_size": 8, "inner_steps": 3, "max_steps": 60}
+    args = config(tmp_path, fast_weights="lora_B", **options)
+    products = 12 + 3 * 2 * 12 + 2 * (12 + 3 * 4 * 4 + 2 * 8)
+    assert compute_ratio(Stack(6, 1, 3), args) == pytest.approx(products / (12 + 5 * 2 * 12))
+    # With the head alone an outer step costs what one of multi-task training does.
+    assert at_equal_compute(args, Stack(6, 1, 5), algorithm="multitask").max_steps == 60
+    everything = config(tmp_path, **options)  # without fast weights of their own none are slow
+    assert compute_ratio(Stack(6, 1, 3), everything) == compute_ratio(Stack(6, 1), everything)

@@ -88,7 +88,7 @@ def test_changes_no_loss_and_no_gradient(kind: str, pad: str):
     if len(runs) > 1:
         assert runs[0] == [2, 2, 2]
         assert all_runs[0] == [3, 3, 3]
-    assert with_reuse.layers() == (3 * len(runs), 3 * len(runs) - 1)
+    assert with_reuse.stack(InnerRule()) == (3 * len(runs), 3 * len(runs) - 1, 0)
 
 
 @pytest.mark.parametrize("kind", ["t5", "whisper"])
@@ -116,7 +116,7 @@ def test_nothing_is_constant_above_an_adapted_embedding():
         (r".*encoder\..*(embed_tokens|block\.2\..*\.q)", 0),
         (r".*decoder\.block\.2\..*\.q|lm_head", 0),
     ]:
-        assert AdapterLoss(lora(base_of("t5", layers=3), targets)).layers() == (6, below)
+        assert AdapterLoss(lora(base_of("t5", layers=3), targets)).stack(InnerRule()) == (6, below, 0)
 
 
 def test_tasks_that_go_one_after_the_other_share_nothing_but_skip_the_same():
@@ -205,4 +205,4 @@ def test_model_types_that_are_not_known_run_all_their_layers():
     for _ in range(2):
         loss_fn(dict(loss_fn.weights.parameters()), rows)
     assert runs == [[2, 2, 2]]
-    assert loss_fn.layers() == (3, 0)
+    assert loss_fn.stack(InnerRule()) == (3, 0, 0)

@@ -216,7 +216,7 @@ def test_layers_below_the_adapter_run_once():
     """The head, above all layers, is no part of where the adapter begins."""
     model = model_of("bert", target_modules=["query"], layers_to_transform=[1])
     loss_fn, rows = AdapterLoss(model), rows_of("bert")
-    assert loss_fn.layers() == (2, 1)
+    assert loss_fn.stack(InnerRule()) == (2, 1, 0)
     values = leaves(expand(dict(loss_fn.weights.parameters()), 2))
     first = loss_fn(values, rows)
     assert torch.equal(loss_fn(values, rows), first)

@@ -57,7 +57,7 @@ def test_meta_train_adapt_save_load(tmp_path: Path):
     trainer = MetaTrainer(
         model, args, train_dataset=train.select(train.names[::40]), processing_class=load_tokenizer(SMOLLM2)
     )
-    assert trainer.loss_fn.layers() == (30, 28)
+    assert trainer.loss_fn.stack(InnerRule()) == (30, 28, 0)
     start = {name: p.detach().clone() for name, p in trainer.loss_fn.weights.parameters().items()}
     trainer.train()
     losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]

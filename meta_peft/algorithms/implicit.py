@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -43,6 +44,7 @@ class ImplicitMAML:
     solver: str = "cg"
     iterations: int = 5
     memory: str | int = "auto"
+    adapts: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not self.inner.proximal:
@@ -71,9 +73,10 @@ class ImplicitMAML:
 
     def __call__(self, loss_fn: LossFn, meta: Meta, batch: EpisodeBatch) -> MetaGradient:
         losses: list[Tensor] = []
-        end = adapt(recorded(loss_fn, losses), meta.adapter, meta.hyper, batch.support, self.inner)
+        with_given: LossFn = lambda adapter, rows: loss_fn({**meta.given, **adapter}, rows)  # noqa: E731
+        end = adapt(recorded(with_given, losses), meta.adapter, meta.hyper, batch.support, self.inner)
         fast, _ = self.inner.split(end)
-        _, slow = start(meta.adapter, self.inner, batch.n_tasks)
+        slow = {**start(meta.adapter, self.inner, batch.n_tasks)[1], **meta.given}
         at = {"fast": leaves(fast), "slow": leaves(slow)}
         loss_T = loss_fn({**at["slow"], **at["fast"]}, batch.query)
         grads = gradients(loss_T.sum(), {**at["fast"], **at["slow"]})
@@ -94,11 +97,12 @@ class ImplicitMAML:
         at_v, through_slow = product(v, last=True)
         residual = {n: right[n] - v[n] - at_v[n] for n in right}
         found = {n: p.sum(0) for n, p in v.items()} | {n: grads[n] - through_slow[n] for n in slow}
-        mean = {n: found[n] / batch.n_tasks for n in meta.adapter}
+        mean = {n: found[n] / batch.n_tasks for n in (*meta.adapter, *meta.given)}
+        of_meta = Meta({n: mean[n] for n in meta.adapter}, {}, {n: mean[n] for n in meta.given})
         error_T = dot(residual, residual).sqrt() / dot(right, right).sqrt()
         on_the_way = {SUPPORT_LOSSES: torch.stack(losses, 1)} if losses else {}
         metrics = {"loss": loss_T.detach(), "residual": error_T, **on_the_way}
-        return MetaGradient(Meta(mean, {}), batch.n_tasks, metrics)
+        return MetaGradient(of_meta, batch.n_tasks, metrics)
 
 
 def _conjugate_gradients(product: Callable[[Params], Params], right: Params, iterations: int) -> Params:

@@ -13,6 +13,7 @@ the last.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -42,6 +43,7 @@ class MAML:
     second_order_steps: int | None = None
     memory: str | int = "auto"
     multi_step: float = 0.0
+    adapts: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_memory(self.memory)
@@ -79,12 +81,13 @@ class MAML:
 
         total = {**{n: p.sum(0) for n, p in adjoint.fast.items()}, **adjoint.slow}
         adapter = {name: total[name] / batch.n_tasks for name in meta.adapter}
+        given = {name: total[name] / batch.n_tasks for name in meta.given}
         hyper = {name: p / batch.n_tasks for name, p in adjoint.hyper.items()}
         if self.inner.learn_rates and not hyper:  # without steps nothing depends on rates
             hyper = {name: torch.zeros_like(p) for name, p in meta.hyper.items()}
         errors = {} if path.difference_error_T is None else {"hessian_error": path.difference_error_T}
         on_the_way = {SUPPORT_LOSSES: torch.stack(path.losses, 1)} if path.losses else {}
-        return MetaGradient(Meta(adapter, hyper), batch.n_tasks, {"loss": losses[0], **on_the_way, **errors})
+        return MetaGradient(Meta(adapter, hyper, given), batch.n_tasks, {"loss": losses[0], **on_the_way, **errors})
 
     @property
     def kept_graphs(self) -> int:

@@ -17,6 +17,7 @@ from meta_peft.types import EpisodeBatch, LossFn, Meta, MetaGradient
 class MultiTask:
     inner: InnerRule = field(default_factory=InnerRule)  # how the adapter will be adapted; no part of training
     second_order = False
+    adapts = False
 
     def products(self, support: int, query: int) -> int:
         """Matrix products of one row with one adapted layer that a task costs."""

@@ -21,6 +21,7 @@ from meta_peft.types import SUPPORT_LOSSES, EpisodeBatch, LossFn, Meta, MetaGrad
 class Reptile:
     inner: InnerRule = field(default_factory=InnerRule)
     second_order = False
+    adapts = True
 
     def __post_init__(self) -> None:
         if self.inner.steps < 1:

@@ -27,6 +27,13 @@ class ModelArguments:
     num_labels: int | None = field(
         default=None, metadata={"help": "Classes of a classification head: the most that a task has. Else the base's."}
     )
+    new_head: str = field(
+        default="zero",
+        metadata={
+            "help": "Where a classification head starts that the base has not: zero (all classes alike), or random, as"
+            " transformers makes it."
+        },
+    )
     speech_language: str | None = field(
         default=None, metadata={"help": "Language that a speech model is told to write, such as spanish."}
     )
@@ -76,6 +83,7 @@ class ModelArguments:
             one_of("objective", self.objective, tuple(OBJECTIVES))
         if self.num_labels is not None:
             whole("num_labels", self.num_labels, 2, MOST_CLASSES)
+        one_of("new_head", self.new_head, ("zero", "random"))
         one_of("bnb_4bit_quant_type", self.bnb_4bit_quant_type, ("nf4", "fp4"))
         if self.dtype == "float16":
             raise MetaPeftError(

@@ -8,11 +8,12 @@ from meta_peft.checked import at_least, one_of
 from meta_peft.errors import MetaPeftError
 
 META, DEFAULTS, IN_CONTEXT = "meta", "peft_defaults", "in_context"
+PLAIN, MULTITASK, REPTILE = "plain", "multitask", "reptile"
 TITLES = {
     DEFAULTS: "PEFT's defaults",
-    "plain": "plain LoRA",
-    "multitask": "multi-task LoRA",
-    "reptile": "Reptile",
+    PLAIN: "plain LoRA",
+    MULTITASK: "multi-task LoRA",
+    REPTILE: "Reptile",
     "fomaml": "first-order MAML",
     META: "meta-learned LoRA",
     IN_CONTEXT: "in-context examples",

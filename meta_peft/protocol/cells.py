@@ -41,6 +41,7 @@ class Found:
 
     Args:
         factors: the rate factor chosen for each number of steps, ``[S]``.
+        how: by which other rule than the run's own, in words, for each number of steps, ``[S]``.
         calibration: counts by number of steps and bin, ``[S][K][3]`` (see `evaluate.Curve`).
         shots: for each other number of support rows, loss and score by task after `at` steps.
         at: the number of steps that is compared along shots and numbers of tasks.
@@ -57,6 +58,7 @@ class Found:
     score: list[list[float]]
     calibration: list[list[list[float]]]
     at: int
+    how: list[str] = field(default_factory=list)
     shots: dict[str, dict[str, list[float]]] = field(default_factory=dict)
     cost: dict[str, float] = field(default_factory=dict)
     options: str = ""

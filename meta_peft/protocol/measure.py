@@ -18,7 +18,7 @@ from meta_peft.equal_compute import at_equal_compute
 from meta_peft.evaluate import Curve, Start, curve
 from meta_peft.in_context import in_context_scores
 from meta_peft.inner_loop import adapt
-from meta_peft.protocol.arguments import DEFAULTS, IN_CONTEXT, META, TITLES
+from meta_peft.protocol.arguments import DEFAULTS, IN_CONTEXT, META, MULTITASK, PLAIN, REPTILE, TITLES
 from meta_peft.protocol.cells import Cell, Found
 from meta_peft.run_episodes import RunEpisodes
 from meta_peft.scoring import Scores
@@ -81,14 +81,16 @@ def measured(cell: Cell, setting: Setting, options: str) -> Found:
 
     start = trainer.start(TITLES[cell.start])
     batches = trainer.batches(test)
-    found = start_curve(
-        trainer, start, trainer.batches(validation), batches, setting.steps, setting.comparison.rate_factors
-    )
+    starts = [start, *_by_other_rules(cell, trainer)]
+    factors = setting.comparison.rate_factors
+    found = start_curve(trainer, start, trainer.batches(validation), batches, setting.steps, factors, *starts[1:])
     if cell.trained:
         chosen = zip(found.steps, found.factors, strict=True)
         trainer.record(rate_factors={k: f for k, f in chosen if f is not None})
         trainer.save_model()
-    factor = found.factors[found.steps.index(setting.at)]
+    column = found.steps.index(setting.at)
+    factor = found.factors[column]
+    start = next(s for s in starts if s.how == found.how[column])
     assert factor is not None, "start_curve chooses one for each number of steps"
     shots = {str(n): _after(trainer, start, episodes, setting.at, factor) for n, episodes in more.items()}
     cost["seconds_per_step"] = _seconds_per_step(trainer.scorer.loss_fn, start, batches[0])
@@ -96,6 +98,7 @@ def measured(cell: Cell, setting: Setting, options: str) -> Found:
         **common,
         steps=list(found.steps),
         factors=list(found.factors),
+        how=list(found.how),
         loss=found.loss.tolist(),
         score=found.score.tolist(),
         calibration=_counts(found),
@@ -112,8 +115,11 @@ def _trained(cell: Cell, setting: Setting) -> tuple[MetaTrainer, dict[str, float
     model = new_model(replace(setting.model, **PEFT_LORA) if by_default else setting.model, cell.seed)
     for option, value in PEFT_RULE.items() if by_default else ():
         setattr(args, option, value)
-    layers = AdapterLoss(model, second_order=False).layers()
-    args = at_equal_compute(args, layers, **({"algorithm": cell.start} if cell.trained and cell.start != META else {}))
+    layers = AdapterLoss(model, second_order=False).stack(args.inner_rule())
+    changes: dict[str, Any] = {"algorithm": cell.start} if cell.trained and cell.start != META else {}
+    if cell.start == REPTILE:
+        changes["fast_weights"] = None  # it has no gradient for others
+    args = at_equal_compute(args, layers, **changes)
     args.output_dir = str(setting.folder / "starts" / cell.name)
     train = setting.tasks["train"]
     trainer = MetaTrainer(
@@ -129,6 +135,18 @@ def _trained(cell: Cell, setting: Setting) -> tuple[MetaTrainer, dict[str, float
     trainer.train()
     trainer.save_model()
     return trainer, {"outer_steps": args.max_steps, "training_seconds": round(time.monotonic() - began, 1)}
+
+
+def _by_other_rules(cell: Cell, trainer: MetaTrainer) -> list[Start]:
+    """Plain and multi-task LoRA as users adapt them, by Adam on all weights, beside the rule of what is meta-learned."""
+    own = trainer.args
+    if cell.start not in (PLAIN, MULTITASK) or (own.inner_optimizer == "adam" and own.fast_weights is None):
+        return []
+    args = copy.copy(own)
+    for option, value in PEFT_RULE.items():
+        setattr(args, option, value)
+    start, rule = trainer.start(TITLES[cell.start]), replace(args.inner_rule(), learn_rates=False)
+    return [replace(start, rule=rule, hyper=rule.initial_rates(start.adapter), how="Adam on all weights")]
 
 
 def _with_shots(trainer: MetaTrainer, setting: Setting, test: list[Episode], shots: int) -> list[Episode]:

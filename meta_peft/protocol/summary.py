@@ -152,8 +152,9 @@ class Summary:
     def _curve(self, start: str) -> Curve:
         cells = self.of_start(start)
         factors = tuple(f[0] if len(set(f)) == 1 else None for f in zip(*(c.factors for c in cells), strict=True))
+        how = tuple(" or ".join(sorted({h for h in of if h})) for of in zip(*(c.how for c in cells), strict=True))
         loss, score = (self._values(cells, key) for key in ("loss", "score"))
-        return Curve(tuple(cells[0].steps), loss, score, factors, cells[0].metric)
+        return Curve(tuple(cells[0].steps), loss, score, factors, cells[0].metric, how=how)
 
     def _values(self, cells: list[Found], key: str) -> np.ndarray:
         """``[T, S]``, means over seeds."""
