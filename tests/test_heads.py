@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -301,3 +301,25 @@ def test_a_base_whose_frozen_weights_would_be_random(tmp_path):
     with pytest.raises(MetaPeftError, match=r"no weights for 2 parts of BertForSequenceClassification \('bert.pooler"):
         load_base(made)
     assert KINDS[HEAD].num_labels == load_base(arguments(HEAD)).config.num_labels
+
+
+@pytest.mark.parametrize("kind", [name for name, how in KINDS.items() if how.objective == HEAD])
+def test_a_new_head_starts_at_zero_and_learns(kind: str, tmp_path: Path):
+    """In its last layer, so that what comes before it still passes a gradient on after one step."""
+    model = peft_model(kind, new_head="zero")
+    loss_fn = AdapterLoss(model)
+    heads = {n: p for n, p in loss_fn.weights.parameters().items() if "lora_" not in n}
+    zero = {n for n, p in heads.items() if not p.any()}
+    last = [n for n in heads if n.endswith(("classifier.weight", "out_proj.weight", "score.weight"))][-1]
+    assert last in zero
+    assert any(p.any() for n, p in heads.items() if "dense" in n or "pre_classifier" in n) or len(heads) <= 2
+    random = AdapterLoss(peft_model(kind)).weights.parameters()
+    assert random[last].any()
+
+    made = arguments(kind, new_head="zero")
+    trained = tmp_path / "trained"  # a head that the checkpoint has stays as it is
+    base = load_base(arguments(kind))
+    base.save_pretrained(trained)
+    again = load_base(replace(made, model_name_or_path=str(trained)))
+    path = last.removeprefix("base_model.model.").removesuffix(".weight")
+    assert torch.equal(again.get_submodule(path).weight, base.get_submodule(path).weight)

@@ -2,7 +2,12 @@
 
 Other data for the recipe text_classification. One task is one tag of Debian's, such as game::strategy: yes or no, for a
 package by its description. The packages without the tag carry another one of its facet (game), so the topic alone does not
-tell. Splits are by facet. On Debian the packages are those that apt-cache knows (after apt-get update); elsewhere, give a
+tell. Splits are by facet.
+
+With --classes a task is a draw of four tags of any facet, and packages that have one of them alone: other data for the
+recipe decoder_classification.
+
+On Debian the packages are those that apt-cache knows (after apt-get update); elsewhere, give a
 file Packages of a Debian mirror with --packages. A tag that nobody has set is noise in the answers.
 """
 
@@ -14,6 +19,7 @@ import sys
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
+import numpy as np
 from family import Rows, Tasks, run, sample, split
 
 from meta_peft.errors import MetaPeftError
@@ -25,10 +31,14 @@ From the package lists of Debian. The descriptions were written by the packages'
 the packages; the tags were set by maintainers and users (https://wiki.debian.org/Debtags), and name no licence.
 """
 ROWS_PER_LABEL = 24
+WAYS, ENOUGH = 4, 60  # with --classes: tags of a task, packages that a tag must have
+N_TASKS = {"train": 120, "validation": 16, "test": 30}
+SHORTEST, LONGEST = 12, 100
 
 
 def make(options: Namespace, scratch: Path) -> dict[str, Tasks]:
-    return tasks_of(options.packages.read_text(encoding="utf-8") if options.packages else available(), options.seed)
+    packages = options.packages.read_text(encoding="utf-8") if options.packages else available()
+    return draws_of(packages, options.seed) if options.classes else tasks_of(packages, options.seed)
 
 
 def available() -> str:
@@ -62,6 +72,42 @@ def tasks_of(packages: str, seed: int) -> dict[str, Tasks]:
     return split(tasks, seed, group=lambda tag: tag.partition("::")[0])
 
 
+def draws_of(packages: str, seed: int) -> dict[str, Tasks]:
+    """Tasks by split: four tags, and packages that have one of them alone; every facet's tags are in one split."""
+    tags_of = tagged(packages)
+    having: Tasks = {}
+    for text, found in tags_of.items():
+        for tag in sorted(found):
+            having.setdefault(tag, []).append({"text": text, "label": tag})
+    many = {tag: rows for tag, rows in sorted(having.items()) if len(rows) >= ENOUGH}
+    rng = np.random.default_rng(seed)
+    parts = split(many, seed, group=lambda tag: tag.partition("::")[0])
+    return {part: draws(rows_of, tags_of, N_TASKS[part], rng) for part, rows_of in parts.items()}
+
+
+def draws(rows_of: Tasks, tags_of: dict[str, set[str]], n: int, rng: np.random.Generator) -> Tasks:
+    """At most `n` different draws of tags of which each has enough packages of its own."""
+    tasks: Tasks = {}
+    names = sorted(rows_of)
+    for _ in range(50 * n if len(names) >= WAYS else 0):
+        drawn = {names[i] for i in rng.choice(len(names), WAYS, replace=False)}
+        own = {
+            tag: [
+                row
+                for row in rows_of[tag]
+                if tags_of[row["text"]] & drawn == {tag} and SHORTEST <= len(row["text"]) <= LONGEST
+            ]
+            for tag in sorted(drawn)
+        }
+        if " ".join(own) not in tasks and min(map(len, own.values())) >= ROWS_PER_LABEL:
+            tasks[" ".join(own)] = [
+                row for rows in own.values() for row in sample(rows, ROWS_PER_LABEL, int(rng.integers(2**31)))
+            ]
+        if len(tasks) == n:
+            break
+    return tasks
+
+
 def tagged(packages: str) -> dict[str, set[str]]:
     """Tags by short description, from paragraphs of lines ``Field: value``; lines that begin with a space go on."""
     found: dict[str, set[str]] = {}
@@ -75,6 +121,7 @@ def tagged(packages: str) -> dict[str, set[str]]:
 
 
 def options(parser: ArgumentParser) -> None:
+    parser.add_argument("--classes", action="store_true", help="four tags of any facet in each task, as its classes")
     parser.add_argument("--packages", type=Path, metavar="FILE", help="a file Packages, instead of apt-cache")
 
 

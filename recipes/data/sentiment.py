@@ -4,6 +4,9 @@ Training tasks are tweets and film reviews, validation tasks newspaper editorial
 is one domain and one pair of label words. Most pairs say nothing by themselves (A and B, red and blue), and stand there
 in both orders: which is which is in the examples alone. "positive" and "negative" are a pair of the test tasks, for
 comparison.
+
+With --classes a task has texts of its own, 24 positive and 24 negative ones of a domain, for a classification head whose
+classes have no names: other data for the recipe decoder_classification.
 """
 
 from __future__ import annotations
@@ -12,9 +15,10 @@ import html
 import io
 import sys
 import tarfile
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
+import numpy as np
 from family import Rows, Tasks, run, sample
 
 from meta_peft.packages import pip_download
@@ -42,18 +46,20 @@ WORDS = {
 CLEAR = 1.0  # ratings go from -4 to 4; texts between -1 and 1 are left out
 SHORTEST, LONGEST = 15, 140
 ROWS_PER_LABEL = 24
+MOST_TASKS = 40  # of a domain, with --classes
 
 
 def make(options: Namespace, scratch: Path) -> dict[str, Tasks]:
-    return tasks_of(pip_download(PACKAGE, VERSION, scratch, source=True), options.seed)
+    return tasks_of(pip_download(PACKAGE, VERSION, scratch, source=True), options.seed, options.classes)
 
 
-def tasks_of(archive: Path, seed: int) -> dict[str, Tasks]:
+def tasks_of(archive: Path, seed: int, classes: bool = False) -> dict[str, Tasks]:
     with tarfile.open(archive) as package:
         inner = package.extractfile(f"{PACKAGE}-{VERSION}/additional_resources/hutto_ICWSM_2014.tar.gz")
         assert inner is not None
         texts = io.BytesIO(inner.read())
     splits: dict[str, Tasks] = {}
+    rng = np.random.default_rng(seed)
     with tarfile.open(fileobj=texts) as files:
         for part, domains in DOMAINS.items():
             splits[part] = {}
@@ -61,6 +67,9 @@ def tasks_of(archive: Path, seed: int) -> dict[str, Tasks]:
                 file = files.extractfile(f"hutto_ICWSM_2014/{name}_GroundTruth.txt")
                 assert file is not None
                 clear = rated(file.read().decode("utf-8", errors="replace"))
+                if classes:
+                    splits[part] |= apart(domain, clear, rng)
+                    continue
                 for number, words in enumerate(WORDS[part].split()):
                     splits[part][f"{domain} {words}"] = labelled(clear, words.split("/"), seed + number)
     return splits
@@ -83,8 +92,28 @@ def labelled(texts: dict[bool, list[str]], words: list[str], seed: int) -> Rows:
     return sample(positive, ROWS_PER_LABEL, seed) + sample(negative, ROWS_PER_LABEL, seed)
 
 
+def apart(domain: str, texts: dict[bool, list[str]], rng: np.random.Generator) -> Tasks:
+    """Tasks of different texts, as many of each label."""
+    distinct = {label: list(dict.fromkeys(found)) for label, found in texts.items()}
+    n = min(len(found) for found in distinct.values()) // ROWS_PER_LABEL
+    order = {label: rng.permutation(len(found)) for label, found in distinct.items()}
+    words = {True: "positive", False: "negative"}
+    return {
+        f"{domain} {task + 1}": [
+            {"text": distinct[label][i], "label": word}
+            for label, word in words.items()
+            for i in order[label][ROWS_PER_LABEL * task : ROWS_PER_LABEL * (task + 1)]
+        ]
+        for task in range(min(n, MOST_TASKS))
+    }
+
+
+def options(parser: ArgumentParser) -> None:
+    parser.add_argument("--classes", action="store_true", help="different texts for each task, and no label words")
+
+
 def main(words: list[str] | None = None) -> int:
-    return run("sentiment", str(__doc__), SOURCE, make, words=words)
+    return run("sentiment", str(__doc__), SOURCE, make, options, words=words)
 
 
 if __name__ == "__main__":

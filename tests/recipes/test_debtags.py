@@ -5,7 +5,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from debtags import ROWS_PER_LABEL, main, tagged, tasks_of
+from debtags import ROWS_PER_LABEL, WAYS, draws_of, main, tagged, tasks_of
 
 REAL = """Package: yelp-tools
 Depends: python3:any, itstool
@@ -52,6 +52,33 @@ def test_a_task_is_a_tag_and_the_others_of_its_facet():
             for row in rows:
                 assert row["text"].startswith(f"{facet} ")
                 assert row["label"] == ("yes" if row["text"].split()[1] == name else "no")
+
+
+def test_classes_are_four_tags_and_packages_with_one_of_them_alone():
+    """Each package of a facet has its tag, every third of them the next one too, which makes it nobody's example."""
+    lines = []
+    for facet in "abcdefghijklmnopqrst":
+        for tag, other in (("one", "two"), ("two", "one")):
+            lines += [
+                f"Package: p\nDescription: {facet} {tag} number {i}\nTag: {facet}::{tag}"
+                + (f", {facet}::{other}" if i % 3 == 0 else "")
+                + "\n"
+                for i in range(90)
+            ]
+    splits = draws_of("\n".join(lines), 0)
+    facets = [{tag[0] for name in tasks for tag in name.split()} for tasks in splits.values()]
+    assert not facets[0] & facets[1] | facets[0] & facets[2] | facets[1] & facets[2]
+    assert all(splits.values())
+    for tasks in splits.values():
+        for name, rows in tasks.items():
+            drawn = name.split()
+            assert len(set(drawn)) == WAYS
+            assert Counter(row["label"] for row in rows) == dict.fromkeys(drawn, ROWS_PER_LABEL)
+            assert len({row["text"] for row in rows}) == WAYS * ROWS_PER_LABEL
+            for row in rows:
+                facet, tag, _, i = row["text"].split()
+                has = {f"{facet}::{tag}"} | ({f"{facet}::one", f"{facet}::two"} if int(i) % 3 == 0 else set())
+                assert has & set(drawn) == {row["label"]}
 
 
 def test_the_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):

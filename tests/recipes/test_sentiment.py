@@ -48,3 +48,28 @@ def test_domains_and_arbitrary_words_are_in_one_split_alone(archive: Path):
     assert [len(found) for found in domains] == [2, 1, 1]
     arbitrary = [set(words.split()) - {"positive/negative"} for words in WORDS.values()]
     assert len(set.union(*arbitrary)) == sum(map(len, arbitrary))
+
+
+def test_with_classes_every_task_has_texts_of_its_own(archive: Path):
+    splits = tasks_of(archive, 0, classes=True)
+    assert {part: list(tasks) for part, tasks in splits.items()} == {
+        "train": ["tweets 1", "films 1"],
+        "validation": ["editorials 1"],
+        "test": ["products 1"],
+    }
+    for tasks in splits.values():
+        for rows in tasks.values():
+            assert len({row["text"] for row in rows}) == 2 * ROWS_PER_LABEL
+            right = ["positive" if int(row["text"].split()[2]) % 2 == 0 else "negative" for row in rows]
+            assert [row["label"] for row in rows] == right
+
+
+def test_with_classes_no_text_is_in_two_tasks(tmp_path: Path):
+    names = ("tweets", "movieReviewSnippets", "nytEditorialSnippets", "amazonReviewSnippets")
+    lines = {name: [f"{i}\t{(-1) ** i * 2.5}\t{name} number {i} is so" for i in range(200)] for name in names}
+    for tasks in tasks_of(
+        vader_archive(tmp_path, {n: "\n".join(found) for n, found in lines.items()}), 0, True
+    ).values():
+        texts = [row["text"] for rows in tasks.values() for row in rows]
+        assert len(texts) == len(set(texts)) == len(tasks) * 2 * ROWS_PER_LABEL
+        assert len(tasks) % 4 == 0
