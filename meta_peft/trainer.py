@@ -79,7 +79,8 @@ class MetaTrainer(CheckpointedTrainer):
         eval_dataset: other tasks, to be evaluated on.
         processing_class: the base model's tokenizer, or its processor for speech; found by the model's name if not given.
         peft_config: a `LoraConfig`, unless the model is a `PeftModel` already.
-        callbacks, optimizers: as in `transformers.Trainer`.
+        callbacks: as in `transformers.Trainer`.
+        optimizers: the same.
         encoding: how rows become features; by default as the model, its tokenizer and `args` say.
 
     After `train()` the model is ready for `meta_peft.adapt`. If SIGTERM or Ctrl-C ended it early, `interrupted` is the

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,7 @@ from conftest import VOCAB, random_batch, tiny
 from transformers import GenerationConfig
 
 from meta_peft.adapter_loss import AdapterLoss
-from meta_peft.evaluate import Start, curve, interval, tune, tuned_curve
+from meta_peft.evaluate import Start, curve, interval, joined, tune, tuned_curve
 from meta_peft.inner_loop import adapt
 from meta_peft.inner_optimizers import SGD, InnerRule
 from meta_peft.inner_optimizers.rule import scaled
@@ -101,6 +103,22 @@ def test_tuned_curve_uses_the_factor_of_each_number_of_steps(loss_fn, start, bat
     expected = [curve(loss_fn, start, batches, STEPS, factor=f).loss for f in (5.0, 1.0)]
     np.testing.assert_allclose(found.loss[:, :2], expected[0][:, :2], rtol=1e-6)
     np.testing.assert_allclose(found.loss[:, 2], expected[1][:, 2], rtol=1e-6)
+
+
+def test_curves_of_different_numbers_of_steps_are_joined(loss_fn, start, batches):
+    parts = [
+        tuned_curve(loss_fn, replace(start, how=how), batches, factors)
+        for how, factors in (("one", {0: 1.0, 3: 2.0}), ("other", {1: 5.0}))
+    ]
+    found = joined(parts)
+    assert found.steps == STEPS
+    assert found.factors == (1.0, 5.0, 2.0)
+    assert found.how == ("one", "other", "one")
+    np.testing.assert_array_equal(
+        found.loss, np.stack([parts[0].loss[:, 0], parts[1].loss[:, 0], parts[0].loss[:, 1]], 1)
+    )
+    np.testing.assert_array_equal(found.score[:, 1], parts[1].score[:, 0])
+    np.testing.assert_array_equal(found.calibration[1:], [parts[1].calibration[0], parts[0].calibration[1]])
 
 
 def test_exact_match_is_that_of_greedy_generation(loss_fn, start):

@@ -86,6 +86,12 @@ class Summary:
         return int(self.about["training"]["shots"])
 
     @property
+    def ways(self) -> int | None:
+        """Of how many classes an episode is, if it is of classes; `shots` are then of each."""
+        ways: int | None = self.about["training"].get("ways")
+        return ways
+
+    @property
     def starts(self) -> list[str]:
         """Names of starts, in the order of tables."""
         return [start for start in TITLES if any(f.cell.start == start for f in self.found)]
@@ -152,7 +158,8 @@ class Summary:
     def _curve(self, start: str) -> Curve:
         cells = self.of_start(start)
         factors = tuple(f[0] if len(set(f)) == 1 else None for f in zip(*(c.factors for c in cells), strict=True))
-        how = tuple(" or ".join(sorted({h for h in of if h})) for of in zip(*(c.how for c in cells), strict=True))
+        rules = [c.how or [""] * len(c.steps) for c in cells]
+        how = tuple(" or ".join(sorted({h for h in of if h})) for of in zip(*rules, strict=True))
         loss, score = (self._values(cells, key) for key in ("loss", "score"))
         return Curve(tuple(cells[0].steps), loss, score, factors, cells[0].metric, how=how)
 

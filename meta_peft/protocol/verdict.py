@@ -19,7 +19,7 @@ def verdict(summary: Summary) -> list[str]:
     after = "" if best == IN_CONTEXT else f" after {summary.at} steps"
     said = [
         f"Best on these tasks: {TITLES[best]}, {' '.join(filter(None, (shown, metric.unit, metric.title)))}{after} on"
-        f" {summary.shots} examples."
+        f" {summary.shots} examples{'' if summary.ways is None else f' of each of {summary.ways} classes'}."
     ]
     at = {d.other: d for d in summary.differences() if d.steps == summary.at}
     if "multitask" in at:

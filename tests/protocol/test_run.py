@@ -51,6 +51,19 @@ def test_every_start_is_measured_for_every_seed(whole: tuple[Path, Summary]):
     assert {start: set(by_count) for start, by_count in summary.along_tasks().items()} == {s: {4, 8} for s in trained}
 
 
+def test_baselines_may_adapt_all_weights_where_the_run_adapts_some(tmp_path: Path):
+    """By whichever rule is better on the validation tasks; the meta-learned start by its own alone, Reptile by all."""
+    options = {"fast_weights": r"layers\.1\..*lora_B", "inner_optimizer": "sgd", "inner_lr": 1e-9}
+    summary = compared(tmp_path, protocol={"starts": ["plain", "multitask", "reptile", "meta"]}, **options)
+    rules = {found.cell.start: dict(zip(found.steps, found.how, strict=True)) for found in summary.found}
+    assert rules["plain"][3] == rules["multitask"][3] == "Adam on all weights"  # steps of 1e-9 do nothing
+    assert rules["plain"][0] == "", "where both are the same, the run's own"
+    assert set(rules["meta"].values()) == set(rules["reptile"].values()) == {""}
+    curves = summary.report.curves
+    assert curves["plain LoRA"].loss[:, 1].mean() < curves["plain LoRA"].loss[:, 0].mean() - 0.01
+    assert abs(curves["meta-learned LoRA"].loss[:, 1] - curves["meta-learned LoRA"].loss[:, 0]).max() < 0.01
+
+
 def test_compute_is_equal(whole: tuple[Path, Summary]):
     _, summary = whole
     steps = {start: summary.cost(start)["outer_steps"] for start in summary.starts}

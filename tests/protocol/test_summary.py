@@ -112,6 +112,21 @@ def test_the_verdict_says_whether_it_paid(multitask: float, meta: float, said: s
     assert words[0].startswith(f"Best on these tasks: {best}, {100 * max(multitask, meta) - 1:.0f} % exact match")
 
 
+def test_the_verdict_says_of_what_there_are_so_many_examples():
+    found = [cell("plain", (0.1, 0.2)), cell("meta", (0.1, 0.6))]
+    about = {**ABOUT, "training": {"shots": 2, "ways": 4}}
+    assert verdict(Summary.of(found, about))[0].endswith("after 10 steps on 2 examples of each of 4 classes.")
+
+
+def test_the_table_says_by_which_rule_a_start_did_best():
+    """Of two seeds one may have done best by the run's own rule; cells of old have no such entry."""
+    other = "Adam on all weights"
+    plain = [cell("plain", (0.1, 0.2), how=["", other]), cell("plain", (0.1, 0.3), seed=1)]
+    summary = summary_of(*plain, cell("meta", (0.1, 0.6)), cell("meta", (0.1, 0.6), seed=1))
+    assert summary.report.curves["plain LoRA"].how == ("", other)
+    assert [row["rate_factor"] for row in summary.report.texts()] == ["", f"0.5, {other}", "", "0.5"]
+
+
 def test_the_verdict_claims_nothing_that_was_not_measured():
     words = verdict(summary_of(cell("plain", (0.1, 0.2)), cell("meta", (0.1, 0.6)), cell("in_context", (0.9, 0))))
     assert any("is not known" in sentence for sentence in words)
