@@ -9,6 +9,7 @@ import gc
 import json
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -35,6 +36,7 @@ ALGORITHMS = {
     "replay": mp.MAML(SGD, memory="replay"),
     "one graph": mp.MAML(mp.InnerRule(mp.Adam(), lr=0.01, steps=2, learn_rates=True), memory=1),
     "finite differences": mp.MAML(SGD, memory="finite_differences"),
+    "slow layers": mp.MAML(replace(SGD, fast=r"layers\.1\."), memory="replay"),  # those below run once
     "imaml": mp.ImplicitMAML(mp.InnerRule(mp.SGD(), lr=0.1, steps=2, proximal=1.0)),
 }
 NARROW = {"target_modules": ["q_proj", "down_proj"]}  # so that most weights are outside of LoRA layers
