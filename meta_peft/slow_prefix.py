@@ -97,7 +97,15 @@ def slow_once(loss_fn: LossFn, fast: Iterable[str], slow: Params, rows: Rows) ->
         return loss_fn
     with torch.no_grad():
         above.reach(slow, rows)
-    return above
+
+    def once(adapter: Params, rows: Rows) -> Tensor:
+        try:
+            return above(adapter, rows)
+        except RowsRearrangedError as reason:
+            above.model.apart(reason)
+            return loss_fn(adapter, rows)
+
+    return once
 
 
 def gradient_above(algorithm: Algorithm, above: AboveSlow, meta: Meta, batch: EpisodeBatch) -> MetaGradient:

@@ -164,7 +164,32 @@ def test_a_model_that_takes_one_task_at_a_time():
     assert_same(meta_gradient(made(), batch, algorithm), meta_gradient(all_layers_every_time(made()), batch, algorithm))
 
 
-def test_rows_that_a_model_rearranges(monkeypatch: pytest.MonkeyPatch):
+def test_slow_weights_of_an_embedding_lie_below_all_layers():
+    """They are in none of them, so nothing is run once, and they get their gradient."""
+
+    def made() -> AdapterLoss:
+        return AdapterLoss(with_lora(tiny_base("llama", layers=3), target_modules=["embed_tokens", "q_proj"]))
+
+    algorithm, batch = MAML(RULE), random_batch(n_tasks=2)
+    loss_fn = made()
+    assert loss_fn.stack(RULE).slow == 0
+    found = meta_gradient(loss_fn, batch, algorithm)
+    assert_same(found, meta_gradient(all_layers_every_time(made()), batch, algorithm))
+    assert all(bool(g.any()) for n, g in found.grads.adapter.items() if "embed" in n)
+
+
+def test_slow_weights_of_the_output_lie_above():
+    def made() -> AdapterLoss:
+        return AdapterLoss(with_lora(tiny_base("llama", layers=3), target_modules=["lm_head", "q_proj"]))
+
+    algorithm, batch, loss_fn = MAML(RULE), random_batch(n_tasks=2), made()
+    found = meta_gradient(loss_fn, batch, algorithm)
+    assert_same(found, meta_gradient(all_layers_every_time(made()), batch, algorithm))
+    assert all(bool(g.any()) for n, g in found.grads.adapter.items() if "lm_head" in n)
+
+
+@pytest.mark.parametrize("first", ["adapting", "training"])
+def test_rows_that_a_model_rearranges(first: str, monkeypatch: pytest.MonkeyPatch):
     """Found out in the first inner step: the tasks go apart, with the same result."""
     from meta_peft.task_rows import RowsRearrangedError
 
@@ -178,8 +203,13 @@ def test_rows_that_a_model_rearranges(monkeypatch: pytest.MonkeyPatch):
         return real(inside, adapter, rows, second_order=second_order)
 
     monkeypatch.setattr(loss_fn, "within", within)
+    adapter, hyper = loss_fn.own(), RULE.initial_rates(loss_fn.own())
+    if first == "adapting":
+        plain = all_layers_every_time(adapted_everywhere("llama"))
+        fast = adapt(loss_fn, adapter, hyper, batch.support, RULE)
+        assert_equal(fast, adapt(plain, adapter, hyper, batch.support, RULE), 1e-12)
     assert_same(meta_gradient(loss_fn, batch, MAML(RULE)), expected)
-    assert loss_fn.above(("x",)) is None
+    assert loss_fn.above(tuple(RULE.fast_names(adapter))) is None
 
 
 @pytest.mark.parametrize("how", ["load_in_4bit", "load_in_8bit"])
