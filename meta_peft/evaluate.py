@@ -129,18 +129,21 @@ def tuned_curve(
     progress: Progress = lambda tasks: None,
 ) -> Curve:
     """The curve of `start` with, for each number of steps, the factor that `tune` chose for it."""
-    steps = sorted(factors)
-    parts: dict[int, tuple[np.ndarray, ...]] = {}
     scorer = scorer or Matched(loss_fn)
-    for factor in sorted(set(factors.values())):
-        mine = [step for step in steps if factors[step] == factor]
-        run = curve(loss_fn, start, batches, mine, factor=factor, scorer=scorer, progress=progress)
-        assert run.calibration is not None, "a curve that was just run has it"
-        parts.update({k: (run.loss[:, i], run.score[:, i], run.calibration[i]) for i, k in enumerate(mine)})
-    loss, score = (np.stack([parts[step][i] for step in steps], axis=1) for i in (0, 1))
-    calibration = np.stack([parts[step][2] for step in steps])
-    how = (start.how,) * len(steps)
-    return Curve(tuple(steps), loss, score, tuple(factors[k] for k in steps), scorer.metric.name, calibration, how)
+    return joined(
+        [
+            curve(
+                loss_fn,
+                start,
+                batches,
+                [step for step, of_it in factors.items() if of_it == factor],
+                factor=factor,
+                scorer=scorer,
+                progress=progress,
+            )
+            for factor in sorted(set(factors.values()))
+        ]
+    )
 
 
 def joined(curves: Sequence[Curve]) -> Curve:

@@ -25,7 +25,7 @@ from meta_peft.inner_loop import adapt, recorded, start
 from meta_peft.inner_optimizers import InnerRule
 from meta_peft.inner_path import check_memory
 from meta_peft.params import dot, gradients, leaves, per_task
-from meta_peft.types import SUPPORT_LOSSES, EpisodeBatch, LossFn, Meta, MetaGradient, Params
+from meta_peft.types import SUPPORT_LOSSES, EpisodeBatch, LossFn, Meta, MetaGradient, Params, Rows
 
 SOLVERS = ("cg", "neumann")
 
@@ -73,7 +73,10 @@ class ImplicitMAML:
 
     def __call__(self, loss_fn: LossFn, meta: Meta, batch: EpisodeBatch) -> MetaGradient:
         losses: list[Tensor] = []
-        with_given: LossFn = lambda adapter, rows: loss_fn({**meta.given, **adapter}, rows)  # noqa: E731
+
+        def with_given(adapter: Params, rows: Rows) -> Tensor:
+            return loss_fn({**meta.given, **adapter}, rows)
+
         end = adapt(recorded(with_given, losses), meta.adapter, meta.hyper, batch.support, self.inner)
         fast, _ = self.inner.split(end)
         slow = {**start(meta.adapter, self.inner, batch.n_tasks)[1], **meta.given}

@@ -12,10 +12,10 @@ from meta_peft.atomic_files import write_file
 from meta_peft.checked import read_object
 from meta_peft.digests import of_texts
 from meta_peft.errors import MetaPeftError
-from meta_peft.protocol.arguments import DEFAULTS, IN_CONTEXT, ProtocolArguments
+from meta_peft.protocol.arguments import DEFAULTS, IN_CONTEXT, PLAIN, ProtocolArguments
 
 FOLDER = "cells"
-UNTRAINED = (DEFAULTS, "plain", IN_CONTEXT)
+UNTRAINED = (DEFAULTS, PLAIN, IN_CONTEXT)
 
 
 @dataclass(frozen=True)

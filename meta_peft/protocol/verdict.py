@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from meta_peft.protocol.arguments import IN_CONTEXT, META, TITLES
+from meta_peft.protocol.arguments import IN_CONTEXT, META, MULTITASK, TITLES
 from meta_peft.protocol.summary import Difference, Summary
 
 BY = {True: "ahead of", False: "behind"}
@@ -22,12 +22,12 @@ def verdict(summary: Summary) -> list[str]:
         f" {summary.shots} examples{'' if summary.ways is None else f' of each of {summary.ways} classes'}."
     ]
     at = {d.other: d for d in summary.differences() if d.steps == summary.at}
-    if "multitask" in at:
-        said.append(_paid(summary, at["multitask"]))
+    if MULTITASK in at:
+        said.append(_paid(summary, at[MULTITASK]))
     for other, difference in at.items():
-        if other != "multitask":
+        if other != MULTITASK:
             said.append(f"Meta-learned LoRA is {_compared(summary, difference)}.")
-    if META in summary.starts and "multitask" not in at:
+    if META in summary.starts and MULTITASK not in at:
         said.append("Multi-task LoRA was not measured, so whether meta-training paid for itself is not known.")
     if len(summary.seeds) < 3:
         said.append(
