@@ -23,7 +23,7 @@ from meta_peft.fast_forwards import fast_forwards
 from meta_peft.fast_weights import FastWeights, head_modules, is_lora, lora_layers
 from meta_peft.forwards import replaced_forwards
 from meta_peft.frozen_linear import dense_copies, quantised_layers
-from meta_peft.frozen_prefix import FrozenPrefix, Prefix, layers_of
+from meta_peft.frozen_prefix import FrozenPrefix, Prefix, detached, layers_of
 from meta_peft.inner_optimizers import InnerRule
 from meta_peft.memory import available
 from meta_peft.objectives import objective_for, objective_name
@@ -72,6 +72,7 @@ class AdapterLoss:
         below_head = [name for name in self.weights.parameters() if is_lora(name)]
         self._prefix = FrozenPrefix(model, base.config.model_type, below_head)
         self._slow_prefixes: dict[tuple[str, ...], tuple[Prefix, tuple[str, ...]]] = {}
+        self._held: dict[Rows, Callable[[], AbstractContextManager[None]]] = {}
         layers, heads = list(lora_layers(model, adapter)), list(head_modules(model, adapter))
         self._adapted: list[tuple[str, nn.Module]] = [*layers, *heads]
         self._pooled = frozenset([p for p, layer in layers if is_plain(layer, adapter)] + [p for p, _ in heads])
@@ -84,10 +85,9 @@ class AdapterLoss:
 
     @torch.no_grad()
     def scores(self, adapter: Params, rows: Rows) -> TaskScores:
-        """Loss and exact match per task, without gradients."""
+        """Losses, matches and predictions, without gradients."""
         parts = self._measured(lambda r: self._objective.scores_per_task(self._base, self._head, r), adapter, rows)
-        loss_T, match_T = torch.cat([p.loss_T for p in parts]), torch.cat([p.exact_match_T for p in parts])
-        return TaskScores(loss_T, match_T, torch.cat([p.calibration_TK3 for p in parts]))
+        return TaskScores(*(torch.cat(values) for values in zip(*parts, strict=True)))
 
     @torch.no_grad()
     def log_likelihoods(self, adapter: Params, rows: Rows) -> tuple[Tensor, Tensor]:
@@ -96,18 +96,6 @@ class AdapterLoss:
         parts = self._measured(lambda r: measure(self._base, self._head, r), adapter, rows)
         total_B, count_B = (torch.cat(values) for values in zip(*parts, strict=True))
         return total_B, count_B
-
-    @torch.no_grad()
-    def predicted(self, adapter: Params, rows: Rows) -> Tensor:
-        """The most likely label at each labelled position, in the shape of the labels, -100 elsewhere."""
-        measure = self._objective.predicted
-        return torch.cat(self._measured(lambda r: measure(self._base, self._head, r), adapter, rows))
-
-    @torch.no_grad()
-    def confidences(self, adapter: Params, rows: Rows) -> Tensor:
-        """The probabilities of what `predicted` gives, in the same places, 0 elsewhere."""
-        measure = self._objective.confidences
-        return torch.cat(self._measured(lambda r: measure(self._base, self._head, r), adapter, rows))
 
     @torch.no_grad()
     def with_model(self, use: Callable[[Any, Rows], Measured], adapter: Params, rows: Rows) -> list[Measured]:
@@ -141,6 +129,20 @@ class AdapterLoss:
         """The loss as a function of what reaches the weights called `fast`, if other weights of the adapter lie below."""
         prefix, below = self._below(fast)
         return AboveSlow(self, prefix, below) if below and self._at_once else None
+
+    @contextmanager
+    def holding(self, fast: tuple[str, ...], rows: Rows) -> Iterator[None]:
+        """Inside this context what lies below the weights called `fast` runs once for `rows`, all tasks at once.
+
+        The other weights must stay as they are for as long.
+        """
+        prefix, below = self._below(fast)
+        if below and self._at_once:
+            self._held[rows] = partial(prefix.noted, {}, detached)
+        try:
+            yield
+        finally:
+            self._held.pop(rows, None)
 
     def apart(self, reason: RowsRearrangedError) -> None:
         """From now on the tasks of a stack go through the model one after the other."""
@@ -212,6 +214,8 @@ class AdapterLoss:
                 stack.enter_context(replaced_forwards(checkpointed(layers_of(self._base), in_place)))
             if not all_layers:
                 stack.enter_context(self._prefix.reused(rows))
+                if rows in self._held:
+                    stack.enter_context(self._held[rows]())
             if at_once:
                 stack.enter_context(rows_in_place(self._adapted, rows.labels_BL.shape[0], self._pooled))
             yield

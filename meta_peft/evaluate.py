@@ -16,6 +16,7 @@ from meta_peft.adapter_loss import AdapterLoss
 from meta_peft.inner_loop import adapt
 from meta_peft.inner_optimizers.rule import InnerRule, scaled
 from meta_peft.scoring import Matched, Scored, Scorer, Scores
+from meta_peft.slow_prefix import held_below
 from meta_peft.types import EpisodeBatch, Params
 
 Progress = Callable[[int], object]
@@ -79,7 +80,8 @@ def curve(
                 if step in steps:
                     found[step] = scored(fast)
 
-            adapt(loss_fn, start.adapter, hyper, batch.support, start.rule, steps=max(steps), after_step=look)
+            with held_below(scorer.loss_fn, start.rule.fast_names(start.adapter), batch.query):
+                adapt(loss_fn, start.adapter, hyper, batch.support, start.rule, steps=max(steps), after_step=look)
             parts.append([scores for _, scores in sorted(found.items())])
             progress(batch.n_tasks)
     by_step = [

@@ -83,7 +83,7 @@ class FrozenPrefix(Prefix):
 
     def reused(self, rows: Rows) -> AbstractContextManager[None]:
         """A forward of `rows` inside this context skips what an earlier one has computed."""
-        return self.noted(self._known.setdefault(rows, {}), _detached)
+        return self.noted(self._known.setdefault(rows, {}), detached)
 
 
 def _noting(known: dict[int, Any], i: int, change: Callable[[Any], Any]) -> Callable[[nn.Module, Any, Any], Any]:
@@ -99,13 +99,14 @@ def _return(value: Any, *_: Any, **__: Any) -> Any:
     return value
 
 
-def _detached(output: Any) -> Any:
+def detached(output: Any) -> Any:
+    """What a module returned, without its graph."""
     if isinstance(output, Tensor):
         return output.detach()
     if isinstance(output, tuple):
-        return tuple(_detached(part) for part in output)
+        return tuple(detached(part) for part in output)
     if isinstance(output, dict):  # as the outputs of `transformers` are
-        return type(output)(**{name: _detached(part) for name, part in output.items()})
+        return type(output)(**{name: detached(part) for name, part in output.items()})
     return output
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from meta_peft.inner_optimizers import InnerRule
 from meta_peft.params import expand, gradients, leaves
-from meta_peft.slow_prefix import slow_once
+from meta_peft.slow_prefix import held_below
 from meta_peft.types import LossFn, Params, Rows
 
 
@@ -57,11 +57,11 @@ def adapt(
         return {name: all_of_them[name].detach() for name in adapter}
 
     state = rule.init(fast)
-    loss_fn = loss_fn if stacked else slow_once(loss_fn, fast, slow, support)
     after_step(0, adapted())
-    for step in range(rule.steps if steps is None else steps):
-        at = leaves(fast)
-        grads = gradients(loss_fn({**slow, **at}, support).sum(), at)
-        fast, state = rule.step(step, fast, grads, state, hyper)
-        after_step(step + 1, adapted())
+    with held_below(loss_fn, fast, support):
+        for step in range(rule.steps if steps is None else steps):
+            at = leaves(fast)
+            grads = gradients(loss_fn({**slow, **at}, support).sum(), at)
+            fast, state = rule.step(step, fast, grads, state, hyper)
+            after_step(step + 1, adapted())
     return adapted()

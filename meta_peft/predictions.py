@@ -1,7 +1,7 @@
 """What a model answers, row by row, with each task's own weights in its layers.
 
 Three ways: greedy decoding, by transformers' `generate` with its cache; the likelihood of each of a few answers; and
-the most likely label at the labelled positions (`AdapterLoss.predicted`). The tasks of a stack go through the model
+the most likely label at the labelled positions (`AdapterLoss.scores`). The tasks of a stack go through the model
 together wherever their losses do.
 
 A row's answer is its last run of labelled tokens, up to and with the token that ends it; its prompt is all that comes

@@ -20,7 +20,7 @@ from meta_peft.adapter_loss import AdapterLoss
 from meta_peft.errors import MetaPeftError
 from meta_peft.metrics import CONFIDENCES, METRICS, TEXTS, Metric, default_metric, metric_named
 from meta_peft.objectives import CLASSIFYING
-from meta_peft.objectives.labelled_tokens import IGNORED
+from meta_peft.objectives.labelled_tokens import IGNORED, TaskScores
 from meta_peft.predictions import Tokens, choice_scores, references, with_choices, written
 from meta_peft.types import EpisodeBatch, Params, Rows
 
@@ -66,7 +66,7 @@ class Matched:
 
     def __call__(self, batch: EpisodeBatch) -> Scored:
         def score(adapter: Params) -> Scores:
-            return _scores(self.loss_fn, adapter, batch.query)
+            return _scores(self.loss_fn.scores(adapter, batch.query))
 
         return score
 
@@ -94,7 +94,8 @@ class Written:
         def score(adapter: Params) -> Scores:
             answers = written(self.loss_fn, adapter, rows, stop=self.stop, max_new_tokens=self.max_new_tokens)
             found = _texts(self.tokenizer, answers)
-            return _scores(self.loss_fn, adapter, rows, _per_task(self.metric, found, right, rows.n_tasks))
+            of_labels = self.loss_fn.scores(adapter, rows)
+            return _scores(of_labels, _per_task(self.metric, found, right, rows.n_tasks))
 
         return score
 
@@ -131,7 +132,8 @@ class Chosen:
                 right: Sequence[Any] = (found_B == right_B).tolist()
             else:
                 found, right = found_B.tolist(), right_B.tolist()
-            return _scores(loss_fn, adapter, rows, _per_task(self.metric, found, right, rows.n_tasks))
+            of_labels = loss_fn.scores(adapter, rows)
+            return _scores(of_labels, _per_task(self.metric, found, right, rows.n_tasks))
 
         return score
 
@@ -153,16 +155,17 @@ class Predicted:
         labelled_BL = rows.labels_BL != IGNORED
 
         def score(adapter: Params) -> Scores:
-            found_BL, right_BL = self.loss_fn.predicted(adapter, rows), rows.labels_BL
+            of_labels = self.loss_fn.scores(adapter, rows)
+            found_BL, right_BL = of_labels.predicted_BL, rows.labels_BL
             if self.metric.of == TEXTS:
                 found, right = (_texts(self.tokenizer, _labelled(t)) for t in (found_BL, right_BL))
-                return _scores(self.loss_fn, adapter, rows, _per_task(self.metric, found, right, rows.n_tasks))
+                return _scores(of_labels, _per_task(self.metric, found, right, rows.n_tasks))
             if self.metric.of == CONFIDENCES:
-                found_BL, right_BL = self.loss_fn.confidences(adapter, rows), (found_BL == right_BL).long()
+                found_BL, right_BL = of_labels.confidence_BL, (found_BL == right_BL).long()
             size = len(labelled_BL) // rows.n_tasks
             parts = [(slice(i, i + size), labelled_BL[i : i + size]) for i in range(0, len(labelled_BL), size)]
             values = [self.metric(found_BL[p][there].tolist(), right_BL[p][there].tolist()) for p, there in parts]
-            return _scores(self.loss_fn, adapter, rows, np.array(values))
+            return _scores(of_labels, np.array(values))
 
         return score
 
@@ -242,9 +245,8 @@ def _texts(tokenizer: Any, answers: Sequence[Tokens]) -> list[str]:
     return [tokenizer.decode(answer, skip_special_tokens=True) for answer in answers]
 
 
-def _scores(loss_fn: AdapterLoss, adapter: Params, rows: Rows, by_metric: np.ndarray | None = None) -> Scores:
-    """Loss and calibration by one forward, beside the metric's values; exact match by default."""
-    found = loss_fn.scores(adapter, rows)
+def _scores(found: TaskScores, by_metric: np.ndarray | None = None) -> Scores:
+    """Loss and calibration beside the metric's values; exact match by default."""
     score = _numbers(found.exact_match_T) if by_metric is None else by_metric
     return Scores(_numbers(found.loss_T), score, _numbers(found.calibration_TK3))
 

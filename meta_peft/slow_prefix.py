@@ -10,7 +10,7 @@ so results are the same, and an inner step costs what lies above h.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any, NamedTuple, Protocol
 
@@ -75,37 +75,24 @@ class AboveSlow:
         return self.model.within(self._prefix.noted(known), weights, rows, second_order=True)
 
 
-def above_slow(loss_fn: LossFn, fast: Iterable[str]) -> AboveSlow | None:
-    """`loss_fn` as a function of what reaches the fast weights, if slow ones lie below them and it knows what those are."""
-    above = getattr(loss_fn, "above", None)
-    found: AboveSlow | None = above(tuple(fast)) if above is not None else None
-    return found
-
-
 def above_of(algorithm: Any, loss_fn: LossFn, adapter: Params) -> AboveSlow | None:
     """What `gradient_above` needs, if it saves anything: an algorithm with inner steps that leave something below alone."""
     rule = algorithm.inner
     if rule.fast is None or not algorithm.adapts:
         return None
-    return above_slow(loss_fn, rule.fast_names(adapter))
+    above = getattr(loss_fn, "above", None)
+    found: AboveSlow | None = above(tuple(rule.fast_names(adapter))) if above is not None else None
+    return found
 
 
-def slow_once(loss_fn: LossFn, fast: Iterable[str], slow: Params, rows: Rows) -> LossFn:
-    """`loss_fn` of these rows with what lies below the fast weights computed now, for weights that stay as they are."""
-    above = above_slow(loss_fn, fast) if slow else None
-    if above is None:
-        return loss_fn
-    with torch.no_grad():
-        above.reach(slow, rows)
+def held_below(loss_fn: LossFn, fast: Iterable[str], rows: Rows) -> AbstractContextManager[None]:
+    """Inside, what lies below the weights called `fast` runs once for `rows`, if `loss_fn` knows what that is.
 
-    def once(adapter: Params, rows: Rows) -> Tensor:
-        try:
-            return above(adapter, rows)
-        except RowsRearrangedError as reason:
-            above.model.apart(reason)
-            return loss_fn(adapter, rows)
-
-    return once
+    For as long as the weights below stay as they are: in adaptation, and where its results are judged.
+    """
+    holding = getattr(loss_fn, "holding", None)
+    held: AbstractContextManager[None] = nullcontext() if holding is None else holding(tuple(fast), rows)
+    return held
 
 
 def gradient_above(algorithm: Algorithm, above: AboveSlow, meta: Meta, batch: EpisodeBatch) -> MetaGradient:

@@ -274,9 +274,9 @@ def test_labels_and_their_probabilities_at_labelled_positions():
     with torch.no_grad():
         p = loss_fn.model.eval().get_base_model()(**rows.inputs).logits.softmax(-1)
     own, labelled = dict(loss_fn.weights.parameters()), rows.labels_BL != -100
-    assert loss_fn.predicted(own, rows).tolist() == torch.where(labelled, p.argmax(-1), -100).tolist()
+    assert loss_fn.scores(own, rows).predicted_BL.tolist() == torch.where(labelled, p.argmax(-1), -100).tolist()
     expected = torch.where(labelled, p.amax(-1), 0).float()
-    torch.testing.assert_close(loss_fn.confidences(own, rows), expected, atol=1e-6, rtol=0)
+    torch.testing.assert_close(loss_fn.scores(own, rows).confidence_BL, expected, atol=1e-6, rtol=0)
 
 
 def test_the_model_is_as_it_was():

@@ -153,7 +153,7 @@ def test_classes_and_texts_at_labelled_positions():
     model_loss = AdapterLoss(with_lora(base_of("bert"), ["query", "value"]), second_order=False)
     rows = rows_for(model_loss.model.get_base_model(), n_tasks=2, per_task=3)
     own = dict(model_loss.weights.parameters())
-    predicted = model_loss.predicted(own, rows)
+    predicted = model_loss.scores(own, rows).predicted_BL
     places = (rows.labels_BL != -100).nonzero()
     for row, position in places[::2].tolist():  # every other label is what the model predicts anyhow
         rows.labels_BL[row, position] = predicted[row, position]
@@ -165,7 +165,7 @@ def test_classes_and_texts_at_labelled_positions():
     np.testing.assert_allclose(accuracy.score, expected)
     assert 0 < min(expected) < 1
     error = Predicted(model_loss, METRICS["ece"])(batch)(fast).score
-    confidence = model_loss.confidences(own, rows)
+    confidence = model_loss.scores(own, rows).confidence_BL
     of_task = [[float(confidence[r, p]) for r, p in places.tolist() if r // 3 == t] for t in range(2)]
     by_hand = [METRICS["ece"](of_task[t], [hit for task, hit in hits if task == t]) for t in range(2)]
     np.testing.assert_allclose(error, by_hand, atol=1e-6)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from architectures import ARCHITECTURES, base_of, batch_for, lora
@@ -15,6 +17,7 @@ from test_heads import model_of, randomise, rows_of
 
 from meta_peft.adapter_loss import AdapterLoss
 from meta_peft.algorithms import MAML, ImplicitMAML
+from meta_peft.evaluate import Curve, Start, curve
 from meta_peft.frozen_prefix import PLAIN_STACKS
 from meta_peft.inner_loop import adapt
 from meta_peft.inner_optimizers import SGD, Adam, InnerRule
@@ -30,6 +33,7 @@ HEADS = ("bert", "head of a decoder")
 
 def all_layers_every_time(loss_fn: AdapterLoss) -> AdapterLoss:
     loss_fn.above = lambda fast: None  # type: ignore[method-assign]
+    loss_fn.holding = lambda fast, rows: nullcontext()  # type: ignore[method-assign]
     return loss_fn
 
 
@@ -145,7 +149,7 @@ def test_adapting_runs_what_lies_below_once():
     hyper = RULE.initial_rates(adapter)
     rule = RULE
     fast = adapt(once, adapter, hyper, batch.support, rule, steps=5, after_step=lambda k, w: seen.append(len(w)))
-    assert counts == [[1, 1, 1 + 5]]
+    assert counts == [[1, 1, 5]]
     assert seen == [len(adapter)] * 6
     assert_equal(fast, adapt(every_time, adapter, hyper, batch.support, rule, steps=5), 1e-12)
     other = {n: 2 * p for n, p in adapter.items()}  # the same rows from another start
@@ -188,9 +192,37 @@ def test_slow_weights_of_the_output_lie_above():
     assert all(bool(g.any()) for n, g in found.grads.adapter.items() if "lm_head" in n)
 
 
-@pytest.mark.parametrize("first", ["adapting", "training"])
-def test_rows_that_a_model_rearranges(first: str, monkeypatch: pytest.MonkeyPatch):
-    """Found out in the first inner step: the tasks go apart, with the same result."""
+def test_evaluation_runs_what_lies_below_once():
+    """For the rows that are learned from, and for those that are judged after each number of steps."""
+    once, every_time = adapted_everywhere("llama"), all_layers_every_time(adapted_everywhere("llama"))
+    counts, batches = count_runs(once), [random_batch(n_tasks=2), random_batch(n_tasks=2, seed=1)]
+
+    def measured(loss_fn: AdapterLoss) -> Curve:
+        own = loss_fn.own()
+        return curve(loss_fn, Start("mine", own, RULE.initial_rates(own), RULE), batches, [0, 1, 3])
+
+    found, expected = measured(once), measured(every_time)
+    np.testing.assert_allclose(found.loss, expected.loss, rtol=1e-12)
+    assert len(np.unique(found.loss)) == found.loss.size
+    assert counts == [[4, 4, 2 * (3 + 3)]]
+    assert not once._held
+
+
+def test_adapting_where_tasks_go_apart_on_the_way():
+    """OPT's feed-forward layers see flattened rows, which the first inner step finds out."""
+
+    def made() -> AdapterLoss:
+        return AdapterLoss(lora(base_of("opt", layers=3), ("fc1",)).train())
+
+    once, batch = made(), batch_for(made().model.get_base_model())
+    adapter = once.own()
+    fast = adapt(once, adapter, RULE.initial_rates(adapter), batch.support, RULE)
+    plain = adapt(all_layers_every_time(made()), adapter, RULE.initial_rates(adapter), batch.support, RULE)
+    assert_equal(fast, plain, 1e-12)
+
+
+def test_rows_that_a_model_rearranges(monkeypatch: pytest.MonkeyPatch):
+    """Found out in the first inner step of training: the tasks go apart, with the same result."""
     from meta_peft.task_rows import RowsRearrangedError
 
     loss_fn, batch = adapted_everywhere("llama"), random_batch(n_tasks=2)
@@ -203,13 +235,8 @@ def test_rows_that_a_model_rearranges(first: str, monkeypatch: pytest.MonkeyPatc
         return real(inside, adapter, rows, second_order=second_order)
 
     monkeypatch.setattr(loss_fn, "within", within)
-    adapter, hyper = loss_fn.own(), RULE.initial_rates(loss_fn.own())
-    if first == "adapting":
-        plain = all_layers_every_time(adapted_everywhere("llama"))
-        fast = adapt(loss_fn, adapter, hyper, batch.support, RULE)
-        assert_equal(fast, adapt(plain, adapter, hyper, batch.support, RULE), 1e-12)
     assert_same(meta_gradient(loss_fn, batch, MAML(RULE)), expected)
-    assert loss_fn.above(tuple(RULE.fast_names(adapter))) is None
+    assert loss_fn.above(tuple(RULE.fast_names(loss_fn.own()))) is None
 
 
 @pytest.mark.parametrize("how", ["load_in_4bit", "load_in_8bit"])

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,18 +24,22 @@ IGNORED = -100
 BINS = 15  # of confidence, for calibration
 
 
-@dataclass(frozen=True)
-class TaskScores:
+class TaskScores(NamedTuple):
     """Per task: the loss ``[T]`` and the share of rows whose every label is the most likely token ``[T]``.
 
     `calibration_TK3` has for each of K bins of confidence how many labelled positions fall into it, the sum of their
     confidences, and how many of them are right. A confidence is the probability of the most likely token given the right
     ones before it. Such counts add up over tasks, which a calibration error does not.
+
+    `predicted_BL` is the most likely label at each labelled position, -100 elsewhere; `confidence_BL` its probability, 0
+    elsewhere. A token is predicted given the right ones before it, so for text this is not what the model would write.
     """
 
     loss_T: Tensor
     exact_match_T: Tensor
     calibration_TK3: Tensor
+    predicted_BL: Tensor
+    confidence_BL: Tensor
 
 
 def same_positions(labels_BL: Tensor) -> Tensor:
@@ -62,15 +66,17 @@ class LabelledTokens:
         return _mean_per_task(cross_entropy(logits_NV, labels_N), row_N, rows)
 
     def scores_per_task(self, model: nn.Module, head: nn.Module | None, rows: Rows) -> TaskScores:
-        """Loss and exact match per task: a row matches if the most likely token is the label at all its positions."""
+        """What one forward tells: a row matches if the most likely token is the label at all its positions."""
         logits_NV, labels_N, row_N = self.labelled_logits(model, head, rows)
         loss_T = _mean_per_task(cross_entropy(logits_NV, labels_N), row_N, rows)
-        wrong_N = (logits_NV.argmax(-1) != labels_N).to(loss_T.dtype)
+        found_N, p_N = logits_NV.argmax(-1), _confidence(logits_NV)
+        wrong_N = (found_N != labels_N).to(loss_T.dtype)
         n_rows = rows.labels_BL.shape[0]
         wrong_B = torch.zeros(n_rows, dtype=loss_T.dtype, device=loss_T.device).index_add(0, row_N, wrong_N)
         match_T = (wrong_B == 0).to(loss_T.dtype).view(rows.n_tasks, -1).mean(1)
-        task_N = row_N // (n_rows // rows.n_tasks)
-        return TaskScores(loss_T, match_T, _calibration(logits_NV, wrong_N == 0, task_N, rows.n_tasks))
+        counts_TK3 = _calibration(p_N, wrong_N == 0, row_N // (n_rows // rows.n_tasks), rows.n_tasks)
+        at_labels = (self._at_labels(found_N, rows, IGNORED), self._at_labels(p_N, rows, 0))
+        return TaskScores(loss_T, match_T, counts_TK3, *at_labels)
 
     def log_likelihood_per_row(self, model: nn.Module, head: nn.Module | None, rows: Rows) -> tuple[Tensor, Tensor]:
         """Each row's summed log-likelihood of its labels, and how many they are, ``[B]`` each."""
@@ -78,19 +84,6 @@ class LabelledTokens:
         loss_N = cross_entropy(logits_NV, labels_N)
         zeros_B = loss_N.new_zeros(len(rows.labels_BL))
         return zeros_B.index_add(0, row_N, -loss_N), zeros_B.index_add(0, row_N, torch.ones_like(loss_N))
-
-    def predicted(self, model: nn.Module, head: nn.Module | None, rows: Rows) -> Tensor:
-        """The most likely label at each labelled position, -100 elsewhere, ``[B, L]``.
-
-        A token is predicted given the right ones before it, so for text this is not what the model would write.
-        """
-        logits_NV, _, _ = self.labelled_logits(model, head, rows)
-        return self._at_labels(logits_NV.argmax(-1), rows, IGNORED)
-
-    def confidences(self, model: nn.Module, head: nn.Module | None, rows: Rows) -> Tensor:
-        """The probability of the most likely label at each labelled position, 0 elsewhere, ``[B, L]``."""
-        logits_NV, _, _ = self.labelled_logits(model, head, rows)
-        return self._at_labels(logits_NV.float().softmax(-1).amax(-1), rows, 0)
 
     def _at_labels(self, values_N: Tensor, rows: Rows, filling: int) -> Tensor:
         filled_BL = torch.full_like(rows.labels_BL, filling, dtype=values_N.dtype)
@@ -136,9 +129,13 @@ def _mean_per_task(loss_N: Tensor, row_N: Tensor, rows: Rows) -> Tensor:
     return zeros_T.index_add(0, task_N, loss_N) / count_T
 
 
-def _calibration(logits_NV: Tensor, right_N: Tensor, task_N: Tensor, n_tasks: int) -> Tensor:
+def _confidence(logits_NV: Tensor) -> Tensor:
+    """The probability of the most likely label; of a model that diverged, 0."""
     logits_NV = logits_NV.float()
-    p_N = (logits_NV.amax(-1) - logits_NV.logsumexp(-1)).exp().nan_to_num(0.0)  # a model that diverged has none
+    return (logits_NV.amax(-1) - logits_NV.logsumexp(-1)).exp().nan_to_num(0.0)
+
+
+def _calibration(p_N: Tensor, right_N: Tensor, task_N: Tensor, n_tasks: int) -> Tensor:
     bin_N = (p_N * BINS).ceil().long().clamp(1, BINS) - 1
     counts_N3 = torch.stack([torch.ones_like(p_N), p_N, right_N.float()], 1)
     return p_N.new_zeros(n_tasks * BINS, 3).index_add(0, task_N * BINS + bin_N, counts_N3).view(n_tasks, BINS, 3)

@@ -71,7 +71,7 @@ def test_the_head_is_as_it_was_even_after_an_exception(model, head):
 def test_predicted_tokens_stand_where_the_labels_do(model, head):
     """A causal model's logits stand one position before."""
     rows = random_rows()
-    predicted = CAUSAL_LM.predicted(model, head, rows)
+    predicted = CAUSAL_LM.scores_per_task(model, head, rows).predicted_BL
     likeliest, labelled = model(**rows.inputs).logits.argmax(-1), rows.labels_BL != -100
     labelled[:, 0] = False  # which none predicts
     expected = torch.full_like(rows.labels_BL, -100)

@@ -21,7 +21,7 @@ def test_loss_is_that_of_transformers_with_labels(case: str):
 
 def test_exact_match_is_accuracy():
     model, rows = model_of("bert").get_base_model().eval(), rows_of("bert", n_tasks=2, per_task=2)
-    predicted = SEQUENCE_CLASSIFICATION.predicted(model, None, rows)
+    predicted = SEQUENCE_CLASSIFICATION.scores_per_task(model, None, rows).predicted_BL
     assert predicted.shape == (4, 1)
     assert torch.equal(predicted[:, 0], model(**rows.inputs).logits.argmax(-1))
     rows.labels_BL.copy_(predicted)

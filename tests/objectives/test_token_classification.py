@@ -17,7 +17,7 @@ def test_loss_is_that_of_transformers_with_labels():
 
 def test_a_row_matches_when_all_its_words_are_right():
     model, rows = model_of("bert, tokens").get_base_model().eval(), rows_of("bert, tokens")
-    predicted, labelled = TOKEN_CLASSIFICATION.predicted(model, None, rows), rows.labels_BL != -100
+    predicted, labelled = TOKEN_CLASSIFICATION.scores_per_task(model, None, rows).predicted_BL, rows.labels_BL != -100
     everything = model(**rows.inputs).logits.argmax(-1)
     assert torch.equal(predicted, everything.where(labelled, -100))
     rows.labels_BL.copy_(predicted)
