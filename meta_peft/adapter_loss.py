@@ -18,20 +18,23 @@ from torch import Tensor, nn
 
 from meta_peft import preflight
 from meta_peft.checkpointing import checkpointed
+from meta_peft.errors import MetaPeftError
 from meta_peft.fast_attention import twice_differentiable_attention
 from meta_peft.fast_forwards import fast_forwards
 from meta_peft.fast_weights import FastWeights, head_modules, is_lora, lora_layers
 from meta_peft.forwards import replaced_forwards
+from meta_peft.frozen_cache import FrozenCache
 from meta_peft.frozen_linear import dense_copies, quantised_layers
 from meta_peft.frozen_prefix import FrozenPrefix, Prefix, detached, layers_of
 from meta_peft.inner_optimizers import InnerRule
 from meta_peft.memory import available
 from meta_peft.objectives import objective_for, objective_name
-from meta_peft.objectives.labelled_tokens import TaskScores
+from meta_peft.objectives.labelled_tokens import TaskScores, without_cache
 from meta_peft.ops.lora_linear import is_plain
 from meta_peft.slow_prefix import AboveSlow
 from meta_peft.task_rows import RowsRearrangedError, TasksApart, rows_in_place
 from meta_peft.types import Params, Rows, Stack
+from meta_peft.whole_weights import is_elsewhere
 
 Measured = TypeVar("Measured")
 ROOM = 0.25  # of the memory that is left
@@ -72,6 +75,7 @@ class AdapterLoss:
         below_head = [name for name in self.weights.parameters() if is_lora(name)]
         self._prefix = FrozenPrefix(model, base.config.model_type, below_head)
         self._slow_prefixes: dict[tuple[str, ...], tuple[Prefix, tuple[str, ...]]] = {}
+        self._cache: FrozenCache | None = None
         self._held: dict[Rows, Callable[[], AbstractContextManager[None]]] = {}
         layers, heads = list(lora_layers(model, adapter)), list(head_modules(model, adapter))
         self._adapted: list[tuple[str, nn.Module]] = [*layers, *heads]
@@ -124,6 +128,21 @@ class AdapterLoss:
     def own(self) -> Params:
         """The adapter's own values, detached."""
         return {name: p.detach() for name, p in self.weights.parameters().items()}
+
+    def keep_frozen(self, cache: FrozenCache) -> None:
+        """From now on rows that are in `cache` skip the layers below the adapter, and others get into it.
+
+        Raises:
+            MetaPeftError: parts of the base are in shards, in main memory or on disk.
+        """
+        if any(map(is_elsewhere, self._base.modules())):
+            raise MetaPeftError(
+                "frozen_cache_gb keeps what the layers of a base return that is whole on its device; this one is in shards,"
+                " in main memory or on disk. Leave frozen_cache_gb out."
+            )
+        if not self._prefix.n_layers:
+            preflight.say_once("frozen_cache_gb keeps nothing here: no whole layer lies below the adapter.")
+        self._cache = cache
 
     def above(self, fast: tuple[str, ...]) -> AboveSlow | None:
         """The loss as a function of what reaches the weights called `fast`, if other weights of the adapter lie below."""
@@ -184,6 +203,14 @@ class AdapterLoss:
             self._slow_prefixes[fast] = prefix, () if elsewhere else below
         return self._slow_prefixes[fast]
 
+    def _recalled(self, rows: Rows) -> Tensor | None:
+        """What comes out below the adapter, if it is kept for all rows (see `frozen_cache`)."""
+
+        def run(some: Rows) -> Any:
+            return self._prefix.output(lambda: self._base(**some.inputs, **without_cache(self._base)))
+
+        return None if self._cache is None else self._cache.of(rows, self._prefix.n_layers, run)
+
     def _measured(
         self, measure: Callable[[Rows], Measured], adapter: Params, rows: Rows, *, all_layers: bool = False
     ) -> list[Measured]:
@@ -213,7 +240,7 @@ class AdapterLoss:
             if self._checkpoint:
                 stack.enter_context(replaced_forwards(checkpointed(layers_of(self._base), in_place)))
             if not all_layers:
-                stack.enter_context(self._prefix.reused(rows))
+                stack.enter_context(self._prefix.reused(rows, self._recalled))
                 if rows in self._held:
                     stack.enter_context(self._held[rows]())
             if at_once:

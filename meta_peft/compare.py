@@ -88,6 +88,7 @@ def multitask_start(of: MetaTrainer, tasks: TaskSet, new_model: Callable[[], Pef
         processing_class=of.processing_class,
         encoding=of.encoding,  # so that classes have the same numbers
     )
+    trainer.use_frozen_cache(of.frozen_cache)
     trainer.train()
     return trainer.start("multi-task LoRA")
 

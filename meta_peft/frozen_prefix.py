@@ -15,6 +15,7 @@ from functools import partial
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor, nn
 
 from meta_peft.forwards import replaced_forwards
@@ -81,9 +82,40 @@ class FrozenPrefix(Prefix):
         super().__init__(model, model_type, adapted)
         self._known: WeakKeyDictionary[Rows, dict[int, Any]] = WeakKeyDictionary()
 
-    def reused(self, rows: Rows) -> AbstractContextManager[None]:
-        """A forward of `rows` inside this context skips what an earlier one has computed."""
-        return self.noted(self._known.setdefault(rows, {}), detached)
+    def reused(self, rows: Rows, recalled: Callable[[Rows], Any] = lambda rows: None) -> AbstractContextManager[None]:
+        """A forward of `rows` inside this context skips what an earlier one has computed.
+
+        Args:
+            recalled: gives what the one run there is returns for rows that are new, or None (see `frozen_cache`).
+        """
+        known = self._known.setdefault(rows, {})
+        if not known and len(self._runs) == 1 and (value := recalled(rows)) is not None:
+            known[0] = value
+        return self.noted(known, detached)
+
+    def output(self, forward: Callable[[], object]) -> Any:
+        """What the first run returns in `forward`, which goes no further."""
+
+        def stop(_: nn.Module, __: Any, output: Any) -> None:
+            raise _ReachedError(detached(output))
+
+        hook = self._runs[0].modules[-1].register_forward_hook(stop)
+        try:
+            with torch.no_grad():
+                forward()
+        except _ReachedError as reached:
+            return reached.output
+        finally:
+            hook.remove()
+        raise AssertionError("the forward does not come through its first layers")
+
+
+class _ReachedError(Exception):
+    """A forward has come to where it was to stop."""
+
+    def __init__(self, output: Any):
+        super().__init__()
+        self.output = output
 
 
 def _noting(known: dict[int, Any], i: int, change: Callable[[Any], Any]) -> Callable[[nn.Module, Any, Any], Any]:
@@ -94,8 +126,14 @@ def _noting(known: dict[int, Any], i: int, change: Callable[[Any], Any]) -> Call
     return hook
 
 
-def _return(value: Any, *_: Any, **__: Any) -> Any:
-    """The forward of every module of a run: what the last of them returned the first time."""
+def _return(value: Any, *args: Any, **kwargs: Any) -> Any:
+    """The forward of every module of a run: what the last of them returned the first time.
+
+    A causal model is given rows only up to the last label, and a value that came from elsewhere may be longer.
+    """
+    given = args[0] if args else kwargs.get("hidden_states")
+    if isinstance(value, Tensor) and isinstance(given, Tensor) and value.dim() == given.dim() == 3:
+        return value[:, : given.shape[1]]
     return value
 
 

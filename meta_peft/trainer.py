@@ -33,6 +33,7 @@ from meta_peft.config import MetaLoraConfig, ModelArguments
 from meta_peft.data_wait import DataWait
 from meta_peft.errors import MetaPeftError
 from meta_peft.evaluate import Start, curve
+from meta_peft.frozen_cache import FrozenCache
 from meta_peft.hub_errors import explained
 from meta_peft.objectives import objective_name
 from meta_peft.outer_loop import LearnedRates, assign_gradient, bind
@@ -146,6 +147,8 @@ class MetaTrainer(CheckpointedTrainer):
             choice_score=args.choice_score,
         )
 
+        self.use_frozen_cache(FrozenCache(args.frozen_cache_gb * 1e9))
+
         super().__init__(
             model=peft_model,
             args=args,
@@ -169,6 +172,13 @@ class MetaTrainer(CheckpointedTrainer):
         if self.callback_handler.pop_callback(ProgressCallback) is not None:
             self.callback_handler.add_callback(LossInProgressBar)
         self.add_callback(PictureCallback(self._pictures, lambda: self.callback_handler.callbacks, self._curves))
+
+    def use_frozen_cache(self, cache: FrozenCache) -> None:
+        """Share what another trainer keeps of the same base, if that is to be kept at all (`frozen_cache_gb`)."""
+        self.frozen_cache = cache
+        if self.args.frozen_cache_gb:
+            for loss_fn in (self.loss_fn, self.scorer.loss_fn):
+                loss_fn.keep_frozen(cache)
 
     # ---- data
 

@@ -35,6 +35,7 @@ FLOORS = [
         "config_file",
         "fast_weights",
         "frozen_linear",
+        "frozen_cache",
         "frozen_prefix",
         "gradient_sketch",
         "rate_map",

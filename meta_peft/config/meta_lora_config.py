@@ -37,6 +37,7 @@ _NOT_NEGATIVE = (
         "learning_rate",
         "weight_decay",
         "max_grad_norm",
+        "frozen_cache_gb",
         "seed",
     ),
 )
@@ -106,6 +107,13 @@ class MetaLoraConfig(TrainingArguments):
     )
     memory_budget_gb: float | None = field(
         default=None, metadata={"help": "Memory for auto to plan with; by default a share of what the device has left."}
+    )
+    frozen_cache_gb: float = field(
+        default=0.0,
+        metadata={
+            "help": "With LoRA on upper layers: keep what the layers below return for each row, up to so much memory, so"
+            " that a row goes through them once in a run. Results are the same to rounding."
+        },
     )
     multitask_warmup_steps: int = field(
         default=0, metadata={"help": "Outer steps of multi-task training before the algorithm proper."}
@@ -259,6 +267,11 @@ class MetaLoraConfig(TrainingArguments):
             at_least("second_order_steps", self.second_order_steps, 0)
         if self.memory_budget_gb is not None and not self.memory_budget_gb > 0:
             raise MetaPeftError(f"memory_budget_gb must be positive; got {self.memory_budget_gb!r}.")
+        if self.frozen_cache_gb and self.deterministic_reduction:
+            raise MetaPeftError(
+                "frozen_cache_gb with deterministic_reduction is refused: the last bits of what is kept depend on which"
+                " rows met first. Leave one of them out."
+            )
         if self.fp16:
             raise MetaPeftError(
                 "fp16 is refused: gradient scaling does not reach the inner loop, so small gradients would be lost."

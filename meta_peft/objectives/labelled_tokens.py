@@ -8,6 +8,7 @@ Which position predicts which label is the one thing in which kinds of models di
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -113,6 +114,11 @@ class LabelledTokens:
 def in_precision_of(model: Any, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     """Sound, for one, in the precision of the model's weights; numbers of tokens as they are."""
     return {name: tensor.to(model.dtype) if tensor.is_floating_point() else tensor for name, tensor in inputs.items()}
+
+
+def without_cache(model: Any) -> dict[str, bool]:
+    """What keeps a decoder under a head from remembering keys and values, which nothing here reads."""
+    return {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
 
 
 def _up_to(length: int, inputs: dict[str, Tensor], shape: torch.Size) -> dict[str, Tensor]:

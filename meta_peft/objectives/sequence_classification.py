@@ -7,13 +7,10 @@ the saved adapter answers in stock PEFT, which knows of no mask: adapting pushes
 
 from __future__ import annotations
 
-import inspect
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
-from meta_peft.objectives.labelled_tokens import LabelledTokens, in_precision_of
+from meta_peft.objectives.labelled_tokens import LabelledTokens, in_precision_of, without_cache
 from meta_peft.types import Rows
 
 
@@ -23,11 +20,6 @@ class SequenceClassification(LabelledTokens):
     def labelled_logits(self, model: nn.Module, head: nn.Module | None, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
         logits_BC: Tensor = model(**in_precision_of(model, rows.inputs), **without_cache(model)).logits
         return logits_BC, rows.labels_BL[:, 0], torch.arange(len(logits_BC), device=logits_BC.device)
-
-
-def without_cache(model: Any) -> dict[str, bool]:
-    """What keeps a decoder under a head from remembering keys and values, which nothing here reads."""
-    return {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
 
 
 SEQUENCE_CLASSIFICATION = SequenceClassification()

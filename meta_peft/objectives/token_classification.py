@@ -9,8 +9,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from meta_peft.objectives.labelled_tokens import IGNORED, LabelledTokens, in_precision_of
-from meta_peft.objectives.sequence_classification import without_cache
+from meta_peft.objectives.labelled_tokens import IGNORED, LabelledTokens, in_precision_of, without_cache
 from meta_peft.types import Rows
 
 

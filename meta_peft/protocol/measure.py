@@ -16,6 +16,7 @@ from meta_peft.compare import CompareArguments, first_tasks, held_out_episodes, 
 from meta_peft.config import MetaLoraConfig, ModelArguments
 from meta_peft.equal_compute import at_equal_compute
 from meta_peft.evaluate import Curve, Start, curve
+from meta_peft.frozen_cache import FrozenCache
 from meta_peft.in_context import in_context_scores
 from meta_peft.inner_loop import adapt
 from meta_peft.protocol.arguments import DEFAULTS, IN_CONTEXT, META, MULTITASK, PLAIN, REPTILE, TITLES
@@ -52,6 +53,7 @@ class Setting:
     processor: Any
     shots_curve: tuple[int, ...]
     folder: Path
+    frozen: FrozenCache  # of the base, which all cells share
 
     @property
     def steps(self) -> list[int]:
@@ -129,6 +131,7 @@ def _trained(cell: Cell, setting: Setting) -> tuple[MetaTrainer, dict[str, float
         eval_dataset=setting.tasks["validation"],
         processing_class=setting.processor,
     )
+    trainer.use_frozen_cache(setting.frozen)
     if not cell.trained:
         return trainer, {"outer_steps": 0, "training_seconds": 0.0}
     began = time.monotonic()

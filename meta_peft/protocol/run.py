@@ -12,6 +12,7 @@ from meta_peft.base_model import tokenizer_for
 from meta_peft.compare import CompareArguments
 from meta_peft.config import MetaLoraConfig, ModelArguments, TaskArguments
 from meta_peft.errors import MetaPeftError
+from meta_peft.frozen_cache import FrozenCache
 from meta_peft.protocol.arguments import ProtocolArguments
 from meta_peft.protocol.cells import all_found, cells_of, digest, path_of
 from meta_peft.protocol.measure import Setting, measured
@@ -54,7 +55,8 @@ def run(
     found = all_found(folder, options)  # what is there may be of other options: known before anything is trained
     if protocol.measure:
         processor = tokenizer_for(model_args)
-        setting = Setting(model_args, args, comparison, tasks, processor, curve, folder)
+        frozen = FrozenCache(args.frozen_cache_gb * 1e9)
+        setting = Setting(model_args, args, comparison, tasks, processor, curve, folder, frozen)
         cells = list(cells_of(protocol))
         for i, cell in enumerate(cells, 1):
             if path_of(cell, folder).is_file():

@@ -6,7 +6,8 @@ from conftest import tiny_base
 from test_heads import model_of, rows_of
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
-from meta_peft.objectives.sequence_classification import SEQUENCE_CLASSIFICATION, without_cache
+from meta_peft.objectives.labelled_tokens import without_cache
+from meta_peft.objectives.sequence_classification import SEQUENCE_CLASSIFICATION
 
 
 @pytest.mark.parametrize("case", ["bert", "roberta", "distilbert", "llama"])
