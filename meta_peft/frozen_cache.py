@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
+from torch.nn.functional import pad
 
 from meta_peft.types import Rows
 
@@ -59,7 +59,8 @@ class FrozenCache:
             for (key, b), fresh_LH in zip(new.items(), fresh_NLH, strict=True):
                 found[key] = fresh_LH[: length_B[b]].clone()
                 self._keep(key, found[key])
-        return pad_sequence([found[key] for key in keys], batch_first=True, padding_value=0.0)
+        length = rows.inputs[IDS].shape[1]  # a part of a stack may be padded beyond its longest row
+        return torch.stack([pad(found[key], (0, 0, 0, length - len(found[key]))) for key in keys])
 
     def _keep(self, key: tuple[int, bytes], value: Tensor) -> None:
         if value.nbytes <= self.room:

@@ -147,8 +147,6 @@ class MetaTrainer(CheckpointedTrainer):
             choice_score=args.choice_score,
         )
 
-        self.use_frozen_cache(FrozenCache(args.frozen_cache_gb * 1e9))
-
         super().__init__(
             model=peft_model,
             args=args,
@@ -160,6 +158,7 @@ class MetaTrainer(CheckpointedTrainer):
             optimizers=optimizers,
         )
         self.model_accepts_loss_kwargs = False
+        self.use_frozen_cache(FrozenCache(args.frozen_cache_gb * 1e9))
         self.outer_step = OuterStep(
             self.loss_fn,
             self.rates,

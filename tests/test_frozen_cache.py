@@ -69,6 +69,25 @@ def test_only_new_rows_run():
     torch.testing.assert_close(loss, loss_on_upper_layers("llama")(weights, rows), rtol=1e-12, atol=0)
 
 
+def test_rows_that_are_padded_beyond_the_longest():
+    """As those of a part of a stack are, if the longest row is in another part."""
+    (mine, _), plain = keeping(loss_on_upper_layers("llama")), loss_on_upper_layers("llama")
+    rows, weights = random_rows(3), dict(mine.weights.parameters())
+    longer = {name: torch.nn.functional.pad(t, (0, 3)) for name, t in rows.inputs.items()}
+    padded = Rows(longer, torch.nn.functional.pad(rows.labels_BL, (0, 3), value=-100), 3)
+    for of in (padded, padded.tasks(1, 3), rows):
+        found = mine.scores(weights, of)
+        torch.testing.assert_close(found.loss_T, plain.scores(weights, of).loss_T, rtol=1e-12, atol=0)
+        torch.testing.assert_close(mine(weights, of), found.loss_T, rtol=1e-12, atol=0)
+    model = peft_model("head of a decoder", lora_layers=[1]).double()
+    randomise(model)
+    plain, mine = AdapterLoss(model), keeping(AdapterLoss(model))[0]
+    longer["input_ids"] = longer["input_ids"].where(longer["attention_mask"].bool(), model.config.pad_token_id)
+    weights, padded = dict(mine.weights.parameters()), Rows(longer, torch.arange(6)[:, None] % 3, 3)
+    for of in (padded, padded.tasks(1, 3)):
+        torch.testing.assert_close(mine(weights, of), plain(weights, of), rtol=1e-12, atol=0)
+
+
 def test_one_cache_for_training_and_evaluation_and_for_other_adapters():
     cache, rows = FrozenCache(1e9), random_rows()
     first, second = loss_on_upper_layers("llama"), loss_on_upper_layers("llama", adapted=(1, 2))

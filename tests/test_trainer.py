@@ -216,6 +216,24 @@ def test_a_budget_of_memory_changes_nothing_but_memory(tmp_path: Path):
     assert_close(weights(small), weights(large), 1e-6)
 
 
+def test_a_frozen_cache_changes_nothing_but_time(tmp_path: Path):
+    runs = {}
+    for gb in (0, 0.1):
+        model = peft_model(layers_to_transform=[1])
+        run = trainer(tmp_path, model=model, eval_tasks=letter_tasks(EVAL), max_steps=12, frozen_cache_gb=gb, **SMOOTH)
+        ran = []
+        model.get_base_model().model.layers[0].mlp.register_forward_hook(
+            lambda _, args, __, n=ran: n.append(len(args[0]))
+        )
+        run.train()
+        runs[gb] = (run, run.evaluate(), sum(ran))
+    (plain, before, all_rows), (mine, after, fewer) = runs.values()
+    assert_close(weights(mine), weights(plain), 1e-6)
+    assert after["eval_loss"] == pytest.approx(before["eval_loss"], abs=1e-6)
+    assert len(mine.frozen_cache) == fewer < 0.8 * all_rows
+    assert len(plain.frozen_cache) == 0
+
+
 def batch_of(run: MetaTrainer) -> EpisodeBatch:
     return run.data_collator([run.train_dataset[i] for i in range(run.args.per_device_train_batch_size)])
 
@@ -336,6 +354,8 @@ def test_a_curriculum_starts_with_what_the_base_finds_easy(tmp_path: Path):
         ({"task_sampling": "by_gradient_diversity"}, "set deterministic_reduction=True"),
         ({"task_sampling": "hardest"}, "task_sampling must be one of uniform, by_size"),
         ({"task_leakage": "maybe"}, "task_leakage must be one of warn, error, ignore"),
+        ({"frozen_cache_gb": 1, "deterministic_reduction": True}, "depend on which rows met first"),
+        ({"frozen_cache_gb": -1}, "frozen_cache_gb must be a number of 0 or more"),
         ({"task_sampling": "curriculum", "curriculum_steps": 0}, "curriculum_steps must be a number of 1 or more"),
     ],
 )

@@ -6,11 +6,13 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 from surface import EVAL, TEST, TRAIN, config, letter_rows, letter_tasks, tiny_folder, write_jsonl
 
 from meta_peft import MetaPeftError, ModelArguments, TaskArguments, adapt, load
 from meta_peft.compare import CompareArguments
+from meta_peft.frozen_cache import FrozenCache
 from meta_peft.protocol import ProtocolArguments, run
 from meta_peft.protocol.cells import all_found
 from meta_peft.protocol.summary import Summary
@@ -18,10 +20,10 @@ from meta_peft.protocol.summary import Summary
 STARTS = ["peft_defaults", "plain", "multitask", "reptile", "fomaml", "meta", "in_context"]
 
 
-def compared(folder: Path, *, splits=("train", "validation", "test"), protocol=(), **options) -> Summary:
+def compared(folder: Path, *, splits=("train", "validation", "test"), protocol=(), layers=None, **options) -> Summary:
     letters = {"train": TRAIN, "validation": EVAL, "test": TEST}
     files = {f"{s}_tasks": str(write_jsonl(folder / f"{s}.jsonl", letter_tasks(letters[s]))) for s in splits}
-    model = ModelArguments(str(tiny_folder()), lora_r=4, lora_target_modules=["q_proj", "v_proj"])
+    model = ModelArguments(str(tiny_folder()), lora_r=4, lora_target_modules=["q_proj", "v_proj"], lora_layers=layers)
     comparison = CompareArguments("full", [3, 0], [0.5, 2.0])
     args = config(folder / "out", max_steps=2, learning_rate=0.01, **options)
     return run(model, TaskArguments(**files), args, comparison, ProtocolArguments(**{"seeds": [0], **dict(protocol)}))
@@ -62,6 +64,22 @@ def test_baselines_may_adapt_all_weights_where_the_run_adapts_some(tmp_path: Pat
     curves = summary.report.curves
     assert curves["plain LoRA"].loss[:, 1].mean() < curves["plain LoRA"].loss[:, 0].mean() - 0.01
     assert abs(curves["meta-learned LoRA"].loss[:, 1] - curves["meta-learned LoRA"].loss[:, 0]).max() < 0.01
+
+
+def test_all_cells_share_a_frozen_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """With the same results; LoRA on all layers, as PEFT's defaults have it, has nothing to keep."""
+    kept = []
+    real = FrozenCache._keep
+    monkeypatch.setattr(FrozenCache, "_keep", lambda cache, *row: (kept.append(row[0]), real(cache, *row)))
+    protocol = {"starts": ["peft_defaults", "plain", "multitask", "meta"]}
+    found = {}
+    for gb in (0, 0.1):
+        folder = tmp_path / str(gb)
+        folder.mkdir()
+        found[gb] = compared(folder, protocol=protocol, layers=[1], frozen_cache_gb=gb)
+    assert len(kept) == len(set(kept)) > 0
+    for name, curve in found[0].report.curves.items():
+        np.testing.assert_allclose(found[0.1].report.curves[name].loss, curve.loss, atol=1e-3)
 
 
 def test_compute_is_equal(whole: tuple[Path, Summary]):
