@@ -18,35 +18,44 @@ from meta_peft import digests
 
 def fingerprint(*values: Any) -> str | None:
     """A hash of `values`; None if one of them is not known to be described by its parts."""
-    parts = [_described(value) for value in values]
+    known: dict[int, str | None] = {}
+    parts = [_described(value, known) for value in values]
     if None in parts:
         return None
     return digests.of_texts(digest_of_code(), *map(str, parts))
 
 
-def _described(value: Any) -> str | None:
+def _described(value: Any, known: dict[int, str | None]) -> str | None:
+    """What `value` is; `known` has what was found before, by identity: many encodings share one tokenizer."""
     if value is None or isinstance(value, (str, int, float, bool)):
         return repr(value)
     if isinstance(value, Mapping):
-        return _of_parts(value)
+        return _of_parts(value, known)
     if isinstance(value, (list, tuple)):
-        return _of_parts({str(i): part for i, part in enumerate(value)})
+        return _of_parts({str(i): part for i, part in enumerate(value)}, known)
     if is_dataclass(value) and not isinstance(value, type):
-        return _of_parts({"": type(value).__name__, **{f.name: getattr(value, f.name) for f in fields(value)}})
+        return _of_parts({"": type(value).__name__, **{f.name: getattr(value, f.name) for f in fields(value)}}, known)
+    if id(value) not in known:
+        known[id(value)] = _of_processor(value, known)
+    return known[id(value)]
+
+
+def _of_processor(value: Any, known: dict[int, str | None]) -> str | None:
+    """Of a tokenizer, or of a processor of sound."""
     if hasattr(value, "backend_tokenizer"):
         special = ("bos_token", "eos_token", "pad_token", "chat_template")
         parts = {name: getattr(value, name, None) for name in special}
         # Padding and truncation are what the last caller asked for; who encodes asks anew.
         does = {**json.loads(value.backend_tokenizer.to_str()), "padding": None, "truncation": None}
-        return _of_parts({"": type(value).__name__, "tokenizer": json.dumps(does), **parts})
-    if hasattr(value, "tokenizer") and hasattr(value, "feature_extractor"):  # a processor of sound
+        return _of_parts({"": type(value).__name__, "tokenizer": json.dumps(does), **parts}, known)
+    if hasattr(value, "tokenizer") and hasattr(value, "feature_extractor"):
         extractor = value.feature_extractor.to_json_string()
-        return _of_parts({"tokenizer": value.tokenizer, "feature_extractor": extractor})
+        return _of_parts({"tokenizer": value.tokenizer, "feature_extractor": extractor}, known)
     return None
 
 
-def _of_parts(parts: Mapping[str, Any]) -> str | None:
-    described = {name: _described(part) for name, part in parts.items()}
+def _of_parts(parts: Mapping[str, Any], known: dict[int, str | None]) -> str | None:
+    described = {name: _described(part, known) for name, part in parts.items()}
     if None in described.values():
         return None
     return digests.of_texts("parts", *(f"{name}={part}" for name, part in described.items()))

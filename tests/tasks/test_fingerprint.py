@@ -46,3 +46,19 @@ def test_what_encodes_otherwise_has_another():
 
 def test_what_is_not_known_has_none():
     assert fingerprint(Encoding("causal_lm", PromptFormat(), object(), 32)) is None
+
+
+def test_a_tokenizer_is_read_once_however_many_encodings_have_it(monkeypatch):
+    """Where tasks number their classes themselves, each has an encoding of its own."""
+    from dataclasses import replace
+
+    from meta_peft.tasks import fingerprint as module
+
+    encoding = Encoding("causal_lm", PromptFormat(), tiny_tokenizer(), 16)
+    read = []
+    real = module._of_processor
+    monkeypatch.setattr(module, "_of_processor", lambda value, known: (read.append(value), real(value, known))[1])
+    many = {str(i): replace(encoding, max_length=16 + i) for i in range(20)}
+    assert fingerprint(many) == fingerprint(dict(many))
+    assert len(read) == 2
+    assert fingerprint(many) != fingerprint({**many, "3": encoding})
