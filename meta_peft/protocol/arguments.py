@@ -6,13 +6,15 @@ from dataclasses import dataclass, field
 
 from meta_peft.checked import at_least, one_of
 from meta_peft.errors import MetaPeftError
+from meta_peft.objectives import CLASSIFYING
 
 META, DEFAULTS, IN_CONTEXT = "meta", "peft_defaults", "in_context"
-PLAIN, MULTITASK, REPTILE = "plain", "multitask", "reptile"
+PLAIN, MULTITASK, CLASSIFIER, REPTILE = "plain", "multitask", "classifier", "reptile"
 TITLES = {
     DEFAULTS: "PEFT's defaults",
     PLAIN: "plain LoRA",
     MULTITASK: "multi-task LoRA",
+    CLASSIFIER: "one classifier, new head",
     REPTILE: "Reptile",
     "fomaml": "first-order MAML",
     META: "meta-learned LoRA",
@@ -25,9 +27,12 @@ TITLES = {
 class ProtocolArguments:
     """Which starts are compared, over which seeds, and along what."""
 
-    starts: list[str] = field(
-        default_factory=lambda: list(TITLES),
-        metadata={"help": f"Starts to compare: {', '.join(TITLES)}. meta is what the other options say."},
+    starts: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": f"Starts to compare: {', '.join(TITLES)}. meta is what the other options say. By default all that there"
+            " are for the objective."
+        },
     )
     seeds: list[int] = field(
         default_factory=lambda: [0, 1, 2],
@@ -44,12 +49,31 @@ class ProtocolArguments:
     )
 
     def __post_init__(self) -> None:
-        for start in self.starts:
+        for start in self.starts or ():
             one_of("starts", start, TITLES)
-        if len(self.starts) < 2:
+        if self.starts is not None and len(self.starts) < 2:
             raise MetaPeftError(f"starts must be two or more, to be compared; got {self.starts}.")
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise MetaPeftError(f"seeds must be one or more different numbers; got {self.seeds}.")
         for option in ("seeds", "shots_curve", "task_counts"):
             for value in getattr(self, option) or ():
                 at_least(option, value, 0 if option == "seeds" else 1)
+
+    def starts_of(self, objective: str, label_words: str) -> list[str]:
+        """The starts that are asked for, or all that an objective and what classes are called allow.
+
+        Raises:
+            MetaPeftError: one is asked for that cannot be.
+        """
+        cannot = {}
+        if objective != "causal_lm":
+            cannot[IN_CONTEXT] = f"in-context examples need a causal language model, and this one is for {objective}"
+        if objective not in CLASSIFYING or label_words == "given":
+            cannot[CLASSIFIER] = (
+                "a classifier whose head is replaced needs a classification head and label_words: permuted or letters; with"
+                " given labels, multitask is one classifier for all tasks"
+            )
+        for start in self.starts or ():
+            if start in cannot:
+                raise MetaPeftError(f"starts: {start} cannot be compared here: {cannot[start]}. Leave it out.")
+        return self.starts or [start for start in TITLES if start not in cannot]

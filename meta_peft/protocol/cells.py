@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -79,10 +79,10 @@ def path_of(cell: Cell, folder: Path) -> Path:
     return folder / FOLDER / f"{cell.name}.json"
 
 
-def cells_of(arguments: ProtocolArguments) -> Iterator[Cell]:
+def cells_of(arguments: ProtocolArguments, starts: Sequence[str]) -> Iterator[Cell]:
     """All cells, seed by seed, so that a run that is stopped has whole seeds."""
     for seed in arguments.seeds:
-        for start in arguments.starts:
+        for start in starts:
             yield Cell(seed, start)
             for count in arguments.task_counts or ():
                 if Cell(seed, start).trained:

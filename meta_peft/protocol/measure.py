@@ -1,73 +1,33 @@
-"""One cell: train the start if it is one that is trained, choose its rates, and run its curves."""
+"""One cell: choose the rates of its start, and run its curves."""
 
 from __future__ import annotations
 
 import copy
 import time
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from meta_peft.adapter_loss import AdapterLoss
-from meta_peft.base_model import new_model
-from meta_peft.compare import CompareArguments, first_tasks, held_out_episodes, start_curve
-from meta_peft.config import MetaLoraConfig, ModelArguments
-from meta_peft.equal_compute import at_equal_compute
+from meta_peft.compare import held_out_episodes, start_curve
 from meta_peft.evaluate import Curve, Start, curve
-from meta_peft.frozen_cache import FrozenCache
 from meta_peft.in_context import in_context_scores
 from meta_peft.inner_loop import adapt
-from meta_peft.protocol.arguments import DEFAULTS, IN_CONTEXT, META, MULTITASK, PLAIN, REPTILE, TITLES
+from meta_peft.protocol.arguments import IN_CONTEXT, TITLES
 from meta_peft.protocol.cells import Cell, Found
+from meta_peft.protocol.setting import Setting
+from meta_peft.protocol.starts import by_other_rules, trained
 from meta_peft.run_episodes import RunEpisodes
 from meta_peft.scoring import Scores
-from meta_peft.tasks import TaskSet
 from meta_peft.tasks.collate import row_length
 from meta_peft.trainer import MetaTrainer
 from meta_peft.types import Episode
 
-REFERENCE_STEPS = 10
-# What `LoraConfig` and PEFT's quick tour have: LoRA of rank 8 where PEFT puts it in a model of this kind, Adam at 1e-3.
-PEFT_LORA: dict[str, Any] = {
-    **{"lora_r": 8, "lora_alpha": 8, "lora_dropout": 0.0, "use_rslora": False},
-    **{"lora_target_modules": None, "lora_layers": None},
-}
-PEFT_RULE: dict[str, Any] = {
-    "inner_optimizer": "adam",
-    "inner_lr": 1e-3,
-    "inner_weight_decay": 0.0,
-    "fast_weights": None,
-}
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What all cells of a comparison share."""
-
-    model: ModelArguments
-    args: MetaLoraConfig
-    comparison: CompareArguments
-    tasks: dict[str, TaskSet]
-    processor: Any
-    shots_curve: tuple[int, ...]
-    folder: Path
-    frozen: FrozenCache  # of the base, which all cells share
-
-    @property
-    def steps(self) -> list[int]:
-        return sorted(set(self.comparison.adaptation_steps))
-
-    @property
-    def at(self) -> int:
-        """The number of steps that is compared along shots and numbers of training tasks."""
-        return REFERENCE_STEPS if REFERENCE_STEPS in self.steps else self.steps[-1]
-
 
 def measured(cell: Cell, setting: Setting, options: str) -> Found:
     """What is found in a cell. Its adapter, if it is trained, is saved in the folder ``starts``."""
-    trainer, cost = _trained(cell, setting)
+    trainer, cost = trained(cell, setting)
     validation = held_out_episodes(trainer, setting.tasks["validation"], setting.comparison.max_validation_tasks)
     test = held_out_episodes(trainer, setting.tasks["test"], setting.comparison.max_test_tasks)
     more = {n: _with_shots(trainer, setting, test, n) for n in setting.shots_curve if n != trainer.args.shots}
@@ -83,7 +43,7 @@ def measured(cell: Cell, setting: Setting, options: str) -> Found:
 
     start = trainer.start(TITLES[cell.start])
     batches = trainer.batches(test)
-    starts = [start, *_by_other_rules(cell, trainer)]
+    starts = [start, *by_other_rules(cell, trainer)]
     factors = setting.comparison.rate_factors
     found = start_curve(trainer, start, trainer.batches(validation), batches, setting.steps, factors, *starts[1:])
     if cell.trained:
@@ -107,49 +67,6 @@ def measured(cell: Cell, setting: Setting, options: str) -> Found:
         shots=shots,
         cost=cost,
     )
-
-
-def _trained(cell: Cell, setting: Setting) -> tuple[MetaTrainer, dict[str, float]]:
-    """A trainer whose adapter is the start of the cell, and what its training cost."""
-    args = copy.copy(setting.args)
-    args.seed = args.data_seed = cell.seed
-    by_default = cell.start == DEFAULTS
-    model = new_model(replace(setting.model, **PEFT_LORA) if by_default else setting.model, cell.seed)
-    for option, value in PEFT_RULE.items() if by_default else ():
-        setattr(args, option, value)
-    layers = AdapterLoss(model, second_order=False).stack(args.inner_rule())
-    changes: dict[str, Any] = {"algorithm": cell.start} if cell.trained and cell.start != META else {}
-    if cell.start == REPTILE:
-        changes["fast_weights"] = None  # it has no gradient for others
-    args = at_equal_compute(args, layers, **changes)
-    args.output_dir = str(setting.folder / "starts" / cell.name)
-    train = setting.tasks["train"]
-    trainer = MetaTrainer(
-        model,
-        args=args,
-        train_dataset=train if cell.task_count is None else first_tasks(train, cell.task_count, cell.seed),
-        eval_dataset=setting.tasks["validation"],
-        processing_class=setting.processor,
-    )
-    trainer.use_frozen_cache(setting.frozen)
-    if not cell.trained:
-        return trainer, {"outer_steps": 0, "training_seconds": 0.0}
-    began = time.monotonic()
-    trainer.train()
-    trainer.save_model()
-    return trainer, {"outer_steps": args.max_steps, "training_seconds": round(time.monotonic() - began, 1)}
-
-
-def _by_other_rules(cell: Cell, trainer: MetaTrainer) -> list[Start]:
-    """Plain and multi-task LoRA as users adapt them, by Adam on all weights, beside the rule of what is meta-learned."""
-    own = trainer.args
-    if cell.start not in (PLAIN, MULTITASK) or (own.inner_optimizer == "adam" and own.fast_weights is None):
-        return []
-    args = copy.copy(own)
-    for option, value in PEFT_RULE.items():
-        setattr(args, option, value)
-    start, rule = trainer.start(TITLES[cell.start]), replace(args.inner_rule(), learn_rates=False)
-    return [replace(start, rule=rule, hyper=rule.initial_rates(start.adapter), how="Adam on all weights")]
 
 
 def _with_shots(trainer: MetaTrainer, setting: Setting, test: list[Episode], shots: int) -> list[Episode]:

@@ -8,15 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from meta_peft.about_run import about_run
-from meta_peft.base_model import tokenizer_for
+from meta_peft.base_model import objective_of, tokenizer_for
 from meta_peft.compare import CompareArguments
 from meta_peft.config import MetaLoraConfig, ModelArguments, TaskArguments
 from meta_peft.errors import MetaPeftError
 from meta_peft.frozen_cache import FrozenCache
 from meta_peft.protocol.arguments import ProtocolArguments
 from meta_peft.protocol.cells import all_found, cells_of, digest, path_of
-from meta_peft.protocol.measure import Setting, measured
+from meta_peft.protocol.measure import measured
 from meta_peft.protocol.page import write_page
+from meta_peft.protocol.setting import Setting
 from meta_peft.protocol.summary import Summary
 from meta_peft.task_loading import run_tasks
 
@@ -42,6 +43,7 @@ def run(
             f"A comparison runs in one process, not in {args.world_size}: start one process for each of its seeds, with"
             " the same output_dir."
         )
+    starts = protocol.starts_of(objective_of(model_args), args.label_words)
     tasks, leakage = run_tasks(task_args, args)
     missing = [split for split in ("validation", "test") if split not in tasks]
     if missing:
@@ -57,7 +59,7 @@ def run(
         processor = tokenizer_for(model_args)
         frozen = FrozenCache(args.frozen_cache_gb * 1e9)
         setting = Setting(model_args, args, comparison, tasks, processor, curve, folder, frozen)
-        cells = list(cells_of(protocol))
+        cells = list(cells_of(protocol, starts))
         for i, cell in enumerate(cells, 1):
             if path_of(cell, folder).is_file():
                 continue

@@ -38,7 +38,7 @@ def test_a_damaged_cell_is_named(tmp_path: Path, text: str):
 
 def test_every_seed_has_every_start_and_numbers_of_tasks_are_of_trained_ones():
     arguments = ProtocolArguments(starts=["plain", "meta"], seeds=[3, 1], task_counts=[2])
-    names = [cell.name for cell in cells_of(arguments)]
+    names = [cell.name for cell in cells_of(arguments, arguments.starts)]
     assert names == ["seed3-plain", "seed3-meta", "seed3-meta-2tasks", "seed1-plain", "seed1-meta", "seed1-meta-2tasks"]
 
 

@@ -8,14 +8,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file
 from surface import EVAL, TEST, TRAIN, config, letter_rows, letter_tasks, tiny_folder, write_jsonl
 
 from meta_peft import MetaPeftError, ModelArguments, TaskArguments, adapt, load
 from meta_peft.compare import CompareArguments
 from meta_peft.frozen_cache import FrozenCache
 from meta_peft.protocol import ProtocolArguments, run
+from meta_peft.protocol.arguments import TITLES
 from meta_peft.protocol.cells import all_found
 from meta_peft.protocol.summary import Summary
+from meta_peft.protocol.verdict import verdict
+from meta_peft.trainer import MetaTrainer
 
 STARTS = ["peft_defaults", "plain", "multitask", "reptile", "fomaml", "meta", "in_context"]
 
@@ -80,6 +85,66 @@ def test_all_cells_share_a_frozen_cache(tmp_path: Path, monkeypatch: pytest.Monk
     assert len(kept) == len(set(kept)) > 0
     for name, curve in found[0].report.curves.items():
         np.testing.assert_allclose(found[0.1].report.curves[name].loss, curve.loss, atol=1e-3)
+
+
+def of_classes(folder: Path, protocol=()) -> Summary:
+    """Tasks of three classes each; the classes of the splits are different ones."""
+    letters = {"train": "abcdefghi", "validation": "jkl", "test": "mnopqr"}
+    files = {}
+    for split, names in letters.items():
+        tasks = {names[i : i + 3]: names[i : i + 3] for i in range(0, len(names), 3)}
+        rows = {t: [{"text": f"{c}{n}{c}", "label": c} for c in cs for n in range(6)] for t, cs in tasks.items()}
+        files[f"{split}_tasks"] = str(write_jsonl(folder / f"{split}.jsonl", rows))
+    how = {"objective": "sequence_classification", "num_labels": 3, "lora_target_modules": ["q_proj", "v_proj"]}
+    rule = {"fast_weights": "score", "inner_optimizer": "sgd", "inner_lr": 0.05, "prompt_template": "{input}"}
+    args = config(folder / "out", ways=3, label_words="permuted", shots=2, query_size=2, max_steps=6, **rule)
+    comparison = CompareArguments("plain", [0, 3], [1.0])
+    model = ModelArguments(str(tiny_folder()), **how)
+    return run(model, TaskArguments(**files), args, comparison, ProtocolArguments(**{"seeds": [0], **dict(protocol)}))
+
+
+def test_one_classifier_of_all_labels_whose_head_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    made = []
+    real = MetaTrainer.train
+
+    def train(trainer: MetaTrainer) -> object:
+        done = real(trainer)
+        names = trainer.encoding.facts.label_names
+        made.append((trainer.args.algorithm, names, trainer.start("trained").adapter))
+        return done
+
+    monkeypatch.setattr(MetaTrainer, "train", train)
+    summary = of_classes(tmp_path, {"starts": ["plain", "multitask", "classifier", "meta"]})
+    (_, _, _), (algorithm, names, trained), (_, none, _) = made
+    assert (algorithm, "".join(names), none) == ("multitask", "abcdefghi", ())
+    saved = load_file(tmp_path / "out" / "starts" / "seed0-classifier" / "adapter_model.safetensors")
+    head = next(name for name in saved if "score" in name)
+    assert trained[head].shape[0] == 9
+    assert saved[head].shape[0] == 3
+    assert not saved[head].any(), "a new head, from zero"
+    for name in set(saved) - {head}:
+        assert torch.equal(saved[name], trained[name])
+    cost = {start: summary.cost(start)["outer_steps"] for start in summary.starts}
+    assert cost["classifier"] == cost["multitask"]
+    title = "one classifier, new head"
+    assert title in (tmp_path / "out" / "report.md").read_text()
+    assert any(title in said for said in verdict(summary))
+
+
+def test_by_default_all_starts_that_there_can_be(tmp_path: Path):
+    summary = of_classes(tmp_path)
+    assert summary.starts == [start for start in TITLES if start != "in_context"]
+
+
+@pytest.mark.parametrize(
+    ("make", "start", "why"),
+    [(of_classes, "in_context", "need a causal language model"), (compared, "classifier", "a classification head")],
+)
+def test_starts_that_cannot_be(tmp_path: Path, make, start: str, why: str):
+    """Known before anything is measured."""
+    with pytest.raises(MetaPeftError, match=f"starts: {start} cannot be compared here: .*{why}"):
+        make(tmp_path, protocol={"starts": ["plain", start]})
+    assert not (tmp_path / "out" / "cells").exists()
 
 
 def test_compute_is_equal(whole: tuple[Path, Summary]):

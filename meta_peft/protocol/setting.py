@@ -1,0 +1,37 @@
+"""What all cells of a comparison share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from meta_peft.compare import CompareArguments
+from meta_peft.config import MetaLoraConfig, ModelArguments
+from meta_peft.frozen_cache import FrozenCache
+from meta_peft.tasks import TaskSet
+
+REFERENCE_STEPS = 10
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Options, tasks and what is kept between cells."""
+
+    model: ModelArguments
+    args: MetaLoraConfig
+    comparison: CompareArguments
+    tasks: dict[str, TaskSet]
+    processor: Any
+    shots_curve: tuple[int, ...]
+    folder: Path
+    frozen: FrozenCache  # of the base, which all cells share
+
+    @property
+    def steps(self) -> list[int]:
+        return sorted(set(self.comparison.adaptation_steps))
+
+    @property
+    def at(self) -> int:
+        """The number of steps that is compared along shots and numbers of training tasks."""
+        return REFERENCE_STEPS if REFERENCE_STEPS in self.steps else self.steps[-1]

@@ -1,0 +1,125 @@
+"""The starts that are compared: each a trainer that holds the adapter, trained if the start is one that is trained."""
+
+from __future__ import annotations
+
+import copy
+import time
+from dataclasses import replace
+from typing import Any
+
+from peft import PeftModel
+
+from meta_peft.adapter_loss import AdapterLoss
+from meta_peft.base_model import new_model
+from meta_peft.compare import first_tasks
+from meta_peft.config import MetaLoraConfig
+from meta_peft.equal_compute import at_equal_compute
+from meta_peft.evaluate import Start
+from meta_peft.fast_weights import FastWeights, is_lora
+from meta_peft.protocol.arguments import CLASSIFIER, DEFAULTS, META, MULTITASK, PLAIN, REPTILE, TITLES
+from meta_peft.protocol.cells import Cell
+from meta_peft.protocol.setting import Setting
+from meta_peft.tasks import TaskSet
+from meta_peft.tasks.encoding.classes import class_names
+from meta_peft.tasks.prompt import example_columns
+from meta_peft.trainer import MetaTrainer
+from meta_peft.types import Params
+
+# What `LoraConfig` and PEFT's quick tour have: LoRA of rank 8 where PEFT puts it in a model of this kind, Adam at 1e-3.
+PEFT_LORA: dict[str, Any] = {
+    **{"lora_r": 8, "lora_alpha": 8, "lora_dropout": 0.0, "use_rslora": False},
+    **{"lora_target_modules": None, "lora_layers": None},
+}
+PEFT_RULE: dict[str, Any] = {
+    "inner_optimizer": "adam",
+    "inner_lr": 1e-3,
+    "inner_weight_decay": 0.0,
+    "fast_weights": None,
+}
+
+
+def trained(cell: Cell, setting: Setting) -> tuple[MetaTrainer, dict[str, float]]:
+    """A trainer whose adapter is the start of the cell, and what its training cost."""
+    by_default = cell.start == DEFAULTS
+    model = new_model(replace(setting.model, **PEFT_LORA) if by_default else setting.model, cell.seed)
+    args = _options(cell, setting, model)
+    if cell.start == CLASSIFIER:
+        features, cost = _classifier(cell, setting, args)
+        weights = FastWeights(model)
+        weights.load_({name: features.get(name, p) for name, p in weights.parameters().items()})
+        return _trainer(model, args, cell, setting), cost
+    trainer = _trainer(model, args, cell, setting)
+    return trainer, _train(trainer) if cell.trained else {"outer_steps": 0, "training_seconds": 0.0}
+
+
+def _options(cell: Cell, setting: Setting, model: PeftModel) -> MetaLoraConfig:
+    """Those of the run, for the algorithm of the cell at equal compute."""
+    args = copy.copy(setting.args)
+    args.seed = args.data_seed = cell.seed
+    args.output_dir = str(setting.folder / "starts" / cell.name)
+    for option, value in PEFT_RULE.items() if cell.start == DEFAULTS else ():
+        setattr(args, option, value)
+    layers = AdapterLoss(model, second_order=False).stack(args.inner_rule())
+    changes: dict[str, Any] = {}
+    if cell.trained and cell.start != META:
+        changes["algorithm"] = MULTITASK if cell.start == CLASSIFIER else cell.start
+    if cell.start == REPTILE:
+        changes["fast_weights"] = None  # it has no gradient for others
+    return at_equal_compute(args, layers, **changes)
+
+
+def _trainer(model: PeftModel, args: MetaLoraConfig, cell: Cell, setting: Setting) -> MetaTrainer:
+    validation = setting.tasks["validation"]
+    processor = setting.processor
+    trainer = MetaTrainer(model, args, _tasks(cell, setting), eval_dataset=validation, processing_class=processor)
+    trainer.use_frozen_cache(setting.frozen)
+    return trainer
+
+
+def _tasks(cell: Cell, setting: Setting) -> TaskSet:
+    train = setting.tasks["train"]
+    return train if cell.task_count is None else first_tasks(train, cell.task_count, cell.seed)
+
+
+def _train(trainer: MetaTrainer) -> dict[str, float]:
+    """What it cost."""
+    began = time.monotonic()
+    trainer.train()
+    trainer.save_model()
+    return {"outer_steps": trainer.args.max_steps, "training_seconds": round(time.monotonic() - began, 1)}
+
+
+def _classifier(cell: Cell, setting: Setting, args: MetaLoraConfig) -> tuple[Params, dict[str, float]]:
+    """LoRA matrices learned under one head for the labels of all training tasks, which is then thrown away.
+
+    The baseline of Chen et al., ICLR 2019, arXiv 1904.04232. Rows are as many as in the episodes of classes.
+    """
+    tasks = _tasks(cell, setting)
+    args = copy.copy(args)
+    args.ways, args.label_words = None, "given"
+    args.shots, args.query_size = (n * (setting.args.ways or 1) for n in (args.shots, args.query_size))
+    model = new_model(replace(setting.model, num_labels=len(labels_of(tasks))), cell.seed)
+    trainer = MetaTrainer(model, args, tasks, processing_class=setting.processor)
+    trainer.use_frozen_cache(setting.frozen)
+    cost = _train(trainer)
+    return {name: p.detach() for name, p in trainer.loss_fn.weights.parameters().items() if is_lora(name)}, cost
+
+
+def labels_of(tasks: TaskSet) -> tuple[str, ...]:
+    """The names of classes in all tasks together."""
+    return class_names(tasks.table[example_columns(tasks.table.column_names)[-1]])
+
+
+def by_other_rules(cell: Cell, trainer: MetaTrainer) -> list[Start]:
+    """Plain LoRA, and what is trained without an inner loop, as users adapt them: by Adam on all weights.
+
+    Beside the rule of what is meta-learned, which they may take as well.
+    """
+    own = trainer.args
+    if cell.start not in (PLAIN, MULTITASK, CLASSIFIER) or (own.inner_optimizer == "adam" and own.fast_weights is None):
+        return []
+    args = copy.copy(own)
+    for option, value in PEFT_RULE.items():
+        setattr(args, option, value)
+    start, rule = trainer.start(TITLES[cell.start]), replace(args.inner_rule(), learn_rates=False)
+    return [replace(start, rule=rule, hyper=rule.initial_rates(start.adapter), how="Adam on all weights")]
