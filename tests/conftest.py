@@ -13,6 +13,9 @@ from collections.abc import Callable
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported: a test that asked the hub would wait for it
 os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="meta_peft_test_cache_")  # read when datasets is imported
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # two processes with two threads each would wait for each other on two cores
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 import torch
 import torch.nn.functional as F
