@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from meta_peft.protocol.arguments import IN_CONTEXT, META, MULTITASK, TITLES
+from meta_peft.protocol.arguments import CLASSIFIER, IN_CONTEXT, META, MULTITASK, TITLES
 from meta_peft.protocol.summary import Difference, Summary
 
 BY = {True: "ahead of", False: "behind"}
@@ -22,12 +22,12 @@ def verdict(summary: Summary) -> list[str]:
         f" {summary.shots} examples{'' if summary.ways is None else f' of each of {summary.ways} classes'}."
     ]
     at = {d.other: d for d in summary.differences() if d.steps == summary.at}
-    if MULTITASK in at:
-        said.append(_paid(summary, at[MULTITASK]))
-    for other, difference in at.items():
-        if other != MULTITASK:
-            said.append(f"Meta-learned LoRA is {_compared(summary, difference)}.")
-    if META in summary.starts and MULTITASK not in at:
+    without_inner_loop = [at[start] for start in (MULTITASK, CLASSIFIER) if start in at]
+    rival = min(without_inner_loop, key=lambda difference: difference.mean, default=None)
+    if rival is not None:
+        said.append(_paid(summary, rival))
+    said += [f"Meta-learned LoRA is {_compared(summary, each)}." for each in at.values() if each is not rival]
+    if META in summary.starts and rival is None:
         said.append("Multi-task LoRA was not measured, so whether meta-training paid for itself is not known.")
     if len(summary.seeds) < 3:
         said.append(
@@ -37,11 +37,12 @@ def verdict(summary: Summary) -> list[str]:
 
 
 def _paid(summary: Summary, difference: Difference) -> str:
+    """Against the best start that was trained on the same tasks without an inner loop."""
     compared = _compared(summary, difference)
     if difference.ahead:
         return f"Meta-training paid for itself: at equal compute it is {compared}."
     if difference.behind:
-        return f"Meta-training did not pay for itself: at equal compute it is {compared}. Take multi-task LoRA."
+        return f"Meta-training did not pay for itself: at equal compute it is {compared}. Take that."
     return f"Whether meta-training paid for itself is open: at equal compute it is {compared}."
 
 

@@ -112,6 +112,28 @@ def test_the_verdict_says_whether_it_paid(multitask: float, meta: float, said: s
     assert words[0].startswith(f"Best on these tasks: {best}, {100 * max(multitask, meta) - 1:.0f} % exact match")
 
 
+@pytest.mark.parametrize(
+    ("classifier", "said"),
+    [
+        (0.3, "Meta-training paid for itself: at equal compute it is ahead of multi-task LoRA by 10 points"),
+        (
+            0.5,
+            "Whether meta-training paid for itself is open: at equal compute it is level with one classifier, new head",
+        ),
+        (
+            0.7,
+            "Meta-training did not pay for itself: at equal compute it is behind one classifier, new head by 20 points",
+        ),
+    ],
+)
+def test_what_was_trained_without_an_inner_loop_and_is_best_is_what_counts(classifier: float, said: str):
+    found = [cell("multitask", (0.1, 0.4)), cell("classifier", (0.1, classifier)), cell("meta", (0.1, 0.5))]
+    words = verdict(summary_of(*found))
+    assert any(sentence.startswith(said) for sentence in words)
+    assert sum("multi-task LoRA" in sentence for sentence in words[1:]) == 1
+    assert sum("one classifier" in sentence for sentence in words[1:]) == 1
+
+
 def test_the_verdict_says_of_what_there_are_so_many_examples():
     found = [cell("plain", (0.1, 0.2)), cell("meta", (0.1, 0.6))]
     about = {**ABOUT, "training": {"shots": 2, "ways": 4}}
