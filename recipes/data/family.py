@@ -35,6 +35,25 @@ def sample(rows: Rows, most: int, seed: int) -> Rows:
     return [rows[i] for i in np.random.default_rng(seed).permutation(len(rows))[:most]]
 
 
+def draws(classes: Tasks, ways: int, rows_per_class: int, n: int, rng: np.random.Generator) -> Tasks:
+    """At most `n` different sets of so many classes, each with as many rows of every class, labelled by it."""
+    tasks: Tasks = {}
+    names = sorted(classes)
+    for _ in range(20 * n):
+        drawn = [names[i] for i in rng.choice(len(names), ways, replace=False)]
+        name = " ".join(sorted(drawn))
+        if name in tasks:
+            continue
+        tasks[name] = [
+            {**row, "label": label}
+            for label in drawn
+            for row in sample(classes[label], rows_per_class, int(rng.integers(2**31)))
+        ]
+        if len(tasks) == n:
+            break
+    return tasks
+
+
 def apart(found: Mapping[str, list[str]], rows_per_label: int, most: int, rng: np.random.Generator) -> list[Rows]:
     """Tasks of different texts, as many of each label; at most so many, or as many as the rarest label allows.
 

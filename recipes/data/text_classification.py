@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from family import Rows, Tasks, run, sample, split
+from family import Rows, Tasks, draws, run, split
 
 from meta_peft.packages import npm_download
 
@@ -59,7 +59,8 @@ def tasks_of(archive: Path, seed: int, letters: bool = False) -> dict[str, Tasks
                 kinds.setdefault(kind, []).append({"text": definition})
     rng = np.random.default_rng(seed)
     kinds = {kind: rows for kind, rows in kinds.items() if len(rows) >= 4 * ROWS_PER_KIND}
-    return {part: draws(found, N_TASKS[part], letters, rng) for part, found in split(kinds, seed).items()}
+    tasks = {part: draws(of, WAYS, ROWS_PER_KIND, N_TASKS[part], rng) for part, of in split(kinds, seed).items()}
+    return {part: named_by_letters(of) for part, of in tasks.items()} if letters else tasks
 
 
 def definitions(lines: list[str]) -> Iterator[tuple[str, str]]:
@@ -74,24 +75,13 @@ def definitions(lines: list[str]) -> Iterator[tuple[str, str]]:
             yield kind, text
 
 
-def draws(kinds: dict[str, Rows], n: int, letters: bool, rng: np.random.Generator) -> Tasks:
-    """At most `n` different sets of five kinds, each with as many definitions of every kind."""
-    tasks: Tasks = {}
-    names = sorted(kinds)
-    for _ in range(20 * n):
-        drawn = [names[i] for i in rng.choice(len(names), WAYS, replace=False)]
-        name = " ".join(sorted(drawn))
-        if name in tasks:
-            continue
-        labels = "ABCDE" if letters else drawn
-        tasks[name] = [
-            {**row, "label": label}
-            for kind, label in zip(drawn, labels, strict=True)
-            for row in sample(kinds[kind], ROWS_PER_KIND, int(rng.integers(2**31)))
-        ]
-        if len(tasks) == n:
-            break
-    return tasks
+def named_by_letters(tasks: Tasks) -> Tasks:
+    """With A for the kind that a task's rows begin with, B for the next one, and so on."""
+    renamed: Tasks = {}
+    for name, rows in tasks.items():
+        letter_of = dict(zip(dict.fromkeys(row["label"] for row in rows), "ABCDE", strict=True))
+        renamed[name] = [{**row, "label": letter_of[row["label"]]} for row in rows]
+    return renamed
 
 
 def options(parser: ArgumentParser) -> None:

@@ -1,9 +1,10 @@
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 import pytest
-from lemmatisation import LANGUAGES, entries, main, pairs, tasks_of
+from lemmatisation import LANGUAGES, ROWS_PER_LANGUAGE, WAYS, entries, languages_of, main, pairs, tasks_of
 from package_index import only_from
 from programs import front_coded, simplemma_wheel
 
@@ -54,6 +55,23 @@ def test_one_task_a_language(tmp_path: Path):
     assert len(splits["train"]["fr"]) == 81
     assert tasks_of(wheel, 0, {"train": "fr"}) == {"train": splits["train"]}
     assert tasks_of(wheel, 1, {"train": "fr"}) != {"train": splits["train"]}
+
+
+def test_with_classes_a_task_is_of_four_languages_of_its_split():
+    languages = {"train": "abcdef", "validation": "ghij", "test": "klmno"}
+    tasks = {
+        p: {n: [{"input": f"{n}{i}", "target": n} for i in range(30)] for n in names} for p, names in languages.items()
+    }
+    splits = languages_of(tasks, 0)
+    assert [len(found) for found in splits.values()] == [15, 1, 5], "as many different draws as there are"
+    for part, found in splits.items():
+        for name, rows in found.items():
+            assert len(set(name.split())) == WAYS
+            assert set(name.split()) <= set(languages[part])
+            assert Counter(row["label"] for row in rows) == dict.fromkeys(name.split(), ROWS_PER_LANGUAGE)
+            assert all(row["text"][0] == row["label"] for row in rows)
+            assert len({row["text"] for row in rows}) == len(rows)
+    assert languages_of(tasks, 0) == splits != languages_of(tasks, 1)
 
 
 def test_the_program_with_the_real_pip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
