@@ -54,24 +54,6 @@ def draws(classes: Tasks, ways: int, rows_per_class: int, n: int, rng: np.random
     return tasks
 
 
-def apart(found: Mapping[str, list[str]], rows_per_label: int, most: int, rng: np.random.Generator) -> list[Rows]:
-    """Tasks of different texts, as many of each label; at most so many, or as many as the rarest label allows.
-
-    Args:
-        found: the texts of each label.
-    """
-    order = {label: rng.permutation(len(texts)) for label, texts in found.items()}
-    n = min(most, *(len(texts) // rows_per_label for texts in found.values()))
-    return [
-        [
-            {"text": texts[i], "label": label}
-            for label, texts in found.items()
-            for i in order[label][rows_per_label * task : rows_per_label * (task + 1)]
-        ]
-        for task in range(n)
-    ]
-
-
 def write(folder: Path, splits: Mapping[str, Tasks], source: str) -> None:
     """``train.jsonl``, ``validation.jsonl``, ``test.jsonl`` and ``SOURCE.md``, each written aside and renamed."""
     folder.mkdir(parents=True, exist_ok=True)

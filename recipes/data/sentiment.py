@@ -19,7 +19,7 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
 import numpy as np
-from family import Rows, Tasks, apart, run, sample
+from family import Rows, Tasks, run, sample
 
 from meta_peft.packages import pip_download
 
@@ -57,10 +57,10 @@ def tasks_of(archive: Path, seed: int, classes: bool = False) -> dict[str, Tasks
     with tarfile.open(archive) as package:
         inner = package.extractfile(f"{PACKAGE}-{VERSION}/additional_resources/hutto_ICWSM_2014.tar.gz")
         assert inner is not None
-        archived = io.BytesIO(inner.read())
+        texts = io.BytesIO(inner.read())
     splits: dict[str, Tasks] = {}
     rng = np.random.default_rng(seed)
-    with tarfile.open(fileobj=archived) as files:
+    with tarfile.open(fileobj=texts) as files:
         for part, domains in DOMAINS.items():
             splits[part] = {}
             for domain, name in domains.items():
@@ -68,10 +68,7 @@ def tasks_of(archive: Path, seed: int, classes: bool = False) -> dict[str, Tasks
                 assert file is not None
                 clear = rated(file.read().decode("utf-8", errors="replace"))
                 if classes:
-                    texts = {"positive": clear[True], "negative": clear[False]}
-                    distinct = {word: list(dict.fromkeys(of_it)) for word, of_it in texts.items()}
-                    tasks = apart(distinct, ROWS_PER_LABEL, MOST_TASKS, rng)
-                    splits[part] |= {f"{domain} {number}": rows for number, rows in enumerate(tasks, 1)}
+                    splits[part] |= apart(domain, clear, rng)
                     continue
                 for number, words in enumerate(WORDS[part].split()):
                     splits[part][f"{domain} {words}"] = labelled(clear, words.split("/"), seed + number)
@@ -93,6 +90,22 @@ def labelled(texts: dict[bool, list[str]], words: list[str], seed: int) -> Rows:
     positive = [{"text": text, "label": words[0]} for text in texts[True]]
     negative = [{"text": text, "label": words[1]} for text in texts[False]]
     return sample(positive, ROWS_PER_LABEL, seed) + sample(negative, ROWS_PER_LABEL, seed)
+
+
+def apart(domain: str, texts: dict[bool, list[str]], rng: np.random.Generator) -> Tasks:
+    """Tasks of different texts, as many of each label."""
+    distinct = {label: list(dict.fromkeys(found)) for label, found in texts.items()}
+    n = min(len(found) for found in distinct.values()) // ROWS_PER_LABEL
+    order = {label: rng.permutation(len(found)) for label, found in distinct.items()}
+    words = {True: "positive", False: "negative"}
+    return {
+        f"{domain} {task + 1}": [
+            {"text": distinct[label][i], "label": word}
+            for label, word in words.items()
+            for i in order[label][ROWS_PER_LABEL * task : ROWS_PER_LABEL * (task + 1)]
+        ]
+        for task in range(min(n, MOST_TASKS))
+    }
 
 
 def options(parser: ArgumentParser) -> None:

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import bigbench
 import data_wrangling
-import pytest
 import question_answering
 from programs import bigbench_archive
 
@@ -14,12 +13,10 @@ DATES = [("'290386'", "'29-03-86'"), ("'25 03 74'", "'25-03-74'")] + [(f"'{i}'",
 
 def test_only_the_tasks_of_the_families_are_unpacked(tmp_path: Path):
     tasks = {"qa_wikidata": [("a", "b")], "mult_data_wrangling/f_1_dates_1": DATES, "other": [], "qa_wikidata_2": []}
-    tasks |= {f"multiemo/{name}": [] for name in ("all_sentence_en", "hotels_sentence_en", "hotels_text_en")}
     archive = bigbench_archive(tmp_path, tasks)
     bigbench.unpack(archive, tmp_path / "kept")
     files = {path.relative_to(tmp_path / "kept").as_posix() for path in (tmp_path / "kept").rglob("*.json")}
-    kept = ("qa_wikidata", "mult_data_wrangling/f_1_dates_1", "multiemo/hotels_sentence_en")
-    assert files == {f"{name}/task.json" for name in kept}
+    assert files == {"qa_wikidata/task.json", "mult_data_wrangling/f_1_dates_1/task.json"}
 
 
 def test_examples_with_several_answers_are_left_out(tmp_path: Path):
@@ -28,22 +25,8 @@ def test_examples_with_several_answers_are_left_out(tmp_path: Path):
 
 
 def test_what_is_unpacked_is_not_downloaded_again(tmp_path: Path):
-    for family in bigbench.FAMILIES:
-        (tmp_path / "bigbench-1.0.0" / family).mkdir(parents=True)
+    (tmp_path / "bigbench-1.0.0").mkdir()
     assert bigbench.families(tmp_path) == tmp_path / "bigbench-1.0.0"
-
-
-def test_what_an_earlier_version_did_not_keep_is_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    tasks = {"qa_wikidata": [("new", "b")], "mult_data_wrangling/f_1_dates_1": DATES, "multiemo/hotels_sentence_en": []}
-    archive = bigbench_archive(tmp_path, tasks)
-    monkeypatch.setattr(bigbench, "pip_download", lambda *_, **__: archive)
-    folder = tmp_path / "cache" / "bigbench-1.0.0"
-    (folder / "qa_wikidata").mkdir(parents=True)
-    (folder / "qa_wikidata" / "task.json").write_text("old")
-    assert bigbench.families(tmp_path / "cache") == folder
-    assert sorted(path.name for path in folder.iterdir()) == sorted(bigbench.FAMILIES)
-    assert (folder / "qa_wikidata" / "task.json").read_text() == "old"
-    assert [path.name for path in folder.parent.iterdir()] == ["bigbench-1.0.0"], "nothing is left of the download"
 
 
 def wrangling(folder: Path) -> Path:
