@@ -146,8 +146,8 @@ def test_the_gap_to_a_wider_difference_tells_the_error(dtype: torch.dtype):
             narrow, wide = (difference_product(*at, u, wider=w)[0] for w in (width, 2 * width))
             return distances(narrow, wide) / distances(narrow, exact)
 
-        truncated = ratios(30.0)
-        assert ((truncated > 2) & (truncated < 4)).all(), truncated
+        truncated = ratios(100.0)  # at 30 rounding is part of the error, on some machines
+        assert ((truncated > 2.5) & (truncated < 3.5)).all(), truncated
         rounded = ratios(0.1)
         assert ((rounded > 0.5) & (rounded < 2)).all(), rounded
         reported = ratios(1.0)
