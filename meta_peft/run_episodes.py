@@ -64,5 +64,9 @@ def run_encoding(
     encoding = Encoding.of(base, objective, args.prompt_format(), processor, args.max_length)
     if objective not in CLASSIFYING:
         return encoding
-    columns = [(tasks.dataset, example_columns(tasks.dataset.column_names)[-1]) for tasks in task_sets]
-    return encoding.naming(label for dataset, column in columns for label in dataset[column])
+    return encoding.naming(label for tasks in task_sets for label in labels_of(tasks))
+
+
+def labels_of(tasks: TaskSet) -> Any:
+    """The label of each row, tasks not yet encoded."""
+    return tasks.dataset[example_columns(tasks.dataset.column_names)[-1]]

@@ -19,9 +19,9 @@ from meta_peft.fast_weights import FastWeights, is_lora
 from meta_peft.protocol.arguments import CLASSIFIER, DEFAULTS, META, MULTITASK, PLAIN, REPTILE, TITLES
 from meta_peft.protocol.cells import Cell
 from meta_peft.protocol.setting import Setting
+from meta_peft.run_episodes import labels_of
 from meta_peft.tasks import TaskSet
 from meta_peft.tasks.encoding.classes import class_names
-from meta_peft.tasks.prompt import example_columns
 from meta_peft.trainer import MetaTrainer
 from meta_peft.types import Params
 
@@ -47,9 +47,13 @@ def trained(cell: Cell, setting: Setting) -> tuple[MetaTrainer, dict[str, float]
         features, cost = _classifier(cell, setting, args)
         weights = FastWeights(model)
         weights.load_({name: features.get(name, p) for name, p in weights.parameters().items()})
-        return _trainer(model, args, cell, setting), cost
-    trainer = _trainer(model, args, cell, setting)
-    return trainer, _train(trainer) if cell.trained else {"outer_steps": 0, "training_seconds": 0.0}
+        trainer = _trainer(model, args, cell, setting)
+    else:
+        trainer = _trainer(model, args, cell, setting)
+        cost = _train(trainer) if cell.trained else {"outer_steps": 0, "training_seconds": 0.0}
+    if cell.trained:
+        trainer.save_model()
+    return trainer, cost
 
 
 def _options(cell: Cell, setting: Setting, model: PeftModel) -> MetaLoraConfig:
@@ -85,7 +89,6 @@ def _train(trainer: MetaTrainer) -> dict[str, float]:
     """What it cost."""
     began = time.monotonic()
     trainer.train()
-    trainer.save_model()
     return {"outer_steps": trainer.args.max_steps, "training_seconds": round(time.monotonic() - began, 1)}
 
 
@@ -98,16 +101,11 @@ def _classifier(cell: Cell, setting: Setting, args: MetaLoraConfig) -> tuple[Par
     args = copy.copy(args)
     args.ways, args.label_words = None, "given"
     args.shots, args.query_size = (n * (setting.args.ways or 1) for n in (args.shots, args.query_size))
-    model = new_model(replace(setting.model, num_labels=len(labels_of(tasks))), cell.seed)
+    model = new_model(replace(setting.model, num_labels=len(class_names(labels_of(tasks)))), cell.seed)
     trainer = MetaTrainer(model, args, tasks, processing_class=setting.processor)
     trainer.use_frozen_cache(setting.frozen)
     cost = _train(trainer)
     return {name: p.detach() for name, p in trainer.loss_fn.weights.parameters().items() if is_lora(name)}, cost
-
-
-def labels_of(tasks: TaskSet) -> tuple[str, ...]:
-    """The names of classes in all tasks together."""
-    return class_names(tasks.table[example_columns(tasks.table.column_names)[-1]])
 
 
 def by_other_rules(cell: Cell, trainer: MetaTrainer) -> list[Start]:
