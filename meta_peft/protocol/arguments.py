@@ -9,18 +9,22 @@ from meta_peft.errors import MetaPeftError
 from meta_peft.objectives import CLASSIFYING
 
 META, DEFAULTS, IN_CONTEXT = "meta", "peft_defaults", "in_context"
-PLAIN, MULTITASK, CLASSIFIER, REPTILE = "plain", "multitask", "classifier", "reptile"
+PLAIN, MULTITASK, CLASSIFIER, TASK_HEADS = "plain", "multitask", "classifier", "task_heads"
+REPTILE = "reptile"
 TITLES = {
     DEFAULTS: "PEFT's defaults",
     PLAIN: "plain LoRA",
     MULTITASK: "multi-task LoRA",
     CLASSIFIER: "one classifier, new head",
+    TASK_HEADS: "a head for each task, new head",
     REPTILE: "Reptile",
     "fomaml": "first-order MAML",
     META: "meta-learned LoRA",
     IN_CONTEXT: "in-context examples",
 }
 """Starts by name, as tables call them. ``meta`` is what the run's own options say."""
+NEW_HEAD = (CLASSIFIER, TASK_HEADS)  # what these are trained with is thrown away
+WITHOUT_INNER_LOOP = (MULTITASK, *NEW_HEAD)
 
 
 @dataclass
@@ -59,8 +63,11 @@ class ProtocolArguments:
             for value in getattr(self, option) or ():
                 at_least(option, value, 0 if option == "seeds" else 1)
 
-    def starts_of(self, objective: str, label_words: str) -> list[str]:
+    def starts_of(self, objective: str, label_words: str, *, tasks_are_classes: bool) -> list[str]:
         """The starts that are asked for, or all that an objective and what classes are called allow.
+
+        Args:
+            tasks_are_classes: whether the task column is that of the labels.
 
         Raises:
             MetaPeftError: one is asked for that cannot be.
@@ -72,6 +79,10 @@ class ProtocolArguments:
             cannot[CLASSIFIER] = (
                 "a classifier whose head is replaced needs a classification head and label_words: permuted or letters; with"
                 " given labels, multitask is one classifier for all tasks"
+            )
+        if objective != "sequence_classification" or tasks_are_classes:
+            cannot[TASK_HEADS] = (
+                "a head for each training task needs a model with a head for whole rows, and tasks of several classes each"
             )
         for start in self.starts or ():
             if start in cannot:

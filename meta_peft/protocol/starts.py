@@ -16,12 +16,24 @@ from meta_peft.config import MetaLoraConfig
 from meta_peft.equal_compute import at_equal_compute
 from meta_peft.evaluate import Start
 from meta_peft.fast_weights import FastWeights, is_lora
-from meta_peft.protocol.arguments import CLASSIFIER, DEFAULTS, META, MULTITASK, PLAIN, REPTILE, TITLES
+from meta_peft.protocol.arguments import (
+    DEFAULTS,
+    META,
+    MULTITASK,
+    NEW_HEAD,
+    PLAIN,
+    REPTILE,
+    TASK_HEADS,
+    TITLES,
+    WITHOUT_INNER_LOOP,
+)
 from meta_peft.protocol.cells import Cell
 from meta_peft.protocol.setting import Setting
+from meta_peft.protocol.task_heads import TaskHeadsTrainer
 from meta_peft.run_episodes import labels_of
 from meta_peft.tasks import TaskSet
 from meta_peft.tasks.encoding.classes import class_names
+from meta_peft.tasks.labelling import numbered_within
 from meta_peft.trainer import MetaTrainer
 from meta_peft.types import Params
 
@@ -43,8 +55,8 @@ def trained(cell: Cell, setting: Setting) -> tuple[MetaTrainer, dict[str, float]
     by_default = cell.start == DEFAULTS
     model = new_model(replace(setting.model, **PEFT_LORA) if by_default else setting.model, cell.seed)
     args = _options(cell, setting, model)
-    if cell.start == CLASSIFIER:
-        features, cost = _classifier(cell, setting, args)
+    if cell.start in NEW_HEAD:
+        features, cost = _features(cell, setting, args)
         weights = FastWeights(model)
         weights.load_({name: features.get(name, p) for name, p in weights.parameters().items()})
         trainer = _trainer(model, args, cell, setting)
@@ -66,7 +78,7 @@ def _options(cell: Cell, setting: Setting, model: PeftModel) -> MetaLoraConfig:
     layers = AdapterLoss(model, second_order=False).stack(args.inner_rule())
     changes: dict[str, Any] = {}
     if cell.trained and cell.start != META:
-        changes["algorithm"] = MULTITASK if cell.start == CLASSIFIER else cell.start
+        changes["algorithm"] = MULTITASK if cell.start in NEW_HEAD else cell.start
     if cell.start == REPTILE:
         changes["fast_weights"] = None  # it has no gradient for others
     return at_equal_compute(args, layers, **changes)
@@ -92,17 +104,24 @@ def _train(trainer: MetaTrainer) -> dict[str, float]:
     return {"outer_steps": trainer.args.max_steps, "training_seconds": round(time.monotonic() - began, 1)}
 
 
-def _classifier(cell: Cell, setting: Setting, args: MetaLoraConfig) -> tuple[Params, dict[str, float]]:
-    """LoRA matrices learned under one head for the labels of all training tasks, which is then thrown away.
+def _features(cell: Cell, setting: Setting, args: MetaLoraConfig) -> tuple[Params, dict[str, float]]:
+    """LoRA matrices learned under other heads than the one that adapts: one for the labels of all training tasks, the
+    baseline of Chen et al., ICLR 2019, arXiv 1904.04232, or one for each training task.
 
-    The baseline of Chen et al., ICLR 2019, arXiv 1904.04232. Rows are as many as in the episodes of classes.
+    Rows are as many as in the episodes of classes.
     """
     tasks = _tasks(cell, setting)
     args = copy.copy(args)
     args.ways, args.label_words = None, "given"
     args.shots, args.query_size = (n * (setting.args.ways or 1) for n in (args.shots, args.query_size))
-    model = new_model(replace(setting.model, num_labels=len(class_names(labels_of(tasks)))), cell.seed)
-    trainer = MetaTrainer(model, args, tasks, processing_class=setting.processor)
+    if cell.start == TASK_HEADS:
+        tasks = numbered_within(tasks)
+        num_labels = 1 + max(labels_of(tasks))
+    else:
+        num_labels = len(class_names(labels_of(tasks)))
+    model = new_model(replace(setting.model, num_labels=num_labels), cell.seed)
+    kind = TaskHeadsTrainer if cell.start == TASK_HEADS else MetaTrainer
+    trainer = kind(model, args, tasks, processing_class=setting.processor)
     trainer.use_frozen_cache(setting.frozen)
     cost = _train(trainer)
     return {name: p.detach() for name, p in trainer.loss_fn.weights.parameters().items() if is_lora(name)}, cost
@@ -114,7 +133,7 @@ def by_other_rules(cell: Cell, trainer: MetaTrainer) -> list[Start]:
     Beside the rule of what is meta-learned, which they may take as well.
     """
     own = trainer.args
-    if cell.start not in (PLAIN, MULTITASK, CLASSIFIER) or (own.inner_optimizer == "adam" and own.fast_weights is None):
+    if cell.start not in (PLAIN, *WITHOUT_INNER_LOOP) or (own.inner_optimizer == "adam" and own.fast_weights is None):
         return []
     args = copy.copy(own)
     for option, value in PEFT_RULE.items():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from meta_peft.protocol.arguments import CLASSIFIER, IN_CONTEXT, META, MULTITASK, TITLES
+from meta_peft.protocol.arguments import IN_CONTEXT, META, TITLES, WITHOUT_INNER_LOOP
 from meta_peft.protocol.summary import Difference, Summary
 
 BY = {True: "ahead of", False: "behind"}
@@ -22,8 +22,8 @@ def verdict(summary: Summary) -> list[str]:
         f" {summary.shots} examples{'' if summary.ways is None else f' of each of {summary.ways} classes'}."
     ]
     at = {d.other: d for d in summary.differences() if d.steps == summary.at}
-    without_inner_loop = [at[start] for start in (MULTITASK, CLASSIFIER) if start in at]
-    rival = min(without_inner_loop, key=lambda difference: difference.mean, default=None)
+    rivals = [at[start] for start in WITHOUT_INNER_LOOP if start in at]
+    rival = min(rivals, key=lambda difference: difference.mean, default=None)
     if rival is not None:
         said.append(_paid(summary, rival))
     said += [f"Meta-learned LoRA is {_compared(summary, each)}." for each in at.values() if each is not rival]

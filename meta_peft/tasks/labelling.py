@@ -149,6 +149,18 @@ def episodes_of(tasks: TaskSet, labels: Labelling | None) -> TaskSet | Classes:
     return tasks if labels is None else labels.classes(tasks)
 
 
+def numbered_within(tasks: TaskSet) -> TaskSet:
+    """The same tasks with the labels of each numbered from 0 in their own order: the same name is nothing in common."""
+    tasks = tasks.select(tasks.names)
+    column = example_columns(tasks.dataset.column_names)[-1]
+    labels = list(tasks.dataset[column])
+    numbers = np.zeros(len(labels), np.int64)
+    for rows in tasks.rows_of.values():
+        own = {label: number for number, label in enumerate(sorted({labels[row] for row in rows}))}
+        numbers[rows] = [own[labels[row]] for row in rows]
+    return TaskSet(tasks.dataset.remove_columns(column).add_column(column, numbers), tasks.task_columns)
+
+
 def _by_label(tasks: TaskSet, column: str) -> dict[str, dict[str, np.ndarray]]:
     code_of: dict[Any, int] = {}
     parts = []

@@ -19,6 +19,7 @@ from meta_peft.protocol import ProtocolArguments, run
 from meta_peft.protocol.arguments import TITLES
 from meta_peft.protocol.cells import all_found
 from meta_peft.protocol.summary import Summary
+from meta_peft.protocol.task_heads import TaskHeadsTrainer
 from meta_peft.protocol.verdict import verdict
 from meta_peft.trainer import MetaTrainer
 
@@ -131,6 +132,32 @@ def test_one_classifier_of_all_labels_whose_head_is_replaced(tmp_path: Path, mon
     assert any(title in said for said in verdict(summary))
 
 
+def test_a_head_for_each_training_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    made = []
+    real = TaskHeadsTrainer.train
+
+    def train(trainer: TaskHeadsTrainer) -> object:
+        done = real(trainer)
+        made.append(trainer)
+        return done
+
+    monkeypatch.setattr(TaskHeadsTrainer, "train", train)
+    summary = of_classes(tmp_path, {"starts": ["plain", "multitask", "task_heads", "meta"]})
+    (trainer,) = made
+    assert set(trainer.heads) == {"abc", "def", "ghi"}
+    heads = [head for by_name in trainer.heads.values() for head in by_name.values()]
+    assert [tuple(head.shape) for head in heads] == [(3, 64)] * 3, "classes of a task are numbered within it"
+    assert len({head.sum().item() for head in heads}) == 3, "each learned by itself"
+    saved = load_file(tmp_path / "out" / "starts" / "seed0-task_heads" / "adapter_model.safetensors")
+    trained = trainer.start("trained").adapter
+    for name, value in saved.items():
+        assert torch.equal(value, trained[name]), "the head that adapts is a new one, as the model's was all the time"
+        assert bool(value.any()) == ("score" not in name)
+    cost = {start: summary.cost(start)["outer_steps"] for start in summary.starts}
+    assert cost["task_heads"] == cost["multitask"]
+    assert any("a head for each task" in said for said in verdict(summary))
+
+
 def test_by_default_all_starts_that_there_can_be(tmp_path: Path):
     summary = of_classes(tmp_path)
     assert summary.starts == [start for start in TITLES if start != "in_context"]
@@ -138,7 +165,11 @@ def test_by_default_all_starts_that_there_can_be(tmp_path: Path):
 
 @pytest.mark.parametrize(
     ("make", "start", "why"),
-    [(of_classes, "in_context", "need a causal language model"), (compared, "classifier", "a classification head")],
+    [
+        (of_classes, "in_context", "need a causal language model"),
+        (compared, "classifier", "a classification head"),
+        (compared, "task_heads", "a head for whole rows"),
+    ],
 )
 def test_starts_that_cannot_be(tmp_path: Path, make, start: str, why: str):
     """Known before anything is measured."""

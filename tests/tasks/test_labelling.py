@@ -8,6 +8,7 @@ from surface import tiny_tokenizer
 from meta_peft.errors import MetaPeftError
 from meta_peft.tasks import Encoding, EpisodeDataset, Labelling, PromptFormat, TaskSet
 from meta_peft.tasks.encoding import Facts
+from meta_peft.tasks.labelling import numbered_within
 
 
 class Characters:
@@ -166,3 +167,11 @@ def test_words_are_put_into_encoded_rows():
     with pytest.raises(MetaPeftError, match=r"letters are put into encoded rows: give tasks.encoded"):
         episodes("letters", TaskSet.from_rows(ROWS, "label"))
     assert episodes("given", TaskSet.from_rows(ROWS, "label"))[0].support[0]["text"]
+
+
+def test_labels_numbered_within_each_task():
+    rows = [{"task": t, "text": f"{t}{n}", "label": label} for t in "ab" for n, label in enumerate([t, "x", "x", "0"])]
+    rows.append(rows[1])  # a row that is repeated is none
+    tasks = numbered_within(TaskSet.from_rows(rows))
+    assert {t: [row["label"] for row in tasks.rows(t)] for t in tasks.names} == {"a": [1, 2, 2, 0], "b": [1, 2, 2, 0]}
+    assert [row["text"] for row in tasks.rows("b")] == ["b0", "b1", "b2", "b3"]
