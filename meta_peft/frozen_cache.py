@@ -3,7 +3,7 @@
 A row is drawn again and again: in other episodes, by other starts, at other rates. What comes out below the lowest
 adapted layer is the same each time, as a row's positions see no other row and nothing that its end is padded with. So
 with LoRA on upper layers most of a forward can be had from memory. Rows that meet for the first time go through the
-layers together, in another stack than they came in: results are the same to rounding.
+layers with others of their length, in other stacks than they came in: results are the same to rounding.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from meta_peft.types import Rows
 logger = logging.getLogger("meta_peft")
 
 IDS, MASK, TYPES = "input_ids", "attention_mask", "token_type_ids"
+PART = 16  # rows that go through the layers together; of short texts, half of a larger stack would be padding
 
 
 class FrozenCache:
@@ -51,13 +52,14 @@ class FrozenCache:
         keys = [(n_layers, digest) for digest in _digests(rows, length_B)]
         new = {key: b for b, key in enumerate(keys) if key not in self._known}
         found = {key: self._known[key] for key in keys if key in self._known}
-        if new:
-            part = _some(rows, list(new.values()), max(length_B[b] for b in new.values()))
-            fresh_NLH = run(part)
-            if not isinstance(fresh_NLH, Tensor) or fresh_NLH.shape[:-1] != part.inputs[IDS].shape:
+        by_length = sorted(new, key=lambda key: length_B[new[key]])
+        for part in (by_length[i : i + PART] for i in range(0, len(by_length), PART)):
+            some = _some(rows, [new[key] for key in part], length_B[new[part[-1]]])
+            fresh_NLH = run(some)
+            if not isinstance(fresh_NLH, Tensor) or fresh_NLH.shape[:-1] != some.inputs[IDS].shape:
                 return None
-            for (key, b), fresh_LH in zip(new.items(), fresh_NLH, strict=True):
-                found[key] = fresh_LH[: length_B[b]].clone()
+            for key, fresh_LH in zip(part, fresh_NLH, strict=True):
+                found[key] = fresh_LH[: length_B[new[key]]].clone()
                 self._keep(key, found[key])
         length = rows.inputs[IDS].shape[1]  # a part of a stack may be padded beyond its longest row
         return torch.stack([pad(found[key], (0, 0, 0, length - len(found[key]))) for key in keys])

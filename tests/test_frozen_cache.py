@@ -69,6 +69,22 @@ def test_only_new_rows_run():
     torch.testing.assert_close(loss, loss_on_upper_layers("llama")(weights, rows), rtol=1e-12, atol=0)
 
 
+def test_new_rows_run_with_others_of_their_length():
+    """A few long rows among many short ones are no reason to pad all of them."""
+    length_B = torch.randperm(40, generator=torch.Generator().manual_seed(0)) + 1
+    mask_BL = (torch.arange(40) < length_B[:, None]).long()
+    ids_BL = mask_BL * torch.arange(1, 1601).reshape(40, 40)
+    shapes = []
+
+    def run(some: Rows) -> torch.Tensor:
+        shapes.append(tuple(some.inputs["input_ids"].shape))
+        return 2.0 * some.inputs["input_ids"][:, :, None]
+
+    rows = Rows({"input_ids": ids_BL, "attention_mask": mask_BL}, torch.zeros(40, 1), 4)
+    assert torch.equal(FrozenCache(1e9).of(rows, 1, run)[:, :, 0], 2.0 * ids_BL)
+    assert shapes == [(16, 16), (16, 32), (8, 40)]
+
+
 def test_rows_that_are_padded_beyond_the_longest():
     """As those of a part of a stack are, if the longest row is in another part."""
     (mine, _), plain = keeping(loss_on_upper_layers("llama")), loss_on_upper_layers("llama")
