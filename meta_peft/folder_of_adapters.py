@@ -15,7 +15,7 @@ from peft import PeftModel
 from meta_peft import hub
 from meta_peft.adapt_stacks import Adapted, Support, adapted_stacks, check_hold_back, encoded_support
 from meta_peft.atomic_files import write_file
-from meta_peft.base_model import BaseIdentity
+from meta_peft.base_identity import BaseIdentity
 from meta_peft.digests import of_texts
 from meta_peft.errors import MetaPeftError
 from meta_peft.fast_weights import FastWeights

@@ -18,7 +18,8 @@ from safetensors.torch import save_file
 
 from meta_peft import preflight
 from meta_peft.adapter_files import CONFIG, WEIGHTS, load_adapter, undone_on_error
-from meta_peft.base_model import BaseIdentity, agree_on_padding, load_base, load_tokenizer
+from meta_peft.base_identity import BaseIdentity
+from meta_peft.base_model import agree_on_padding, load_base, load_tokenizer
 from meta_peft.config import ModelArguments
 from meta_peft.errors import MetaPeftError
 from meta_peft.fast_weights import FastWeights, active_adapter

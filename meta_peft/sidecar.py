@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from meta_peft.base_model import BaseIdentity
+from meta_peft.base_identity import BaseIdentity
 from meta_peft.checked import is_number, one_of, read_object, shown, text, whole
 from meta_peft.config import ALGORITHMS
 from meta_peft.errors import MetaPeftError

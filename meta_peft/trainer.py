@@ -8,7 +8,6 @@ with its sidecar instead of a model), and evaluation (adapt, then score).
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -26,22 +25,22 @@ from transformers.trainer_callback import ProgressCallback
 from meta_peft import hub
 from meta_peft.adapter_files import WEIGHTS, tensor_shapes
 from meta_peft.adapter_loss import AdapterLoss
-from meta_peft.base_model import BaseIdentity, agree_on_padding, load_base, load_tokenizer, with_adapter
+from meta_peft.base_identity import BaseIdentity
+from meta_peft.base_model import agree_on_padding, load_base, load_tokenizer, with_adapter
 from meta_peft.card import CardResults, model_card
-from meta_peft.checkpointed_trainer import CheckpointedTrainer
 from meta_peft.config import MetaLoraConfig, ModelArguments
-from meta_peft.data_wait import DataWait
 from meta_peft.errors import MetaPeftError
 from meta_peft.evaluate import Start, curve
 from meta_peft.frozen_cache import FrozenCache
-from meta_peft.hub_errors import explained
 from meta_peft.objectives import objective_name
 from meta_peft.outer_loop import LearnedRates, assign_gradient, bind
 from meta_peft.outer_step import OuterStep
 from meta_peft.processes import Share, StepShares, group, restarts
 from meta_peft.processes.replicas import same_everywhere
 from meta_peft.processes.step_shares import only
+from meta_peft.pushing_trainer import PushingTrainer
 from meta_peft.run_episodes import RunEpisodes, run_encoding
+from meta_peft.run_log import RunLog
 from meta_peft.scoring import scorer_for
 from meta_peft.sharding import shard_as_asked
 from meta_peft.sidecar import Judged, Sidecar
@@ -55,7 +54,6 @@ from meta_peft.tracking import (
     LossInProgressBar,
     PictureCallback,
     adaptation_picture,
-    peak_memory_gb,
     rate_pictures,
     task_curves,
 )
@@ -69,7 +67,7 @@ ON_THE_CARD = (
 )
 
 
-class MetaTrainer(CheckpointedTrainer):
+class MetaTrainer(PushingTrainer):
     """Meta-train a LoRA adapter of a frozen language model.
 
     Args:
@@ -122,12 +120,9 @@ class MetaTrainer(CheckpointedTrainer):
         self._results = CardResults()
         self.interrupted: int | None = None
         self._signal = StopSignal()
-        self._data_wait = DataWait()
+        self.run_log = RunLog()
         self._skipped = 0  # updates in a row that were not made
-        self._diverged = 0  # tasks since the last line of the log
-        self._log_began, self._log_tasks = time.monotonic(), 0
         self._held_out: tuple[list[str], np.ndarray, np.ndarray] | None = None  # query losses of the last evaluation
-        self._rate_grad_norm: Tensor | None = None
         self._failure: MetaPeftError | None = None
         base = peft_model.get_base_model()
         objective = objective_name(base)
@@ -213,7 +208,7 @@ class MetaTrainer(CheckpointedTrainer):
         return int(args.tasks_in_a_step)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
-        with self._data_wait.waiting():
+        with self.run_log.data_wait.waiting():
             return super().get_batch_samples(*args, **kwargs)
 
     def _get_num_items_in_batch(self, batch_samples: Any, device: Any) -> None:
@@ -267,8 +262,7 @@ class MetaTrainer(CheckpointedTrainer):
         if not self.accelerator.sync_gradients:
             return torch.zeros((), device=self.args.device)
         total, wrong = self.outer_step.total(stop=self._signal.received is not None)
-        self._diverged += total.diverged
-        self._log_tasks += total.gradient.n_tasks
+        self.run_log.count(total.gradient.n_tasks, total.diverged)
         if wrong:
             self._skip_update(wrong)
         else:
@@ -299,7 +293,7 @@ class MetaTrainer(CheckpointedTrainer):
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         """The adapter and the rates are clipped apart: their gradients differ by orders of magnitude."""
         if self.rates.log_rates.grad is not None:
-            self._rate_grad_norm = nn.utils.clip_grad_norm_([self.rates.log_rates], self.args.max_grad_norm)
+            self.run_log.rate_grad_norm = nn.utils.clip_grad_norm_([self.rates.log_rates], self.args.max_grad_norm)
         return super()._clip_grad_norm(model)
 
     # ---- evaluation
@@ -334,25 +328,11 @@ class MetaTrainer(CheckpointedTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
-            logs["diverged_tasks"], self._diverged = self._diverged, 0
-            logs |= self._since_last_log()
-            logs["data_wait_share"] = round(self._data_wait.share(), 4)
+            logs |= self.run_log.line(self.outer_step.losses_before)
+            self.outer_step.losses_before.clear()
             if self.memory_plan.halvings:
                 logs["out_of_memory"] = self.memory_plan.halvings
         super().log(logs, start_time)
-
-    def _since_last_log(self) -> dict[str, float]:
-        """Tasks per second, the mean loss of support rows before the first inner step, how large the gradient of the rates
-        was, and the most memory so far."""
-        now, before = time.monotonic(), self.outer_step.losses_before
-        found = {"tasks_per_second": round(self._log_tasks / max(now - self._log_began, 1e-9), 3)}
-        if before:
-            found["loss_before"] = float(np.mean(before))
-        before.clear()
-        if self._rate_grad_norm is not None:
-            found["rate_grad_norm"] = float(self._rate_grad_norm)
-        self._log_began, self._log_tasks = now, 0
-        return {**found, "peak_memory_gb": round(peak_memory_gb(), 3)}
 
     def _pictures(self) -> dict[str, Any]:
         """For trackers: the learned rates, and how held-out tasks fared in the last evaluation."""
@@ -387,8 +367,7 @@ class MetaTrainer(CheckpointedTrainer):
         if found is None and self.train_dataset is not None:
             self.train_dataset.sampling.begin(self._losses_before)
         self.interrupted, self._failure, self._skipped = None, None, 0
-        self._data_wait = DataWait()
-        self._log_began, self._log_tasks = time.monotonic(), 0
+        self.run_log = RunLog()
         with StopSignal() as self._signal:
             result = super().train(found and str(found), *args, **kwargs)
         self.attach()
@@ -435,43 +414,6 @@ class MetaTrainer(CheckpointedTrainer):
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """The card is written with the adapter (see `_save`)."""
-
-    # ---- the hub
-
-    @property
-    def _hub_name(self) -> str:
-        """What its repository is called, or is going to be."""
-        return getattr(self, "hub_model_id", None) or self.args.hub_model_id or Path(str(self.args.output_dir)).name
-
-    def init_hf_repo(self, *args: Any, **kwargs: Any) -> None:
-        with explained(f"The hub gives no repository for {self._hub_name!r}", writing=True):
-            super().init_hf_repo(*args, **kwargs)
-
-    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
-        """`Trainer.push_to_hub`: save the adapter with its sidecar and card, and upload the folder without checkpoints.
-
-        Raises:
-            MetaPeftError: the hub refuses it.
-        """
-        with explained(f"The hub does not take the adapter as {self._hub_name!r}", writing=True):
-            return super().push_to_hub(*args, **kwargs)
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """A checkpoint's adapter with its own sidecar, which the Trainer would leave out.
-
-        Nor are the run's arguments pushed, which the Trainer pickles with the token in them. A hub that refuses does not
-        end training: the next checkpoint is tried, and `save_model` raises.
-        """
-        args, folder = self.args, Path(checkpoint_folder)
-        if not self.is_world_process_zero() or args.hub_strategy == "end":
-            return
-        whole = {"checkpoint": "last-checkpoint", "all_checkpoints": folder.name}.get(str(args.hub_strategy.value))
-        to: dict[str, Any] = {"token": args.hub_token, "revision": args.hub_revision}
-        try:
-            with explained(f"The hub does not take {folder.name} as {self._hub_name!r}", writing=True):
-                hub.push_checkpoint(folder, self._hub_name, step=self.state.global_step, whole=whole, **to)
-        except MetaPeftError as error:
-            logger.warning("%s. Training goes on.", error)
 
     # ---- what a checkpoint holds
 

@@ -31,6 +31,7 @@ FLOORS = [
         "hub_errors",
     ],
     [
+        "base_identity",
         "live_memory",
         "config_file",
         "fast_weights",
@@ -52,8 +53,8 @@ FLOORS = [
     ["outer_loop", "config"],
     ["evaluate", "in_context", "base_model", "outer_step", "task_loading", "equal_compute", "about_run"],
     ["sidecar", "report", "adapter_files", "weightless", "tracking"],
-    ["hub", "card", "estimate"],
-    ["adapt_stacks", "estimate_report", "support"],
+    ["hub", "card", "estimate", "run_log"],
+    ["adapt_stacks", "estimate_report", "support", "pushing_trainer"],
     ["adaptation", "folder_of_adapters"],
     ["run_episodes"],
     ["trainer"],

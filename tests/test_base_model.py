@@ -8,12 +8,11 @@ from pathlib import Path
 import bitsandbytes as bnb
 import pytest
 import torch
-from conftest import tiny_base
 from huggingface_hub import constants
 from surface import SPECIAL, base_model, lora, tiny_folder, tiny_tokenizer
 
 from meta_peft import MetaPeftError, ModelArguments
-from meta_peft.base_model import SMOLLM2, BaseIdentity, load_base, load_tokenizer, locate, lora_config, with_adapter
+from meta_peft.base_model import SMOLLM2, load_base, load_tokenizer, locate, lora_config, with_adapter
 from meta_peft.frozen_linear import quantised_layers
 
 # ---- the model
@@ -226,23 +225,3 @@ def test_an_unreachable_hub_is_not(no_hub_cache: Path, monkeypatch: pytest.Monke
     monkeypatch.setenv("PIP_FIND_LINKS", "")
     with pytest.raises(MetaPeftError, match="neither from the hub nor from the package"):
         locate(SMOLLM2)
-
-
-# ---- identity
-
-
-def test_copies_of_a_model_are_the_same_base():
-    identities = [BaseIdentity.of(base_model(kind)) for kind in ("dense", "4bit", "8bit")]
-    identities.append(BaseIdentity.of(load_base(ModelArguments(str(tiny_folder()), dtype="bfloat16"))))
-    for identity in identities:
-        identities[0].check(identity)
-        identity.check(identities[0])
-
-
-def test_another_model_is_another_base():
-    mine = BaseIdentity.of(base_model())
-    message = "load the base model the adapter belongs to"
-    with pytest.raises(MetaPeftError, match=message):  # another size
-        mine.check(BaseIdentity.of(tiny_base("llama", torch.float32, layers=1, width=64)))
-    with pytest.raises(MetaPeftError, match=message):  # the same sizes, other weights
-        mine.check(BaseIdentity.of(base_model(folder=tiny_folder(seed=1))))

@@ -32,7 +32,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 import meta_peft
 from meta_peft import cli, main_job
-from meta_peft.base_model import SMOLLM2, BaseIdentity
+from meta_peft.base_identity import BaseIdentity
+from meta_peft.base_model import SMOLLM2
 from meta_peft.commands import estimate, evaluate, tasks
 from meta_peft.config import MetaLoraConfig, ModelArguments, TaskArguments
 from meta_peft.config_file import parse

@@ -18,7 +18,8 @@ from sharded_run import ALGORITHMS, error, flat
 from surface import ROOT, environment, tiny_folder
 
 import meta_peft as mp
-from meta_peft.base_model import BaseIdentity, load_base, with_adapter
+from meta_peft.base_identity import BaseIdentity
+from meta_peft.base_model import load_base, with_adapter
 from meta_peft.errors import MetaPeftError
 from meta_peft.sharding import (
     LockstepPlan,

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from meta_peft import SGD, Adam, InnerRule, MetaPeftError, PromptFormat
-from meta_peft.base_model import BaseIdentity
+from meta_peft.base_identity import BaseIdentity
 from meta_peft.sidecar import JSON, TENSORS, Judged, Sidecar
 from meta_peft.tasks.labelling import Labelling
 

@@ -58,5 +58,5 @@ class TaskHeadsTrainer(MetaTrainer):
                     share, before = grad / self.args.tasks_in_a_step, weights[name].grad
                     weights[name].grad = share if before is None else before + share
                 losses.append(found.metrics["loss"])
-        self._log_tasks += len(losses)
+        self.run_log.count(len(losses))
         return torch.cat(losses).mean()
