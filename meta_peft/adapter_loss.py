@@ -31,14 +31,13 @@ from meta_peft.memory import available
 from meta_peft.objectives import objective_for, objective_name
 from meta_peft.objectives.labelled_tokens import TaskScores, without_cache
 from meta_peft.ops.lora_linear import is_plain
-from meta_peft.slow_prefix import AboveSlow
+from meta_peft.slow_prefix import AboveSlow, below_first
 from meta_peft.task_rows import RowsRearrangedError, TasksApart, rows_in_place
 from meta_peft.types import Params, Rows, Stack
 from meta_peft.whole_weights import is_elsewhere
 
 Measured = TypeVar("Measured")
 ROOM = 0.25  # of the memory that is left
-BEHIND_ALL_LAYERS = (".pooler.", ".cls.", ".lm_head.", ".vocab_transform.")  # parts of names
 
 
 class AdapterLoss:
@@ -188,19 +187,8 @@ class AdapterLoss:
         return Stack(len(layers_of(self._base)), frozen, prefix.n_layers - frozen if below and self._at_once else 0)
 
     def _below(self, fast: tuple[str, ...]) -> tuple[Prefix, tuple[str, ...]]:
-        """What runs before the first fast weight, and which of the others it has; none if that is not known of each."""
         if fast not in self._slow_prefixes:
-            prefix = Prefix(self.model, self._base.config.model_type, [name for name in fast if is_lora(name)])
-            paths = {module: f"{path}." for path, module in self.model.named_modules()}
-            starts = tuple(paths[module] for module in prefix.modules())
-            in_order = tuple(
-                paths[m] for m in (*layers_of(self._base), self._base.get_output_embeddings()) if m in paths
-            )
-            slow = [name for name in self.weights.parameters() if name not in fast and is_lora(name)]
-            below = tuple(name for name in slow if name.startswith(starts))
-            above = [n for n in slow if n.startswith(in_order) or any(part in n for part in BEHIND_ALL_LAYERS)]
-            elsewhere = set(slow) - {*below, *above}  # an embedding comes before all layers, and is in none
-            self._slow_prefixes[fast] = prefix, () if elsewhere else below
+            self._slow_prefixes[fast] = below_first(self.model, self.weights.parameters(), fast)
         return self._slow_prefixes[fast]
 
     def _recalled(self, rows: Rows) -> Tensor | None:

@@ -18,10 +18,13 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-from meta_peft.frozen_prefix import Prefix
+from meta_peft.fast_weights import is_lora
+from meta_peft.frozen_prefix import Prefix, layers_of
 from meta_peft.params import leaves
 from meta_peft.task_rows import RowsRearrangedError
 from meta_peft.types import Algorithm, EpisodeBatch, LossFn, Meta, MetaGradient, Params, Rows
+
+BEHIND_ALL_LAYERS = (".pooler.", ".cls.", ".lm_head.", ".vocab_transform.")  # parts of names
 
 
 class Model(Protocol):
@@ -73,6 +76,23 @@ class AboveSlow:
         own = self.model.own()
         weights = {name: own[name] if name in self.below else adapter[name] for name in own}
         return self.model.within(self._prefix.noted(known), weights, rows, second_order=True)
+
+
+def below_first(model: Any, weights: Iterable[str], fast: tuple[str, ...]) -> tuple[Prefix, tuple[str, ...]]:
+    """What a `PeftModel` runs before the first of the weights called `fast`, and which others of `weights` it has.
+
+    None, if it is not known of each whether it lies there.
+    """
+    base = model.get_base_model()
+    prefix = Prefix(model, base.config.model_type, [name for name in fast if is_lora(name)])
+    paths = {module: f"{path}." for path, module in model.named_modules()}
+    starts = tuple(paths[module] for module in prefix.modules())
+    in_order = tuple(paths[m] for m in (*layers_of(base), base.get_output_embeddings()) if m in paths)
+    slow = [name for name in weights if name not in fast and is_lora(name)]
+    below = tuple(name for name in slow if name.startswith(starts))
+    above = [n for n in slow if n.startswith(in_order) or any(part in n for part in BEHIND_ALL_LAYERS)]
+    elsewhere = set(slow) - {*below, *above}  # an embedding comes before all layers, and is in none
+    return prefix, () if elsewhere else below
 
 
 def above_of(algorithm: Any, loss_fn: LossFn, adapter: Params) -> AboveSlow | None:
