@@ -116,9 +116,8 @@ def _features(cell: Cell, setting: Setting, args: MetaLoraConfig) -> tuple[Param
     args.shots, args.query_size = (n * (setting.args.ways or 1) for n in (args.shots, args.query_size))
     if cell.start == TASK_HEADS:
         tasks = numbered_within(tasks)
-        num_labels = 1 + max(labels_of(tasks))
-    else:
-        num_labels = len(class_names(labels_of(tasks)))
+    labels = list(labels_of(tasks))
+    num_labels = len(class_names(labels)) or 1 + max(labels)  # numbers have no names
     model = new_model(replace(setting.model, num_labels=num_labels), cell.seed)
     kind = TaskHeadsTrainer if cell.start == TASK_HEADS else MetaTrainer
     trainer = kind(model, args, tasks, processing_class=setting.processor)

@@ -120,12 +120,13 @@ class Summary:
         return [calibration_error(counts_K3) for counts_K3 in counts]
 
     def differences(self) -> list[Difference]:
-        """Of the meta-learned start to every other one, at every number of steps."""
+        """Of the meta-learned start, if it was measured, to every other one, at every number of steps."""
         return [
             self._difference(other, steps)
+            for meta in self.of_start(META)[:1]
             for other in self.starts
-            for steps in ([self.at] if other == IN_CONTEXT else self.of_start(META)[0].steps)
-            if META in self.starts and other != META
+            if other != META
+            for steps in ([self.at] if other == IN_CONTEXT else meta.steps)
         ]
 
     def along_shots(self) -> dict[str, dict[int, np.ndarray]]:

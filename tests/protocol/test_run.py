@@ -88,13 +88,13 @@ def test_all_cells_share_a_frozen_cache(tmp_path: Path, monkeypatch: pytest.Monk
         np.testing.assert_allclose(found[0.1].report.curves[name].loss, curve.loss, atol=1e-3)
 
 
-def of_classes(folder: Path, protocol=()) -> Summary:
+def of_classes(folder: Path, protocol=(), label=str) -> Summary:
     """Tasks of three classes each; the classes of the splits are different ones."""
     letters = {"train": "abcdefghi", "validation": "jkl", "test": "mnopqr"}
     files = {}
     for split, names in letters.items():
         tasks = {names[i : i + 3]: names[i : i + 3] for i in range(0, len(names), 3)}
-        rows = {t: [{"text": f"{c}{n}{c}", "label": c} for c in cs for n in range(6)] for t, cs in tasks.items()}
+        rows = {t: [{"text": f"{c}{n}{c}", "label": label(c)} for c in cs for n in range(6)] for t, cs in tasks.items()}
         files[f"{split}_tasks"] = str(write_jsonl(folder / f"{split}.jsonl", rows))
     how = {"objective": "sequence_classification", "num_labels": 3, "lora_target_modules": ["q_proj", "v_proj"]}
     rule = {"fast_weights": "score", "inner_optimizer": "sgd", "inner_lr": 0.05, "prompt_template": "{input}"}
@@ -156,6 +156,14 @@ def test_a_head_for_each_training_task(tmp_path: Path, monkeypatch: pytest.Monke
     cost = {start: summary.cost(start)["outer_steps"] for start in summary.starts}
     assert cost["task_heads"] == cost["multitask"]
     assert any("a head for each task" in said for said in verdict(summary))
+
+
+def test_labels_that_are_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    heads = []
+    real = MetaTrainer.train
+    monkeypatch.setattr(MetaTrainer, "train", lambda t: (heads.append(t.loss_fn.model.config.num_labels), real(t)))
+    of_classes(tmp_path, {"starts": ["classifier", "task_heads"]}, label=lambda c: ord(c) % 3)
+    assert heads == [3, 3]
 
 
 def test_by_default_all_starts_that_there_can_be(tmp_path: Path):
