@@ -45,7 +45,7 @@ from workload import (
 )
 
 import meta_peft
-from meta_peft.base_model import BaseIdentity
+from meta_peft.base_identity import BaseIdentity
 from meta_peft.fast_weights import FastWeights
 from meta_peft.hub import attach
 from meta_peft.sidecar import Sidecar

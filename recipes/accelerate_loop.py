@@ -7,7 +7,8 @@ from accelerate import Accelerator
 from peft import LoraConfig, get_peft_model
 
 import meta_peft as mp
-from meta_peft.base_model import BaseIdentity, load_base, load_tokenizer
+from meta_peft.base_identity import BaseIdentity
+from meta_peft.base_model import load_base, load_tokenizer
 from meta_peft.sidecar import Sidecar
 
 

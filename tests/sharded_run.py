@@ -19,7 +19,8 @@ from conftest import random_batch, tiny_base, with_lora
 from test_heads import model_of, rows_of
 
 import meta_peft as mp
-from meta_peft.base_model import BaseIdentity, load_base
+from meta_peft.base_identity import BaseIdentity
+from meta_peft.base_model import load_base
 from meta_peft.frozen_linear import FOUR_BIT
 from meta_peft.params import flatten
 from meta_peft.sharding import LockstepPlan, asked_for, refusal, rounds_in_step, shard_base, sharded_bytes
