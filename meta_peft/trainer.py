@@ -398,12 +398,8 @@ class MetaTrainer(PushingTrainer):
             rate_factors=self._rate_factors,
             objective=self.encoding.objective,
             facts=self.encoding.facts,
-            judged=Judged(self.args.metric, self._task_columns(), self.args.labelling()),
+            judged=Judged(self.args.metric, self.args.task_columns, self.args.labelling()),
         )
-
-    def _task_columns(self) -> tuple[str, ...]:
-        columns = self.args.task_column  # in Python one may be given as a text
-        return (columns,) if isinstance(columns, str) else tuple(columns)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         if self.args.should_save:

@@ -346,6 +346,12 @@ class MetaLoraConfig(TrainingArguments):
         """How rows become text."""
         return PromptFormat(self.prompt_template, self.completion_template, self.context_template, self.assistant_turns)
 
+    @property
+    def task_columns(self) -> tuple[str, ...]:
+        """All of `task_column`, which in Python may be one text."""
+        columns: Any = self.task_column
+        return (columns,) if isinstance(columns, str) else tuple(columns)
+
     def labelling(self) -> Labelling | None:
         """How the classes of an episode are drawn, if episodes are of classes."""
         if self.ways is not None:

@@ -43,7 +43,7 @@ def run(
             f"A comparison runs in one process, not in {args.world_size}: start one process for each of its seeds, with"
             " the same output_dir."
         )
-    tasks_are_classes = args.ways is not None and args.task_column == [args.label_column]
+    tasks_are_classes = args.ways is not None and args.task_columns == (args.label_column,)
     starts = protocol.starts_of(objective_of(model_args), args.label_words, tasks_are_classes=tasks_are_classes)
     tasks, leakage = run_tasks(task_args, args)
     missing = [split for split in ("validation", "test") if split not in tasks]

@@ -88,7 +88,7 @@ def test_all_cells_share_a_frozen_cache(tmp_path: Path, monkeypatch: pytest.Monk
         np.testing.assert_allclose(found[0.1].report.curves[name].loss, curve.loss, atol=1e-3)
 
 
-def of_classes(folder: Path, protocol=(), label=str) -> Summary:
+def of_classes(folder: Path, protocol=(), label=str, **options) -> Summary:
     """Tasks of three classes each; the classes of the splits are different ones."""
     letters = {"train": "abcdefghi", "validation": "jkl", "test": "mnopqr"}
     files = {}
@@ -98,7 +98,7 @@ def of_classes(folder: Path, protocol=(), label=str) -> Summary:
         files[f"{split}_tasks"] = str(write_jsonl(folder / f"{split}.jsonl", rows))
     how = {"objective": "sequence_classification", "num_labels": 3, "lora_target_modules": ["q_proj", "v_proj"]}
     rule = {"fast_weights": "score", "inner_optimizer": "sgd", "inner_lr": 0.05, "prompt_template": "{input}"}
-    args = config(folder / "out", ways=3, label_words="permuted", shots=2, query_size=2, max_steps=6, **rule)
+    args = config(folder / "out", ways=3, label_words="permuted", shots=2, query_size=2, max_steps=6, **rule, **options)
     comparison = CompareArguments("plain", [0, 3], [1.0])
     model = ModelArguments(str(tiny_folder()), **how)
     return run(model, TaskArguments(**files), args, comparison, ProtocolArguments(**{"seeds": [0], **dict(protocol)}))
@@ -184,6 +184,12 @@ def test_starts_that_cannot_be(tmp_path: Path, make, start: str, why: str):
     with pytest.raises(MetaPeftError, match=f"starts: {start} cannot be compared here: .*{why}"):
         make(tmp_path, protocol={"starts": ["plain", start]})
     assert not (tmp_path / "out" / "cells").exists()
+
+
+@pytest.mark.parametrize("task_column", ["label", ["label"]])
+def test_there_is_no_head_for_a_task_that_is_a_class(tmp_path: Path, task_column: str | list[str]):
+    with pytest.raises(MetaPeftError, match=r"starts: task_heads cannot be compared here: .*tasks of several classes"):
+        of_classes(tmp_path, {"starts": ["plain", "task_heads"]}, task_column=task_column)
 
 
 def test_compute_is_equal(whole: tuple[Path, Summary]):
