@@ -33,8 +33,9 @@ def test_gradients_are_those_of_the_mean_loss_each_task_under_its_own_head(train
     loss = trainer.training_step(None, share)
     (batch,) = share.batches
     shared = {name: p for name, p in trainer.loss_fn.weights.parameters().items() if is_lora(name)}
-    found = {id(p): p.grad for p in (*shared.values(), *(p for h in trainer.heads.values() for p in h.values()))}
-    for p in (*shared.values(), *(p for h in trainer.heads.values() for p in h.values())):
+    every = [*shared.values(), *(p for head in trainer.heads.values() for p in head.values())]
+    found = {id(p): p.grad for p in every}
+    for p in every:
         p.grad = None
     losses = []
     for t, task in enumerate(batch.tasks):
