@@ -25,12 +25,13 @@ from meta_peft.fast_weights import FastWeights, head_modules, is_lora, lora_laye
 from meta_peft.forwards import replaced_forwards
 from meta_peft.frozen_cache import FrozenCache
 from meta_peft.frozen_linear import dense_copies, quantised_layers
-from meta_peft.frozen_prefix import FrozenPrefix, Prefix, detached, layers_of
+from meta_peft.frozen_prefix import ONE_INPUT, FrozenPrefix, Prefix, detached, layers_of
 from meta_peft.inner_optimizers import InnerRule
 from meta_peft.memory import available
 from meta_peft.objectives import objective_for, objective_name
 from meta_peft.objectives.labelled_tokens import TaskScores, without_cache
 from meta_peft.ops.lora_linear import is_plain
+from meta_peft.padding import TokenPositions
 from meta_peft.slow_prefix import AboveSlow, below_first
 from meta_peft.task_rows import RowsRearrangedError, TasksApart, rows_in_place
 from meta_peft.types import Params, Rows, Stack
@@ -69,7 +70,9 @@ class AdapterLoss:
         self._objective = objective_for(base, objective)
         self._head = base.get_output_embeddings()
         adapter = self.weights.adapter
-        self._forwards = fast_forwards(model, adapter)
+        self._positions = TokenPositions()
+        self._one_input = base.config.model_type in ONE_INPUT
+        self._forwards = fast_forwards(model, adapter, self._positions)
         self._checkpoint = checkpoint
         below_head = [name for name in self.weights.parameters() if is_lora(name)]
         self._prefix = FrozenPrefix(model, base.config.model_type, below_head)
@@ -225,8 +228,11 @@ class AdapterLoss:
         in_place = partial(self._forwards_in_place, adapter, self.second_order and second_order)
         with ExitStack() as stack:
             stack.enter_context(in_place())
+            if self._one_input:
+                stack.enter_context(self._positions.noted(self._base))
             if self._checkpoint:
-                stack.enter_context(replaced_forwards(checkpointed(layers_of(self._base), in_place)))
+                again = partial(self._as_now, in_place)
+                stack.enter_context(replaced_forwards(checkpointed(layers_of(self._base), again)))
             if not all_layers:
                 stack.enter_context(self._prefix.reused(rows, self._recalled))
                 if rows in self._held:
@@ -234,6 +240,19 @@ class AdapterLoss:
             if at_once:
                 stack.enter_context(rows_in_place(self._adapted, rows.labels_BL.shape[0], self._pooled))
             yield
+
+    def _as_now(
+        self, in_place: Callable[[], AbstractContextManager[None]]
+    ) -> Callable[[], AbstractContextManager[None]]:
+        """What makes the context that a layer runs in, for when it is computed again."""
+        kept = self._positions.kept()
+
+        @contextmanager
+        def made() -> Iterator[None]:
+            with in_place(), kept():
+                yield
+
+        return made
 
     @contextmanager
     def _forwards_in_place(self, adapter: Params, second_order: bool) -> Iterator[None]:

@@ -19,13 +19,16 @@ Context = AbstractContextManager[None]
 Forward = tuple[nn.Module, Callable[..., Any]]
 
 
-def checkpointed(layers: Iterable[nn.Module], again: Callable[[], Context]) -> Iterator[Forward]:
-    """Forwards of `layers` that keep their inputs only; `again` is the context to run in the second time."""
+def checkpointed(layers: Iterable[nn.Module], again: Callable[[], Callable[[], Context]]) -> Iterator[Forward]:
+    """Forwards of `layers` that keep their inputs only.
+
+    `again` is called when a layer runs the first time, and gives what makes the context to run in later.
+    """
     for layer in layers:
         yield layer, partial(_forward, layer.forward, again)
 
 
-def _forward(forward: Callable[..., Any], again: Callable[[], Context], *args: Any, **kwargs: Any) -> Any:
+def _forward(forward: Callable[..., Any], again: Callable[[], Callable[[], Context]], *args: Any, **kwargs: Any) -> Any:
     if not torch.is_grad_enabled():
         return forward(*args, **kwargs)
     return checkpoint(
@@ -33,7 +36,7 @@ def _forward(forward: Callable[..., Any], again: Callable[[], Context], *args: A
         *args,
         use_reentrant=False,
         preserve_rng_state=False,  # nothing is drawn: dropout is off
-        context_fn=lambda: (nullcontext(), _Repeatable(again)),
+        context_fn=lambda: (nullcontext(), _Repeatable(again())),
         **kwargs,
     )
 

@@ -12,15 +12,18 @@ from typing import Any
 
 import torch.nn.functional as F
 from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from meta_peft.dora import dora_forwards
 from meta_peft.fast_weights import lora_layers
-from meta_peft.frozen_linear import frozen_product, quantised_layers
+from meta_peft.frozen_linear import QUANTISED, frozen_product, quantised_layers
+from meta_peft.frozen_prefix import layers_of
 from meta_peft.ops.lora_linear import is_plain, lora_linear
 from meta_peft.ops.rms_norm import rms_norm
 from meta_peft.ops.swiglu import swiglu
+from meta_peft.padding import TokenPositions
 from meta_peft.whole_weights import is_elsewhere, whole_weight
 
 Forwards = list[tuple[nn.Module, Callable[..., Any]]]
@@ -31,10 +34,13 @@ GATED_LAYERS = {f"{name}MLP" for name in ("Llama", "Mistral", "Qwen2", "Qwen3")}
 SILU = {"SiLU", "SiLUActivation"}
 
 
-def fast_forwards(model: PeftModel, adapter: str) -> Forwards:
-    """Forwards to take the place of the modules' own while losses are computed."""
+def fast_forwards(model: PeftModel, adapter: str, positions: TokenPositions) -> Forwards:
+    """Forwards to take the place of the modules' own while losses are computed.
+
+    Products with frozen weights are computed where `positions` says that tokens are.
+    """
     return [
-        *_products(model, adapter),
+        *_products(model, adapter, positions),
         *_embeddings(model),
         *dora_forwards(model, adapter),
         *_norms(model),
@@ -42,15 +48,29 @@ def fast_forwards(model: PeftModel, adapter: str) -> Forwards:
     ]
 
 
-def _products(model: PeftModel, adapter: str) -> Iterator[tuple[nn.Module, Callable[..., Any]]]:
-    """LoRA layers, and outside of them quantised layers and those whose weight is kept elsewhere."""
+def _products(
+    model: PeftModel, adapter: str, positions: TokenPositions
+) -> Iterator[tuple[nn.Module, Callable[..., Any]]]:
+    """LoRA layers, quantised layers outside of them, and other linear layers of the base."""
     plain = [layer for _, layer in lora_layers(model, adapter) if is_plain(layer, adapter)]
-    yield from ((layer, partial(_lora_layer, layer, adapter)) for layer in plain)
+    yield from ((layer, partial(_lora_layer, layer, adapter, positions)) for layer in plain)
     inside = {id(layer.get_base_layer()) for layer in plain}
-    kept_elsewhere = [m for m in model.modules() if type(m) in (nn.Linear, Conv1D) and is_elsewhere(m)]
-    for layer in (*quantised_layers(model), *kept_elsewhere):
+    for layer in (*quantised_layers(model), *_dense(model)):
         if id(layer) not in inside:
-            yield layer, partial(frozen_product, layer=layer)
+            yield layer, partial(_frozen_layer, layer, positions)
+
+
+def _dense(model: PeftModel) -> Iterator[nn.Module]:
+    """Linear layers without LoRA that are not quantised: those in main memory, and those whose weight is kept elsewhere."""
+    adapted = {id(part) for layer in model.modules() if isinstance(layer, LoraLayer) for part in layer.modules()}
+    in_layers = {id(part) for layer in layers_of(model.get_base_model()) for part in layer.modules()} - adapted
+    for module in model.modules():
+        if type(module) not in (nn.Linear, Conv1D):
+            continue
+        own: Any = module
+        here = own.weight.device.type == "cpu" and not own.weight.requires_grad and "forward" not in own.__dict__
+        if is_elsewhere(module) or (id(module) in in_layers and here):
+            yield module
 
 
 def _embeddings(model: nn.Module) -> Iterator[tuple[nn.Module, Callable[..., Any]]]:
@@ -64,9 +84,21 @@ def _embedding(layer: nn.Embedding, ids: Tensor) -> Tensor:
     return F.embedding(ids, whole_weight(layer))
 
 
-def _lora_layer(layer: Any, adapter: str, x: Tensor) -> Tensor:
+def _lora_layer(layer: Any, adapter: str, positions: TokenPositions, x: Tensor) -> Tensor:
     a, b = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
-    return lora_linear(x, a, b, layer.get_base_layer(), layer.scaling[adapter])
+    return lora_linear(x, a, b, layer.get_base_layer(), layer.scaling[adapter], at=positions(x))
+
+
+def _frozen_layer(layer: nn.Module, positions: TokenPositions, x: Tensor) -> Tensor:
+    at = positions(x)
+    if (
+        at is None
+        and isinstance(layer, (nn.Linear, Conv1D))
+        and not isinstance(layer, QUANTISED)
+        and not is_elsewhere(layer)
+    ):
+        return type(layer).forward(layer, x)
+    return frozen_product(x, layer, at=at)
 
 
 def _norms(model: nn.Module) -> Iterator[tuple[nn.Module, Callable[..., Any]]]:

@@ -117,42 +117,56 @@ def frozen_bias(layer: nn.Module, dtype: torch.dtype) -> Tensor | None:
     return None if bias is None else bias.detach().to(dtype)
 
 
-def times_frozen(x: Tensor, layer: nn.Module, *, transposed: bool = False) -> Tensor:
-    """``x W^T``, or ``x W`` if `transposed`, as plain numbers without a graph; x is ``[..., features]``."""
+def times_frozen(x: Tensor, layer: nn.Module, *, transposed: bool = False, at: Tensor | None = None) -> Tensor:
+    """``x W^T``, or ``x W`` if `transposed`, as plain numbers without a graph; x is ``[..., features]``.
+
+    `at` has the rows of x to compute, counted over all its other dimensions; the others are zero in the result.
+    """
     weight = frozen_weight(layer, x.dtype)
     rows = x.reshape(-1, x.shape[-1])  # one large product: a batched one would read the weight once per row
-    y = rows @ weight if transposed else F.linear(rows, weight)
+    some = rows if at is None else rows[at]
+    y = some @ weight if transposed else F.linear(some, weight)
+    if at is not None:
+        y = y.new_zeros(len(rows), y.shape[-1]).index_copy_(0, at, y)
     return y.view(*x.shape[:-1], -1)
 
 
 class _FrozenProduct(torch.autograd.Function):
-    """``x W^T``, or ``x W`` if `transposed`, for the frozen weight W of `layer`."""
+    """``x W^T``, or ``x W`` if `transposed`, for the frozen weight W of `layer`, at some rows (see `times_frozen`)."""
 
     @staticmethod
-    def forward(x: Tensor, layer: nn.Module, transposed: bool) -> Tensor:
-        return times_frozen(x, layer, transposed=transposed)
+    def forward(x: Tensor, layer: nn.Module, transposed: bool, at: Tensor | None) -> Tensor:
+        return times_frozen(x, layer, transposed=transposed, at=at)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, ctx.layer, ctx.transposed = inputs
+        _, ctx.layer, ctx.transposed, ctx.at = inputs
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        return _FrozenProduct.apply(grads[0], ctx.layer, not ctx.transposed), None, None
+        return _FrozenProduct.apply(grads[0], ctx.layer, not ctx.transposed, ctx.at), None, None, None
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
-        return _FrozenProduct.apply(tangents[0], ctx.layer, ctx.transposed)
+        return _FrozenProduct.apply(tangents[0], ctx.layer, ctx.transposed, ctx.at)
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], x: Tensor, layer: nn.Module, transposed: bool) -> tuple[Tensor, int]:
-        # The product acts on the last dimension alone, so one more in front changes nothing.
-        return _FrozenProduct.apply(x.movedim(in_dims[0], 0), layer, transposed), 0
+    def vmap(
+        info: Any, in_dims: tuple[Any, ...], x: Tensor, layer: nn.Module, transposed: bool, at: Tensor | None
+    ) -> tuple[Tensor, int]:
+        # The product acts on the last dimension alone, so one more in front changes nothing but how rows are counted.
+        if at is not None:
+            first = torch.arange(info.batch_size, device=at.device) * (x.numel() // (info.batch_size * x.shape[-1]))
+            at = (first[:, None] + at).flatten()
+        return _FrozenProduct.apply(x.movedim(in_dims[0], 0), layer, transposed, at), 0
 
 
-def frozen_product(x: Tensor, layer: nn.Module, *, with_bias: bool = True) -> Tensor:
-    """``x W^T + b`` for a frozen linear layer; x is ``[..., in]``, the result ``[..., out]``. Serves `torch.func` too."""
-    y: Tensor = _FrozenProduct.apply(x, layer, False)
+def frozen_product(x: Tensor, layer: nn.Module, *, with_bias: bool = True, at: Tensor | None = None) -> Tensor:
+    """``x W^T + b`` for a frozen linear layer; x is ``[..., in]``, the result ``[..., out]``. Serves `torch.func` too.
+
+    Where not all rows are needed, `at` has those that are (see `times_frozen`).
+    """
+    y: Tensor = _FrozenProduct.apply(x, layer, False, at)
     bias = frozen_bias(layer, y.dtype) if with_bias else None
     return y if bias is None else y + bias
 

@@ -29,6 +29,7 @@ FLOORS = [
         "data_wait",
         "atomic_files",
         "hub_errors",
+        "padding",
     ],
     [
         "base_identity",

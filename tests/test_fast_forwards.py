@@ -1,4 +1,4 @@
-"""Which layers run through `ops` while losses are computed: those of known classes, and no others."""
+"""Which layers run otherwise while losses are computed: those of known classes, and no others."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ from meta_peft import fast_forwards as module
 from meta_peft.adapter_loss import AdapterLoss
 from meta_peft.dora import _forward as dora_forward
 from meta_peft.fast_forwards import fast_forwards
-from meta_peft.frozen_linear import frozen_product, quantised_layers
+from meta_peft.frozen_linear import quantised_layers
 from meta_peft.ops.rms_norm import rms_norm
+from meta_peft.padding import TokenPositions
 from meta_peft.params import expand, gradients, leaves
 
 NAMES = {
     module._lora_layer: "LoRA",
-    frozen_product: "quantised",
+    module._frozen_layer: "frozen",
     dora_forward: "DoRA",
     rms_norm: "norm",
     module._gated_layer: "gated",
@@ -31,7 +32,7 @@ NAMES = {
 def chosen(model: PeftModel) -> dict[str, str]:
     """What each module with another forward gets, by its path in the base model."""
     paths = {m: path.removeprefix("base_model.model.") for path, m in model.named_modules()}
-    found = fast_forwards(model, "default")
+    found = fast_forwards(model, "default", TokenPositions())
     assert len({id(layer) for layer, _ in found}) == len(found)
     assert all(isinstance(forward, partial) for _, forward in found)
     return {paths[layer]: NAMES[forward.func] for layer, forward in found}
@@ -45,7 +46,7 @@ def test_llama():
     """Float32, where norms are transformers' own: two a layer and one at the end."""
     model = with_lora(tiny_base("llama", torch.float32, layers=2), target_modules=["q_proj", "down_proj"])
     found = chosen(model)
-    assert Counter(found.values()) == {"LoRA": 4, "norm": 5, "gated": 2}
+    assert Counter(found.values()) == {"LoRA": 4, "frozen": 10, "norm": 5, "gated": 2}
     assert found["model.layers.1.self_attn.q_proj"] == found["model.layers.0.mlp.down_proj"] == "LoRA"
     assert found["model.layers.0.mlp"] == "gated"
     assert found["model.norm"] == "norm"
@@ -53,7 +54,7 @@ def test_llama():
 
 def test_qwen3_norms_queries_and_keys_too():
     model = with_lora(tiny_base("qwen3", torch.float32), target_modules=["q_proj"])
-    assert kinds(model) == {"LoRA": 1, "norm": 5, "gated": 1}
+    assert kinds(model) == {"LoRA": 1, "frozen": 6, "norm": 5, "gated": 1}
 
 
 def test_gpt2():
@@ -64,11 +65,11 @@ def test_gpt2():
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_quantised_llama(quantised_base, kind: str):
-    """Quantised layers with LoRA run as LoRA layers, those without as frozen products."""
+    """Quantised layers with LoRA run as LoRA layers, those without as frozen products, here as on any base."""
     model = with_lora(quantised_base(kind), target_modules=["q_proj", "v_proj"])
     found = chosen(model)
-    assert Counter(found.values()) == {"LoRA": 4, "quantised": 10, "norm": 5, "gated": 2}
-    assert found["model.layers.0.self_attn.k_proj"] == "quantised"
+    assert Counter(found.values()) == {"LoRA": 4, "frozen": 10, "norm": 5, "gated": 2}
+    assert found["model.layers.0.self_attn.k_proj"] == "frozen"
     assert "model.layers.0.self_attn.q_proj.base_layer" not in found
     assert len(quantised_layers(model)) == 14
 
@@ -76,14 +77,14 @@ def test_quantised_llama(quantised_base, kind: str):
 def test_dora():
     """Its magnitudes get a forward, its layers stay PEFT's; on a quantised base, the products inside do not."""
     model = with_lora(tiny_base("llama", torch.float32), target_modules=["q_proj", "v_proj"], use_dora=True)
-    assert kinds(model) == {"DoRA": 2, "norm": 3, "gated": 1}
+    assert kinds(model) == {"DoRA": 2, "frozen": 5, "norm": 3, "gated": 1}
 
 
 def test_dora_on_quantised_layers(quantised_base):
     model = with_lora(quantised_base("nf4"), target_modules=["q_proj"], use_dora=True)
     found = chosen(model)
-    assert Counter(found.values()) == {"DoRA": 2, "quantised": 14, "norm": 5, "gated": 2}
-    assert found["model.layers.0.self_attn.q_proj.base_layer"] == "quantised"
+    assert Counter(found.values()) == {"DoRA": 2, "frozen": 14, "norm": 5, "gated": 2}
+    assert found["model.layers.0.self_attn.q_proj.base_layer"] == "frozen"
 
 
 def test_layers_of_an_embedding_or_with_another_adapter_stay():
@@ -113,7 +114,7 @@ def test_classes_that_are_not_known_stay_as_they_are():
     for part, kind in ((layer.input_layernorm, Scaled), (layer.mlp, Clamped)):
         part.__class__ = kind
     layer.self_attn.q_proj.base_layer.__class__ = Linear
-    assert kinds(model) == {"norm": 2}
+    assert kinds(model) == {"frozen": 6, "norm": 2}
     loss_fn, rows = AdapterLoss(model), random_rows(n_tasks=1)
     expected = model.eval()(**rows.inputs, labels=rows.labels_BL).loss
     torch.testing.assert_close(loss_fn(dict(loss_fn.weights.parameters()), rows), expected.view(1))
@@ -124,7 +125,7 @@ def test_a_gate_with_another_activation_stays():
         model = with_lora(tiny_base("llama", torch.float32, hidden_act=activation), target_modules=["q_proj"])
         assert kinds(model)["gated"] == gated, activation
     model = with_lora(tiny_base("gemma", torch.float32), target_modules=["q_proj"])  # its norm multiplies by 1 + weight
-    assert kinds(model) == {"LoRA": 1}
+    assert kinds(model) == {"LoRA": 1, "frozen": 6}
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "float32", "nf4"])
@@ -145,7 +146,7 @@ def test_results_are_those_of_the_forwards_they_replace(monkeypatch: pytest.Monk
     """Loss, gradient, and a product with the Hessian, of a float32 Llama with transformers' own norms and gates."""
     model, rows = with_lora(tiny_base("llama", torch.float32, layers=2)), random_rows()
     found = []
-    for replaced in (fast_forwards, lambda model, adapter: []):
+    for replaced in (fast_forwards, lambda model, adapter, positions: []):
         monkeypatch.setattr("meta_peft.adapter_loss.fast_forwards", replaced)
         loss_fn = AdapterLoss(model)
         stack = leaves(expand(dict(loss_fn.weights.parameters()), 3))

@@ -72,6 +72,18 @@ def test_product_is_that_with_the_dequantised_weight(layer: nn.Module, shape: tu
     torch.testing.assert_close(y, F.linear(x, dequantise(layer).float(), layer.bias))
 
 
+def test_product_at_some_rows(layer: nn.Module):
+    """Zero at others; of first, second and forward-mode derivatives as well, also of many vectors at once."""
+    layer.bias = None
+    at, x = torch.tensor([0, 3, 4]), randn(2, 3, 64)
+    some = torch.zeros(6, 1, dtype=torch.float64).index_fill(0, at, 1.0).view(2, 3, 1)
+    torch.testing.assert_close(frozen_product(x, layer, at=at), some * frozen_product(x, layer))
+    assert gradcheck(
+        lambda x: frozen_product(x, layer, at=at)[..., :3], x, check_forward_ad=True, check_batched_grad=True
+    )
+    assert gradgradcheck(lambda x: (frozen_product(x, layer, at=at) ** 3)[..., :3], x)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_product_keeps_the_dtype_of_its_input(layer: nn.Module, dtype: torch.dtype):
     x = torch.randn(2, 64, dtype=dtype, requires_grad=True)

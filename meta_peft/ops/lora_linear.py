@@ -15,7 +15,7 @@ the long side last, products with them are up to five times faster on a CPU. The
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -38,31 +38,48 @@ def is_plain(layer: LoraLayer, adapter: str) -> bool:
     )
 
 
-def lora_linear(x: Tensor, a: Tensor, b: Tensor, base: nn.Module, scaling: float) -> Tensor:
-    """``x W^T + bias + scaling x A^T B^T``: x is ``[B, L, in]``; A ``[r, in]`` and B ``[out, r]``, or stacks of them."""
+def lora_linear(
+    x: Tensor, a: Tensor, b: Tensor, base: nn.Module, scaling: float, *, at: Tensor | None = None
+) -> Tensor:
+    """``x W^T + bias + scaling x A^T B^T``: x is ``[B, L, in]``; A ``[r, in]`` and B ``[out, r]``, or stacks of them.
+
+    Where not all of the ``B * L`` positions are needed, `at` has those that are: at others ``x W^T`` is taken for zero.
+    """
     n_tasks = max(a.shape[0] if a.dim() == 3 else 1, b.shape[0] if b.dim() == 3 else 1)
     a = a if a.dim() == 3 and a.shape[0] == n_tasks else a.expand(n_tasks, *a.shape[-2:])
     b = b if b.dim() == 3 and b.shape[0] == n_tasks else b.expand(n_tasks, *b.shape[-2:])
     rows = x.reshape(n_tasks, -1, x.shape[-1])
-    y: Tensor = _LoraProduct.apply(rows, a, b.transpose(1, 2).contiguous(), base, scaling)
+    y: Tensor = _LoraProduct.apply(rows, a, b.transpose(1, 2).contiguous(), base, scaling, at)
     return y.view(*x.shape[:-1], -1)
+
+
+class Frozen(NamedTuple):
+    """The frozen weight, and the rows that products with it are needed at."""
+
+    base: nn.Module
+    at: Tensor | None
+
+    def times(self, x: Tensor, *, transposed: bool = False) -> Tensor:
+        return times_frozen(x, self.base, transposed=transposed, at=self.at)
 
 
 class _LoraProduct(torch.autograd.Function):
     """Rows ``[T, R, in]``, A ``[T, r, in]``, B^T ``[T, r, out]`` -> ``[T, R, out]``."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, a: Tensor, bt: Tensor, base: nn.Module, scaling: float) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, a: Tensor, bt: Tensor, base: nn.Module, scaling: float, at: Tensor | None
+    ) -> Tensor:
         ht = _narrow(x, a, scaling)
         ctx.save_for_backward(x, a, bt, ht)
-        ctx.base, ctx.scaling = base, scaling
-        y, bias = _wide(times_frozen(x, base), ht, bt), frozen_bias(base, x.dtype)
+        ctx.frozen, ctx.scaling = Frozen(base, at), scaling
+        y, bias = _wide(ctx.frozen.times(x), ht, bt), frozen_bias(base, x.dtype)
         return y if bias is None else y.add_(bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        dx, da, dbt = _Backward.apply(grads[0], *ctx.saved_tensors, ctx.base, ctx.scaling, ctx.needs_input_grad[0])
-        return dx, da, dbt, None, None
+        dx, da, dbt = _Backward.apply(grads[0], *ctx.saved_tensors, ctx.frozen, ctx.scaling, ctx.needs_input_grad[0])
+        return dx, da, dbt, None, None, None
 
 
 class _Backward(torch.autograd.Function):
@@ -79,15 +96,15 @@ class _Backward(torch.autograd.Function):
         a: Tensor,
         bt: Tensor,
         ht: Tensor,
-        base: nn.Module,
+        frozen: Frozen,
         scaling: float,
         toward_rows: bool,
     ) -> Any:
         ut = _narrow(g, bt, scaling)
         ctx.save_for_backward(g, x, a, bt, ht, ut)
-        ctx.base, ctx.scaling = base, scaling
+        ctx.frozen, ctx.scaling = frozen, scaling
         ctx.set_materialize_grads(False)
-        dx = _wide(times_frozen(g, base, transposed=True), ut, a) if toward_rows else None
+        dx = _wide(frozen.times(g, transposed=True), ut, a) if toward_rows else None
         return dx, _outer(ut, x), _outer(ht, g)
 
     @staticmethod
@@ -105,7 +122,7 @@ class _Backward(torch.autograd.Function):
         else:
             vt += _narrow(p, a, ctx.scaling)
             da += _outer(ut, p)
-            dg = times_frozen(p, ctx.base)
+            dg = ctx.frozen.times(p)
         dg = _wide(dg, torch.cat([vt, ht], 1), torch.cat([bt, of_bt], 1))
         dx = None
         if ctx.needs_input_grad[1]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from conftest import QUANTISED, tiny_base, with_lora
@@ -211,3 +213,24 @@ def test_an_embedding_is_not_plain():
     model = with_lora(tiny_base(), target_modules=["embed_tokens"])
     layer = next(m for m in model.modules() if isinstance(m, LoraLayer))
     assert not is_plain(layer, "default")
+
+
+@pytest.mark.parametrize("base", ["with bias", "Conv1D"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_at_some_positions(shape: str, base: str):
+    """The frozen product is zero elsewhere, and the derivatives are those of that."""
+    layer, (a, b), x = frozen(base), matrices(shape), randn(4, 2, IN)
+    at = torch.tensor([0, 1, 2, 5, 7])
+    y = lora_linear(x, a, b, layer, 0.7, at=at)
+    whole, adapter_alone = (lora_linear(x, a, b, on, 0.7) for on in (layer, zero(layer)))
+    expected = adapter_alone.flatten(0, 1).index_copy(0, at, whole.flatten(0, 1)[at]).view_as(whole)
+    torch.testing.assert_close(y, expected)
+    assert gradcheck(lambda x, a, b: lora_linear(x, a, b, layer, 0.7, at=at), (x, a, b))
+    assert gradgradcheck(lambda x, a, b: lora_linear(x, a, b, layer, 0.7, at=at), (x, a, b))
+
+
+def zero(layer: nn.Module) -> nn.Module:
+    """The same with a weight of zeros, and the bias."""
+    found = copy.deepcopy(layer)
+    found.weight.data.zero_()
+    return found
