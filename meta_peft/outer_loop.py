@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from contextlib import nullcontext
 from functools import partial
 
@@ -137,10 +138,19 @@ def _nothing_fits(algorithm: Algorithm) -> MetaPeftError:
     )
 
 
-def assign_gradient(gradient: MetaGradient, model: PeftModel | AdapterLoss, rates: LearnedRates | None = None) -> None:
-    """Write a meta-gradient to the `.grad` of the model's LoRA matrices and of `rates`, for any torch optimizer."""
+def assign_gradient(
+    gradient: MetaGradient,
+    model: PeftModel | AdapterLoss,
+    rates: LearnedRates | None = None,
+    *,
+    fixed: Collection[str] = (),
+) -> None:
+    """Write a meta-gradient to the `.grad` of the model's LoRA matrices and of `rates`, for any torch optimizer.
+
+    The weights whose names are in `fixed` get none: inner steps move them, and they start where they are.
+    """
     weights = model.weights if isinstance(model, AdapterLoss) else FastWeights(model)
     for name, parameter in weights.parameters().items():
-        parameter.grad = gradient.grads.adapter[name]
+        parameter.grad = None if name in fixed else gradient.grads.adapter[name]
     if rates is not None and RATES in gradient.grads.hyper:
         rates.log_rates.grad = gradient.grads.hyper[RATES]

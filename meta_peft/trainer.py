@@ -58,6 +58,7 @@ from meta_peft.tracking import (
     task_curves,
 )
 from meta_peft.types import Episode, EpisodeBatch
+from meta_peft.whole_head import fixed_start
 
 logger = logging.getLogger("meta_peft")
 
@@ -115,6 +116,7 @@ class MetaTrainer(PushingTrainer):
         self.schedule, self.memory_plan = args.schedule(), args.memory_plan()
         self.loss_fn = bind(peft_model, self.algorithm, checkpoint=args.gradient_checkpointing)
         self.rates = LearnedRates(args.inner_rule(), dict(self.loss_fn.weights.parameters()))
+        self._fixed = frozenset() if args.learns_head else fixed_start(peft_model, args.inner_rule(), args.learn_head)
         self._identity = BaseIdentity.of(peft_model.get_base_model())
         self._rate_factors: dict[int, float] = {}
         self._results = CardResults()
@@ -267,7 +269,7 @@ class MetaTrainer(PushingTrainer):
             self._skip_update(wrong)
         else:
             self._skipped = 0
-            assign_gradient(total.gradient, self.loss_fn, self.rates)
+            assign_gradient(total.gradient, self.loss_fn, self.rates, fixed=self._fixed)
         if total.stop:
             self._stop_here()
         return total.gradient.metrics["loss"].mean().to(self.args.device, torch.float32)

@@ -1,4 +1,4 @@
-"""The classification head of a base: in float32, since it is learned, and from zero where the checkpoint has none."""
+"""The classification head of a base: in float32, from zero where the checkpoint has none, and if that is learned."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from meta_peft.fast_weights import HEADS
+from meta_peft.errors import MetaPeftError
+from meta_peft.fast_weights import HEADS, FastWeights, active_adapter, head_modules
+from meta_peft.inner_optimizers import InnerRule
 
 LOW = (torch.bfloat16, torch.float16)
 
@@ -36,3 +38,37 @@ def start_at_zero(model: nn.Module) -> None:
     last = [layer for head in heads for layer in head.modules() if isinstance(layer, nn.Linear)][-1]
     for parameter in last.parameters():
         nn.init.zeros_(parameter)
+
+
+def last_layer(model: Any) -> frozenset[str]:
+    """The fast weights that give each class its score, by the names of `FastWeights`; none of a model without a head.
+
+    Their start is left at zero where class numbers mean nothing (Kao, Chiu and Chen, ICLR 2022, arXiv 2106.15367).
+    """
+    layers = [
+        (f"{path}.{name}".rstrip("."), layer)
+        for path, head in head_modules(model, active_adapter(model))
+        for name, layer in head.named_modules()
+        if isinstance(layer, nn.Linear)
+    ]
+    return frozenset(f"{path}.{name}" for path, layer in layers[-1:] for name, _ in layer.named_parameters())
+
+
+def fixed_start(model: Any, rule: InnerRule, learn_head: bool | None) -> frozenset[str]:
+    """The weights that inner steps move and the outer loop does not, where it is not to learn the head (`learn_head`).
+
+    Raises:
+        MetaPeftError: `learn_head` is False, and no head of the model is adapted.
+    """
+    last = last_layer(model)
+    adapts = last <= set(rule.fast_names(FastWeights(model).parameters()))
+    if learn_head is None:
+        return last if adapts else frozenset()
+    if not last:
+        raise MetaPeftError("learn_head=False needs a classification head, and this model has none. Leave it out.")
+    if not adapts:
+        raise MetaPeftError(
+            f"learn_head=False needs a head that adapts, and fast_weights={rule.fast!r} leaves it alone: it would stay as"
+            " it is. Leave learn_head out, or let fast_weights have the head as well."
+        )
+    return last

@@ -74,6 +74,13 @@ class MetaLoraConfig(TrainingArguments):
             " the others are only meta-learned. All by default."
         },
     )
+    learn_head: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Learn where a classification head starts, its last layer. By default, unless its weights are fast and"
+            " label_words are permuted: then a start that prefers a class is wrong for most episodes."
+        },
+    )
     learn_inner_lr: bool = field(default=True, metadata={"help": "Learn one inner rate for each LoRA matrix."})
     inner_lr_per_step: bool = field(default=False, metadata={"help": "Learn rates for each inner step separately."})
     inner_lr_per_entry: bool = field(default=False, metadata={"help": "Learn a rate for each entry of a LoRA matrix."})
@@ -291,8 +298,8 @@ class MetaLoraConfig(TrainingArguments):
             )
         if self.torch_compile:
             raise MetaPeftError("torch_compile is refused: compiled code has no second derivative. Leave it off.")
-        self._check_choices()
         self.algorithm_object()
+        self._check_choices()
         self.prompt_format()
         self.labelling()
         if not torch.cuda.is_available():
@@ -319,8 +326,24 @@ class MetaLoraConfig(TrainingArguments):
             curriculum_steps=self.curriculum_steps or max(1, self.max_steps // 2),
         )
 
+    @property
+    def learns_head(self) -> bool:
+        """`learn_head`, or what it is by default as far as these options tell."""
+        if self.learn_head is not None:
+            return self.learn_head
+        return self.label_words != "permuted" or not self._adapts_throughout
+
+    @property
+    def _adapts_throughout(self) -> bool:
+        return self.algorithm_object().adapts and not self.multitask_warmup_steps
+
     def _check_choices(self) -> None:
-        """Of tasks and of support rows."""
+        """Of tasks, of support rows and of what is learned."""
+        if self.learn_head is False and not self._adapts_throughout:
+            raise MetaPeftError(
+                "learn_head=False is for algorithms that adapt the head in every step: with algorithm='multitask' or"
+                " multitask_warmup_steps it would stay as it is. Leave it out."
+            )
         check_sampling(self.task_sampling, self.sampling_temperature, self.sampling_exploration)
         check_selection(self.support_selection)
         one_of("task_leakage", self.task_leakage, ("warn", "error", "ignore"))
