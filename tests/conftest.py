@@ -9,6 +9,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable
+from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported: a test that asked the hub would wait for it
 os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="meta_peft_test_cache_")  # read when datasets is imported
@@ -32,8 +33,31 @@ from meta_peft.types import EpisodeBatch, Params, Rows
 
 atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
 
+TESTS = Path(__file__).parent
 VOCAB = 40
 QUANTISED = ("nf4", "int8")
+LONGEST = (  # files, in the order of what they take; the first ones first, so that none is left to one process at the end
+    "processes/test_updates.py",
+    "test_estimate.py",
+    "test_recipes.py",
+    "test_push.py",
+    "processes/test_survival.py",
+    "protocol/test_run.py",
+    "test_docs.py",
+    "test_notebooks.py",
+    "test_benchmarks.py",
+    "test_sharding.py",
+    "processes/test_trouble.py",
+    "test_real.py",
+    "test_tracking.py",
+    "test_adaptation.py",
+    "test_hub.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    place = {TESTS / name: n for n, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path, len(place)))
 
 
 def tiny_base(kind: str = "llama", dtype: torch.dtype = torch.float64, *, layers: int = 1, width: int = 16, **options):

@@ -1,6 +1,6 @@
 """A job of one or more processes: every kind of run on the same tasks, its result written by process 0.
 
-python updates.py OUTPUT, or torchrun --nproc_per_node N updates.py OUTPUT
+python updates.py OUTPUT [NAME ...], or torchrun --nproc_per_node N updates.py OUTPUT [NAME ...]
 """
 
 from __future__ import annotations
@@ -37,21 +37,27 @@ RUNS = {
 IN_ORDER = {"maml": {}, "accumulated": {"gradient_accumulation_steps": 2}, "adam": RUNS["adam"]}
 # Two steps see all ten tasks, the third one is drawn by what they showed.
 CHOOSING = {name: {"task_sampling": name} for name in ("by_difficulty", "by_gradient_diversity", "curriculum")}
+FLOAT32, FLOAT64 = str(torch.float32), str(torch.float64)
+EACH = {f"{FLOAT64} {name}": (options, torch.float64) for name, options in RUNS.items()}
+EACH |= {f"{FLOAT32} {name}": (RUNS[name], torch.float32) for name in IN_ORDER}
+EACH |= {
+    f"in order {name}": ({**options, "deterministic_reduction": True}, torch.float32)
+    for name, options in (IN_ORDER | CHOOSING).items()
+}
+OF_FOUR = [
+    *(f"{FLOAT64} {name}" for name in ("maml", "accumulated", "fewer tasks than processes")),
+    *(f"in order {name}" for name in ("maml", "by_difficulty")),
+]
 
 
-def main(output: Path) -> None:
+def main(output: Path, names: list[str]) -> None:
     tasks = letter_tasks("abcdefg")
     # Rows of different lengths: what a row is padded to depends on which rows it is read with.
     tasks |= {
         f"{name} again": [{**row, "input": row["input"] + "xyz"} for row in tasks[name]] for name in list(tasks)[:3]
     }
-    found = {}
-    for dtype in (torch.float32, torch.float64):
-        for name, options in RUNS.items():
-            found[f"{dtype} {name}"] = options, dtype
-    for name, options in (IN_ORDER | CHOOSING).items():
-        found[f"in order {name}"] = {**options, "deterministic_reduction": True}, torch.float32
-    for name, (options, dtype) in found.items():
+    for name in names or EACH:
+        options, dtype = EACH[name]
         run = trainer(output, model=with_lora(tiny_base("llama", dtype)), tasks=tasks, **SHARED | options)
         run.train()
         if run.is_world_process_zero():
@@ -63,4 +69,4 @@ def main(output: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2:])
