@@ -38,7 +38,7 @@ DECODERS = (
 MIXTURES_OF_EXPERTS = ("mixtral", "olmoe", "qwen2_moe", "qwen3_moe")
 ENCODERS = ("bert", "distilbert", "roberta")
 ENCODER_DECODERS = ("t5", "whisper")
-ONE_INPUT = frozenset({*DECODERS, *ENCODERS})
+ONE_INPUT = frozenset({*DECODERS, *ENCODERS})  # all activations of three dimensions have its rows and positions
 PLAIN_STACKS = frozenset({*DECODERS, *MIXTURES_OF_EXPERTS, *ENCODERS, *ENCODER_DECODERS})
 
 

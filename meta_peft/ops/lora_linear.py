@@ -53,7 +53,7 @@ def lora_linear(
     return y.view(*x.shape[:-1], -1)
 
 
-class Frozen(NamedTuple):
+class _Frozen(NamedTuple):
     """The frozen weight, and the rows that products with it are needed at."""
 
     base: nn.Module
@@ -72,7 +72,7 @@ class _LoraProduct(torch.autograd.Function):
     ) -> Tensor:
         ht = _narrow(x, a, scaling)
         ctx.save_for_backward(x, a, bt, ht)
-        ctx.frozen, ctx.scaling = Frozen(base, at), scaling
+        ctx.frozen, ctx.scaling = _Frozen(base, at), scaling
         y, bias = _wide(ctx.frozen.times(x), ht, bt), frozen_bias(base, x.dtype)
         return y if bias is None else y.add_(bias)
 
@@ -96,7 +96,7 @@ class _Backward(torch.autograd.Function):
         a: Tensor,
         bt: Tensor,
         ht: Tensor,
-        frozen: Frozen,
+        frozen: _Frozen,
         scaling: float,
         toward_rows: bool,
     ) -> Any:
