@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from meta_peft.dora import dora_forwards
 from meta_peft.fast_weights import lora_layers
-from meta_peft.frozen_linear import QUANTISED, frozen_product, quantised_layers
+from meta_peft.frozen_linear import frozen_product, quantised_layers
 from meta_peft.frozen_prefix import layers_of
 from meta_peft.ops.lora_linear import is_plain, lora_linear
 from meta_peft.ops.rms_norm import rms_norm
@@ -55,22 +55,22 @@ def _products(
     plain = [layer for _, layer in lora_layers(model, adapter) if is_plain(layer, adapter)]
     yield from ((layer, partial(_lora_layer, layer, adapter, positions)) for layer in plain)
     inside = {id(layer.get_base_layer()) for layer in plain}
-    for layer in (*quantised_layers(model), *_dense(model)):
+    kept_elsewhere = [m for m in model.modules() if type(m) in (nn.Linear, Conv1D) and is_elsewhere(m)]
+    for layer in (*quantised_layers(model), *kept_elsewhere):
         if id(layer) not in inside:
             yield layer, partial(_frozen_layer, layer, positions)
+    yield from ((layer, partial(_dense_layer, layer, positions)) for layer in _dense(model))
 
 
 def _dense(model: PeftModel) -> Iterator[nn.Module]:
-    """Linear layers without LoRA that are not quantised: those in main memory, and those whose weight is kept elsewhere."""
+    """Linear layers in main memory, neither quantised nor with LoRA, of the base's stack of layers."""
     adapted = {id(part) for layer in model.modules() if isinstance(layer, LoraLayer) for part in layer.modules()}
-    in_layers = {id(part) for layer in layers_of(model.get_base_model()) for part in layer.modules()} - adapted
-    for module in model.modules():
-        if type(module) not in (nn.Linear, Conv1D):
-            continue
-        own: Any = module
-        here = own.weight.device.type == "cpu" and not own.weight.requires_grad and "forward" not in own.__dict__
-        if is_elsewhere(module) or (id(module) in in_layers and here):
-            yield module
+    for layer in layers_of(model.get_base_model()):
+        for module in layer.modules():
+            if type(module) in (nn.Linear, Conv1D) and id(module) not in adapted and not is_elsewhere(module):
+                own: Any = module
+                if own.weight.device.type == "cpu" and not own.weight.requires_grad and "forward" not in own.__dict__:
+                    yield module
 
 
 def _embeddings(model: nn.Module) -> Iterator[tuple[nn.Module, Callable[..., Any]]]:
@@ -90,15 +90,13 @@ def _lora_layer(layer: Any, adapter: str, positions: TokenPositions, x: Tensor) 
 
 
 def _frozen_layer(layer: nn.Module, positions: TokenPositions, x: Tensor) -> Tensor:
+    return frozen_product(x, layer, at=positions(x))
+
+
+def _dense_layer(layer: nn.Module, positions: TokenPositions, x: Tensor) -> Tensor:
+    """The layer's own forward, unless positions are left out."""
     at = positions(x)
-    if (
-        at is None
-        and isinstance(layer, (nn.Linear, Conv1D))
-        and not isinstance(layer, QUANTISED)
-        and not is_elsewhere(layer)
-    ):
-        return type(layer).forward(layer, x)
-    return frozen_product(x, layer, at=at)
+    return type(layer).forward(layer, x) if at is None else frozen_product(x, layer, at=at)
 
 
 def _norms(model: nn.Module) -> Iterator[tuple[nn.Module, Callable[..., Any]]]:

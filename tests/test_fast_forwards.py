@@ -22,7 +22,8 @@ from meta_peft.params import expand, gradients, leaves
 
 NAMES = {
     module._lora_layer: "LoRA",
-    module._frozen_layer: "frozen",
+    module._frozen_layer: "quantised",
+    module._dense_layer: "dense",
     dora_forward: "DoRA",
     rms_norm: "norm",
     module._gated_layer: "gated",
@@ -46,7 +47,7 @@ def test_llama():
     """Float32, where norms are transformers' own: two a layer and one at the end."""
     model = with_lora(tiny_base("llama", torch.float32, layers=2), target_modules=["q_proj", "down_proj"])
     found = chosen(model)
-    assert Counter(found.values()) == {"LoRA": 4, "frozen": 10, "norm": 5, "gated": 2}
+    assert Counter(found.values()) == {"LoRA": 4, "dense": 10, "norm": 5, "gated": 2}
     assert found["model.layers.1.self_attn.q_proj"] == found["model.layers.0.mlp.down_proj"] == "LoRA"
     assert found["model.layers.0.mlp"] == "gated"
     assert found["model.norm"] == "norm"
@@ -54,7 +55,7 @@ def test_llama():
 
 def test_qwen3_norms_queries_and_keys_too():
     model = with_lora(tiny_base("qwen3", torch.float32), target_modules=["q_proj"])
-    assert kinds(model) == {"LoRA": 1, "frozen": 6, "norm": 5, "gated": 1}
+    assert kinds(model) == {"LoRA": 1, "dense": 6, "norm": 5, "gated": 1}
 
 
 def test_gpt2():
@@ -65,11 +66,11 @@ def test_gpt2():
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_quantised_llama(quantised_base, kind: str):
-    """Quantised layers with LoRA run as LoRA layers, those without as frozen products, here as on any base."""
+    """Quantised layers with LoRA run as LoRA layers, those without as frozen products."""
     model = with_lora(quantised_base(kind), target_modules=["q_proj", "v_proj"])
     found = chosen(model)
-    assert Counter(found.values()) == {"LoRA": 4, "frozen": 10, "norm": 5, "gated": 2}
-    assert found["model.layers.0.self_attn.k_proj"] == "frozen"
+    assert Counter(found.values()) == {"LoRA": 4, "quantised": 10, "norm": 5, "gated": 2}
+    assert found["model.layers.0.self_attn.k_proj"] == "quantised"
     assert "model.layers.0.self_attn.q_proj.base_layer" not in found
     assert len(quantised_layers(model)) == 14
 
@@ -77,14 +78,14 @@ def test_quantised_llama(quantised_base, kind: str):
 def test_dora():
     """Its magnitudes get a forward, its layers stay PEFT's; on a quantised base, the products inside do not."""
     model = with_lora(tiny_base("llama", torch.float32), target_modules=["q_proj", "v_proj"], use_dora=True)
-    assert kinds(model) == {"DoRA": 2, "frozen": 5, "norm": 3, "gated": 1}
+    assert kinds(model) == {"DoRA": 2, "dense": 5, "norm": 3, "gated": 1}
 
 
 def test_dora_on_quantised_layers(quantised_base):
     model = with_lora(quantised_base("nf4"), target_modules=["q_proj"], use_dora=True)
     found = chosen(model)
-    assert Counter(found.values()) == {"DoRA": 2, "frozen": 14, "norm": 5, "gated": 2}
-    assert found["model.layers.0.self_attn.q_proj.base_layer"] == "frozen"
+    assert Counter(found.values()) == {"DoRA": 2, "quantised": 14, "norm": 5, "gated": 2}
+    assert found["model.layers.0.self_attn.q_proj.base_layer"] == "quantised"
 
 
 def test_layers_of_an_embedding_or_with_another_adapter_stay():
@@ -114,7 +115,7 @@ def test_classes_that_are_not_known_stay_as_they_are():
     for part, kind in ((layer.input_layernorm, Scaled), (layer.mlp, Clamped)):
         part.__class__ = kind
     layer.self_attn.q_proj.base_layer.__class__ = Linear
-    assert kinds(model) == {"frozen": 6, "norm": 2}
+    assert kinds(model) == {"dense": 6, "norm": 2}
     loss_fn, rows = AdapterLoss(model), random_rows(n_tasks=1)
     expected = model.eval()(**rows.inputs, labels=rows.labels_BL).loss
     torch.testing.assert_close(loss_fn(dict(loss_fn.weights.parameters()), rows), expected.view(1))
@@ -125,7 +126,7 @@ def test_a_gate_with_another_activation_stays():
         model = with_lora(tiny_base("llama", torch.float32, hidden_act=activation), target_modules=["q_proj"])
         assert kinds(model)["gated"] == gated, activation
     model = with_lora(tiny_base("gemma", torch.float32), target_modules=["q_proj"])  # its norm multiplies by 1 + weight
-    assert kinds(model) == {"LoRA": 1, "frozen": 6}
+    assert kinds(model) == {"LoRA": 1, "dense": 6}
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "float32", "nf4"])

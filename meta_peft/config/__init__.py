@@ -1,6 +1,7 @@
 """Every option of a run, in three flat groups with the ecosystem's names: the model, the tasks, the training."""
 
-from meta_peft.config.meta_lora_config import ALGORITHMS, INNER_OPTIMIZERS, MetaLoraConfig
+from meta_peft.config.checks import ALGORITHMS, INNER_OPTIMIZERS
+from meta_peft.config.meta_lora_config import MetaLoraConfig
 from meta_peft.config.model_arguments import ModelArguments
 from meta_peft.config.task_arguments import TaskArguments
 

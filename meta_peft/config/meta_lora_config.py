@@ -10,37 +10,19 @@ import torch
 from transformers import TrainingArguments
 
 from meta_peft.algorithms import MAML, ImplicitMAML, MultiTask, Reptile
-from meta_peft.algorithms.implicit import SOLVERS
-from meta_peft.checked import at_least, one_of
+from meta_peft.checked import one_of
+from meta_peft.config.checks import check_together, check_values
 from meta_peft.errors import MetaPeftError
 from meta_peft.inner_optimizers import SGD, Adam, InnerRule
 from meta_peft.inner_path import check_memory
 from meta_peft.memory_plan import MemoryPlan
-from meta_peft.metrics import METRICS, metric_named
+from meta_peft.metrics import METRICS
 from meta_peft.processes import check_launch, join
 from meta_peft.schedule import AnyAlgorithm, Schedule
-from meta_peft.scoring import CHOICE_SCORES
 from meta_peft.sharding import LockstepPlan, asked_for
 from meta_peft.tasks.labelling import LABEL_WORDS, Labelling
 from meta_peft.tasks.prompt import PromptFormat
-from meta_peft.tasks.sampling import ADAPTIVE, TaskSampling, check_sampling, task_sampling
-from meta_peft.tasks.support_selection import NEED_THE_BASE, check_selection
-
-ALGORITHMS = ("maml", "fomaml", "imaml", "reptile", "multitask")
-INNER_OPTIMIZERS = ("sgd", "adam")
-_NOT_NEGATIVE = (
-    *("inner_lr_learning_rate", "multitask_warmup_steps", "inner_adam_eps_root", "inner_momentum", "proximal"),
-    *(
-        "inner_weight_decay",
-        "first_order_until",
-        "multi_step_until",
-        "learning_rate",
-        "weight_decay",
-        "max_grad_norm",
-        "frozen_cache_gb",
-        "seed",
-    ),
-)
+from meta_peft.tasks.sampling import TaskSampling, task_sampling
 
 
 @dataclass
@@ -242,64 +224,15 @@ class MetaLoraConfig(TrainingArguments):
     remove_unused_columns: bool = field(default=False, metadata={"help": "Always false: episodes have no columns."})
 
     def __post_init__(self) -> None:
-        one_of("algorithm", self.algorithm, ALGORITHMS)
-        one_of("inner_optimizer", self.inner_optimizer, INNER_OPTIMIZERS)
-        one_of("implicit_solver", self.implicit_solver, SOLVERS)
-        one_of("choice_score", self.choice_score, CHOICE_SCORES)
-        if self.metric is not None:
-            metric_named(self.metric)
+        check_values(self)
         inherited: Any = self
         best = (inherited.metric_for_best_model or "").removeprefix("eval_")
         if best in METRICS and inherited.greater_is_better is None:  # else more of all but a loss would be better
             inherited.greater_is_better = METRICS[best].higher_is_better
-        at_least("inner_steps", self.inner_steps, 1 if self.algorithm in ("reptile", "imaml") else 0)
-        for option in (
-            "shots",
-            "query_size",
-            "eval_query_size",
-            "implicit_iterations",
-            "tasks_per_forward",
-            "tasks_per_step",
-            "max_new_tokens",
-            "dataset_num_proc",
-        ):
-            if getattr(self, option) is not None:
-                at_least(option, getattr(self, option), 1)
-        at_least("max_length", self.max_length, 4)
-        at_least("max_skipped_updates", self.max_skipped_updates, 1)
-        for option in _NOT_NEGATIVE:
-            at_least(option, getattr(self, option), 0)
         check_memory(self._memory())
-        if self.second_order_steps is not None:
-            at_least("second_order_steps", self.second_order_steps, 0)
-        if self.memory_budget_gb is not None and not self.memory_budget_gb > 0:
-            raise MetaPeftError(f"memory_budget_gb must be positive; got {self.memory_budget_gb!r}.")
-        if self.frozen_cache_gb and self.deterministic_reduction:
-            raise MetaPeftError(
-                "frozen_cache_gb with deterministic_reduction is refused: the last bits of what is kept depend on which"
-                " rows met first. Leave one of them out."
-            )
-        if self.fp16:
-            raise MetaPeftError(
-                "fp16 is refused: gradient scaling does not reach the inner loop, so small gradients would be lost."
-                " Use bf16, or plain precision."
-            )
-        if self.remove_unused_columns:
-            raise MetaPeftError("remove_unused_columns would drop the support and query rows: leave it false.")
-        if self.max_steps <= 0:
-            raise MetaPeftError(f"max_steps must be 1 or more, got {self.max_steps}: episodes have no epochs.")
         asked_for()  # before TrainingArguments reads what the launcher set
-        if self.fsdp or self.deepspeed:
-            raise MetaPeftError(
-                "The options fsdp and deepspeed are refused: they would wrap the whole model, LoRA included. Leave both out"
-                " and start with accelerate launch --config_file recipes/accelerate/fsdp2.yaml, or deepspeed_zero3.yaml"
-                " beside it, which shard the frozen base alone; or with a base that is whole in every process"
-                " (docs/scaling.md)."
-            )
-        if self.torch_compile:
-            raise MetaPeftError("torch_compile is refused: compiled code has no second derivative. Leave it off.")
         self.algorithm_object()
-        self._check_choices()
+        check_together(self)
         self.prompt_format()
         self.labelling()
         if not torch.cuda.is_available():
@@ -331,39 +264,12 @@ class MetaLoraConfig(TrainingArguments):
         """`learn_head`, or what it is by default as far as these options tell."""
         if self.learn_head is not None:
             return self.learn_head
-        return self.label_words != "permuted" or not self._adapts_throughout
+        return self.label_words != "permuted" or not self.adapts_throughout
 
     @property
-    def _adapts_throughout(self) -> bool:
+    def adapts_throughout(self) -> bool:
+        """Whether every outer step has an inner loop."""
         return self.algorithm_object().adapts and not self.multitask_warmup_steps
-
-    def _check_choices(self) -> None:
-        """Of tasks, of support rows and of what is learned."""
-        if self.learn_head is False and not self._adapts_throughout:
-            raise MetaPeftError(
-                "learn_head=False is for algorithms that adapt the head in every step: with algorithm='multitask' or"
-                " multitask_warmup_steps it would stay as it is. Leave it out."
-            )
-        check_sampling(self.task_sampling, self.sampling_temperature, self.sampling_exploration)
-        check_selection(self.support_selection)
-        one_of("task_leakage", self.task_leakage, ("warn", "error", "ignore"))
-        if self.curriculum_steps is not None:
-            at_least("curriculum_steps", self.curriculum_steps, 1)
-        if self.dataloader_num_workers and self.task_sampling in ADAPTIVE:
-            raise MetaPeftError(
-                f"task_sampling={self.task_sampling} with dataloader_num_workers={self.dataloader_num_workers} is refused:"
-                " workers read ahead, before the steps that the choice depends on. Set dataloader_num_workers=0."
-            )
-        if self.dataloader_num_workers and self.support_selection in NEED_THE_BASE:
-            raise MetaPeftError(
-                f"support_selection={self.support_selection} with dataloader_num_workers is refused: workers have no"
-                " model to ask. Set dataloader_num_workers=0."
-            )
-        if self.task_sampling.startswith("by_gradient") and not self.deterministic_reduction:
-            raise MetaPeftError(
-                f"task_sampling={self.task_sampling} needs the gradient of each task, and tasks that are computed together"
-                " give one for all: set deterministic_reduction=True, which computes each alone."
-            )
 
     def prompt_format(self) -> PromptFormat:
         """How rows become text."""

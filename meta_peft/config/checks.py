@@ -1,0 +1,118 @@
+"""Which options of `MetaLoraConfig` are refused: values out of range, and what does not go together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from meta_peft.algorithms.implicit import SOLVERS
+from meta_peft.checked import at_least, one_of
+from meta_peft.errors import MetaPeftError
+from meta_peft.metrics import metric_named
+from meta_peft.scoring import CHOICE_SCORES
+from meta_peft.tasks.sampling import ADAPTIVE, check_sampling
+from meta_peft.tasks.support_selection import NEED_THE_BASE, check_selection
+
+ALGORITHMS = ("maml", "fomaml", "imaml", "reptile", "multitask")
+INNER_OPTIMIZERS = ("sgd", "adam")
+POSITIVE = (  # or None, which leaves it to the program
+    *("shots", "query_size", "eval_query_size", "implicit_iterations", "tasks_per_forward", "tasks_per_step"),
+    *("max_new_tokens", "dataset_num_proc", "curriculum_steps", "max_skipped_updates"),
+)
+NOT_NEGATIVE = (
+    *("inner_lr_learning_rate", "multitask_warmup_steps", "inner_adam_eps_root", "inner_momentum", "proximal"),
+    *("inner_weight_decay", "first_order_until", "multi_step_until", "learning_rate", "weight_decay", "max_grad_norm"),
+    *("frozen_cache_gb", "seed", "second_order_steps"),
+)
+
+
+def check_values(options: Any) -> None:
+    """Each option by itself.
+
+    Raises:
+        MetaPeftError: a value is none of the names that there are, or out of range.
+    """
+    one_of("algorithm", options.algorithm, ALGORITHMS)
+    one_of("inner_optimizer", options.inner_optimizer, INNER_OPTIMIZERS)
+    one_of("implicit_solver", options.implicit_solver, SOLVERS)
+    one_of("choice_score", options.choice_score, CHOICE_SCORES)
+    one_of("task_leakage", options.task_leakage, ("warn", "error", "ignore"))
+    if options.metric is not None:
+        metric_named(options.metric)
+    at_least("inner_steps", options.inner_steps, 1 if options.algorithm in ("reptile", "imaml") else 0)
+    at_least("max_length", options.max_length, 4)
+    for least, names in ((1, POSITIVE), (0, NOT_NEGATIVE)):
+        for name in names:
+            if getattr(options, name) is not None:
+                at_least(name, getattr(options, name), least)
+    if options.memory_budget_gb is not None and not options.memory_budget_gb > 0:
+        raise MetaPeftError(f"memory_budget_gb must be positive; got {options.memory_budget_gb!r}.")
+    if options.max_steps <= 0:
+        raise MetaPeftError(f"max_steps must be 1 or more, got {options.max_steps}: episodes have no epochs.")
+    check_sampling(options.task_sampling, options.sampling_temperature, options.sampling_exploration)
+    check_selection(options.support_selection)
+
+
+def check_together(options: Any) -> None:
+    """What meta-learning rules out, alone or together with something else.
+
+    Raises:
+        MetaPeftError: options that would be silently wrong.
+    """
+    for refused, why in (*_of_the_trainer(options), *_of_pairs(options)):
+        if refused:
+            raise MetaPeftError(why)
+
+
+def _of_the_trainer(options: Any) -> Iterator[tuple[Any, str]]:
+    """Options of `transformers.TrainingArguments`."""
+    yield (
+        options.fp16,
+        "fp16 is refused: gradient scaling does not reach the inner loop, so small gradients would be lost."
+        " Use bf16, or plain precision.",
+    )
+    yield (
+        options.remove_unused_columns,
+        "remove_unused_columns would drop the support and query rows: leave it false.",
+    )
+    yield (
+        options.fsdp or options.deepspeed,
+        "The options fsdp and deepspeed are refused: they would wrap the whole model, LoRA included. Leave both out"
+        " and start with accelerate launch --config_file recipes/accelerate/fsdp2.yaml, or deepspeed_zero3.yaml"
+        " beside it, which shard the frozen base alone; or with a base that is whole in every process"
+        " (docs/scaling.md).",
+    )
+    yield (
+        options.torch_compile,
+        "torch_compile is refused: compiled code has no second derivative. Leave it off.",
+    )
+
+
+def _of_pairs(options: Any) -> Iterator[tuple[Any, str]]:
+    """Options that exclude each other."""
+    sampling, selection, workers = options.task_sampling, options.support_selection, options.dataloader_num_workers
+    yield (
+        options.frozen_cache_gb and options.deterministic_reduction,
+        "frozen_cache_gb with deterministic_reduction is refused: the last bits of what is kept depend on which"
+        " rows met first. Leave one of them out.",
+    )
+    yield (
+        workers and sampling in ADAPTIVE,
+        f"task_sampling={sampling} with dataloader_num_workers={workers} is refused:"
+        " workers read ahead, before the steps that the choice depends on. Set dataloader_num_workers=0.",
+    )
+    yield (
+        workers and selection in NEED_THE_BASE,
+        f"support_selection={selection} with dataloader_num_workers is refused: workers have no"
+        " model to ask. Set dataloader_num_workers=0.",
+    )
+    yield (
+        sampling.startswith("by_gradient") and not options.deterministic_reduction,
+        f"task_sampling={sampling} needs the gradient of each task, and tasks that are computed together"
+        " give one for all: set deterministic_reduction=True, which computes each alone.",
+    )
+    yield (
+        options.learn_head is False and not options.adapts_throughout,
+        "learn_head=False is for algorithms that adapt the head in every step: with algorithm='multitask' or"
+        " multitask_warmup_steps it would stay as it is. Leave it out.",
+    )
