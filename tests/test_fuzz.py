@@ -263,8 +263,11 @@ class Files(dict):
 
 @pytest.fixture(autouse=True, scope="module")
 def _made_before_anything_is_drawn() -> None:
+    """What is made trains, and hypothesis refuses whatever draws from `random` beside it."""
     valid_files()
     base()
+    files_with_head()
+    base_with_head()
 
 
 @st.composite
