@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -34,10 +35,10 @@ def start_at_zero(model: nn.Module) -> None:
     What a number stands for changes from task to task, so a start that prefers one is wrong for most (Ye and Chao,
     ICLR 2022, arXiv 2106.16245). The first step then makes each class's weights of its examples.
     """
-    heads = [head for name, head in model.named_children() if name.endswith(HEADS)]
-    last = [layer for head in heads for layer in head.modules() if isinstance(layer, nn.Linear)][-1]
-    for parameter in last.parameters():
-        nn.init.zeros_(parameter)
+    heads = ((name, head) for name, head in model.named_children() if name.endswith(HEADS))
+    for _, layer in _last_linear(heads):
+        for parameter in layer.parameters():
+            nn.init.zeros_(parameter)
 
 
 def last_layer(model: Any) -> frozenset[str]:
@@ -45,13 +46,19 @@ def last_layer(model: Any) -> frozenset[str]:
 
     Their start is left at zero where class numbers mean nothing (Kao, Chiu and Chen, ICLR 2022, arXiv 2106.15367).
     """
+    found = _last_linear(head_modules(model, active_adapter(model)))
+    return frozenset(f"{path}.{name}" for path, layer in found for name, _ in layer.named_parameters())
+
+
+def _last_linear(heads: Iterable[tuple[str, nn.Module]]) -> list[tuple[str, nn.Linear]]:
+    """The last linear layer of all heads, with its path; none of no heads."""
     layers = [
-        (f"{path}.{name}".rstrip("."), layer)
-        for path, head in head_modules(model, active_adapter(model))
-        for name, layer in head.named_modules()
+        (path, layer)
+        for head_path, head in heads
+        for path, layer in head.named_modules(prefix=head_path)
         if isinstance(layer, nn.Linear)
     ]
-    return frozenset(f"{path}.{name}" for path, layer in layers[-1:] for name, _ in layer.named_parameters())
+    return layers[-1:]
 
 
 def fixed_start(model: Any, rule: InnerRule, learn_head: bool | None) -> frozenset[str]:

@@ -281,3 +281,9 @@ def test_the_best_checkpoint_is_the_one_with_the_better_metric(tmp_path: Path, o
 def test_kinds_of_models_that_are_refused(options: dict, message: str):
     with pytest.raises(MetaPeftError, match=message):
         ModelArguments(**options)
+
+
+@pytest.mark.parametrize("option", ["max_skipped_updates", "learning_rate", "first_order_until", "frozen_cache_gb"])
+def test_nothing_is_no_number_where_one_is_needed(tmp_path: Path, option: str):
+    with pytest.raises(MetaPeftError, match=f"{option} must be a number of . or more; got None"):
+        MetaLoraConfig(str(tmp_path), **{option: None})

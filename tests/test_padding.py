@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 from architectures import ARCHITECTURES, base_of, lora
-from conftest import QUANTISED, assert_equal, random_rows, tiny_base, with_lora
+from conftest import QUANTISED, random_rows, tiny_base, with_lora
+from test_slow_prefix import assert_same
 from torch import Tensor
 
 from meta_peft import frozen_linear
@@ -18,7 +19,7 @@ from meta_peft.frozen_prefix import ONE_INPUT
 from meta_peft.inner_optimizers import InnerRule
 from meta_peft.outer_loop import meta_gradient
 from meta_peft.padding import TokenPositions
-from meta_peft.types import EpisodeBatch, MetaGradient, Rows
+from meta_peft.types import EpisodeBatch, Rows
 
 RULE = InnerRule(lr=0.02, steps=2, learn_rates=True)
 
@@ -39,11 +40,6 @@ def ragged_batch() -> EpisodeBatch:
 def everywhere(loss_fn: AdapterLoss) -> AdapterLoss:
     loss_fn._positions.noted = lambda model: nullcontext()  # type: ignore[method-assign]
     return loss_fn
-
-
-def assert_same(found: MetaGradient, expected: MetaGradient, rtol: float = 1e-11) -> None:
-    assert_equal(found.grads.adapter, expected.grads.adapter, rtol)
-    assert_equal(found.grads.hyper, expected.grads.hyper, rtol)
 
 
 @pytest.fixture

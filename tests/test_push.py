@@ -185,7 +185,7 @@ def test_the_card_of_a_run_has_what_the_hub_shows(tmp_path: Path):
     assert (tmp_path / "out" / "results.png").is_file()
 
 
-# ---- in this process
+# ---- runs that push
 
 
 @pytest.mark.parametrize("strategy", ["every_save", "checkpoint", "end"])

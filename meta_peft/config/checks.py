@@ -15,14 +15,14 @@ from meta_peft.tasks.support_selection import NEED_THE_BASE, check_selection
 
 ALGORITHMS = ("maml", "fomaml", "imaml", "reptile", "multitask")
 INNER_OPTIMIZERS = ("sgd", "adam")
-POSITIVE = (  # or None, which leaves it to the program
+POSITIVE_OR_NONE = (
     *("shots", "query_size", "eval_query_size", "implicit_iterations", "tasks_per_forward", "tasks_per_step"),
-    *("max_new_tokens", "dataset_num_proc", "curriculum_steps", "max_skipped_updates"),
+    *("max_new_tokens", "dataset_num_proc", "curriculum_steps"),
 )
 NOT_NEGATIVE = (
     *("inner_lr_learning_rate", "multitask_warmup_steps", "inner_adam_eps_root", "inner_momentum", "proximal"),
     *("inner_weight_decay", "first_order_until", "multi_step_until", "learning_rate", "weight_decay", "max_grad_norm"),
-    *("frozen_cache_gb", "seed", "second_order_steps"),
+    *("frozen_cache_gb", "seed"),
 )
 
 
@@ -41,10 +41,14 @@ def check_values(options: Any) -> None:
         metric_named(options.metric)
     at_least("inner_steps", options.inner_steps, 1 if options.algorithm in ("reptile", "imaml") else 0)
     at_least("max_length", options.max_length, 4)
-    for least, names in ((1, POSITIVE), (0, NOT_NEGATIVE)):
-        for name in names:
-            if getattr(options, name) is not None:
-                at_least(name, getattr(options, name), least)
+    at_least("max_skipped_updates", options.max_skipped_updates, 1)
+    for name in POSITIVE_OR_NONE:
+        if getattr(options, name) is not None:
+            at_least(name, getattr(options, name), 1)
+    for name in NOT_NEGATIVE:
+        at_least(name, getattr(options, name), 0)
+    if options.second_order_steps is not None:
+        at_least("second_order_steps", options.second_order_steps, 0)
     if options.memory_budget_gb is not None and not options.memory_budget_gb > 0:
         raise MetaPeftError(f"memory_budget_gb must be positive; got {options.memory_budget_gb!r}.")
     if options.max_steps <= 0:

@@ -20,7 +20,7 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
 import numpy as np
-from family import Rows, Tasks, run, sample, split
+from family import Rows, Tasks, exclusive_draws, run, sample, split
 
 from meta_peft.errors import MetaPeftError
 
@@ -79,33 +79,16 @@ def draws_of(packages: str, seed: int) -> dict[str, Tasks]:
     for text, found in tags_of.items():
         for tag in sorted(found):
             having.setdefault(tag, []).append({"text": text, "label": tag})
-    many = {tag: rows for tag, rows in sorted(having.items()) if len(rows) >= ENOUGH}
+    many = {
+        tag: [row for row in rows if SHORTEST <= len(row["text"]) <= LONGEST]
+        for tag, rows in sorted(having.items())
+        if len(rows) >= ENOUGH
+    }
     rng = np.random.default_rng(seed)
     parts = split(many, seed, group=lambda tag: tag.partition("::")[0])
-    return {part: draws(rows_of, tags_of, N_TASKS[part], rng) for part, rows_of in parts.items()}
-
-
-def draws(rows_of: Tasks, tags_of: dict[str, set[str]], n: int, rng: np.random.Generator) -> Tasks:
-    """At most `n` different draws of tags of which each has enough packages of its own."""
-    tasks: Tasks = {}
-    names = sorted(rows_of)
-    for _ in range(50 * n if len(names) >= WAYS else 0):
-        drawn = {names[i] for i in rng.choice(len(names), WAYS, replace=False)}
-        own = {
-            tag: [
-                row
-                for row in rows_of[tag]
-                if tags_of[row["text"]] & drawn == {tag} and SHORTEST <= len(row["text"]) <= LONGEST
-            ]
-            for tag in sorted(drawn)
-        }
-        if " ".join(own) not in tasks and min(map(len, own.values())) >= ROWS_PER_LABEL:
-            tasks[" ".join(own)] = [
-                row for rows in own.values() for row in sample(rows, ROWS_PER_LABEL, int(rng.integers(2**31)))
-            ]
-        if len(tasks) == n:
-            break
-    return tasks
+    return {
+        part: exclusive_draws(own, tags_of, WAYS, ROWS_PER_LABEL, N_TASKS[part], rng) for part, own in parts.items()
+    }
 
 
 def tagged(packages: str) -> dict[str, set[str]]:

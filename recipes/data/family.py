@@ -54,6 +54,28 @@ def draws(classes: Tasks, ways: int, rows_per_class: int, n: int, rng: np.random
     return tasks
 
 
+def exclusive_draws(
+    classes: Tasks,
+    classes_of: Mapping[str, set[str]],
+    ways: int,
+    rows_per_class: int,
+    n: int,
+    rng: np.random.Generator,
+) -> Tasks:
+    """As `draws`, where a text may be of several classes (`classes_of`): a task has those of one of its classes alone."""
+    tasks: Tasks = {}
+    names = sorted(classes)
+    for _ in range(50 * n if len(names) >= ways else 0):
+        drawn = {names[i] for i in rng.choice(len(names), ways, replace=False)}
+        name = " ".join(sorted(drawn))
+        own = [[row for row in classes[c] if classes_of[row["text"]] & drawn == {c}] for c in sorted(drawn)]
+        if name not in tasks and min(map(len, own)) >= rows_per_class:
+            tasks[name] = [row for rows in own for row in sample(rows, rows_per_class, int(rng.integers(2**31)))]
+        if len(tasks) == n:
+            break
+    return tasks
+
+
 def write(folder: Path, splits: Mapping[str, Tasks], source: str) -> None:
     """``train.jsonl``, ``validation.jsonl``, ``test.jsonl`` and ``SOURCE.md``, each written aside and renamed."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -13,7 +13,7 @@ from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
-from family import Rows, Tasks, run, sample, split
+from family import Tasks, exclusive_draws, run, split
 
 from meta_peft.packages import pip_download
 
@@ -40,34 +40,19 @@ def tasks_of(lexicon: str, seed: int) -> dict[str, Tasks]:
     """Tasks by split, from lines of a category and its words, with tabs between them."""
     lines = (line.split("\t") for line in lexicon.splitlines())
     words_of = {name: sorted({word.replace("_", " ") for word in words if word}) for name, *words in lines}
-    topics = split({name: [{"text": word} for word in words] for name, words in words_of.items()}, seed)
+    topics = split({name: [{"text": word, "label": name} for word in words] for name, words in words_of.items()}, seed)
     taken: set[str] = set()
     tasks = {}
     for part, n_tasks in reversed(N_TASKS.items()):
-        own = {name: {row["text"] for row in rows} - taken for name, rows in topics[part].items()}
-        taken |= set().union(*own.values())
-        tasks[part] = draws(own, n_tasks, np.random.default_rng(seed))
+        left = {name: [row for row in rows if row["text"] not in taken] for name, rows in topics[part].items()}
+        topics_of: dict[str, set[str]] = {}
+        for name, rows in left.items():
+            for row in rows:
+                topics_of.setdefault(row["text"], set()).add(name)
+        taken |= set(topics_of)
+        many = {name: rows for name, rows in left.items() if len(rows) >= ROWS_PER_TOPIC}
+        tasks[part] = exclusive_draws(many, topics_of, WAYS, ROWS_PER_TOPIC, n_tasks, np.random.default_rng(seed))
     return {part: tasks[part] for part in N_TASKS}
-
-
-def draws(words_of: dict[str, set[str]], n: int, rng: np.random.Generator) -> Tasks:
-    """At most `n` different draws of categories of which each has enough words of its own."""
-    tasks: Tasks = {}
-    names = sorted(name for name, words in words_of.items() if len(words) >= ROWS_PER_TOPIC)
-    for _ in range(50 * n if len(names) >= WAYS else 0):
-        drawn = sorted(names[i] for i in rng.choice(len(names), WAYS, replace=False))
-        others = {name: set().union(*(words_of[other] for other in drawn if other != name)) for name in drawn}
-        own: Tasks = {
-            name: [{"text": word, "label": name} for word in sorted(words_of[name] - others[name])] for name in drawn
-        }
-        if " ".join(drawn) not in tasks and min(map(len, own.values())) >= ROWS_PER_TOPIC:
-            rows: Rows = []
-            for of_one in own.values():
-                rows += sample(of_one, ROWS_PER_TOPIC, int(rng.integers(2**31)))
-            tasks[" ".join(drawn)] = rows
-        if len(tasks) == n:
-            break
-    return tasks
 
 
 def main(words: list[str] | None = None) -> int:
