@@ -7,7 +7,7 @@ differentiated twice. Outside a call the model is an ordinary PEFT model, as it 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from typing import Any, TypeVar
@@ -32,6 +32,7 @@ from meta_peft.objectives import objective_for, objective_name
 from meta_peft.objectives.labelled_tokens import TaskScores, without_cache
 from meta_peft.ops.lora_linear import is_plain
 from meta_peft.padding import TokenPositions
+from meta_peft.shared_prompt import SharedPrompt, reads_on
 from meta_peft.slow_prefix import AboveSlow, below_first
 from meta_peft.task_rows import RowsRearrangedError, TasksApart, rows_in_place
 from meta_peft.types import Params, Rows, Stack
@@ -78,6 +79,7 @@ class AdapterLoss:
         self._prefix = FrozenPrefix(model, base.config.model_type, below_head)
         self._slow_prefixes: dict[tuple[str, ...], tuple[Prefix, tuple[str, ...]]] = {}
         self._cache: FrozenCache | None = None
+        self._behind: SharedPrompt | None = None
         self._held: dict[Rows, Callable[[], AbstractContextManager[None]]] = {}
         layers, heads = list(lora_layers(model, adapter)), list(head_modules(model, adapter))
         self._adapted: list[tuple[str, nn.Module]] = [*layers, *heads]
@@ -110,12 +112,33 @@ class AdapterLoss:
         `model` is the base model, LoRA layers included. It may run it as often as it likes, on inputs made of those of the
         rows, as many rows in the same order.
         """
+        assert self._behind is None, "what is run here may have a prompt of its own"
         return self._measured(lambda r: use(self._base, r), adapter, rows, all_layers=True)
 
     @property
     def causal(self) -> bool:
         """Whether the model writes on where a row ends, so that its own answer can stand behind a prompt."""
         return self.objective == "causal_lm"
+
+    @property
+    def reads_on(self) -> bool:
+        """Whether `behind` can be had."""
+        return self.causal and reads_on(self._base)
+
+    @contextmanager
+    def behind(self, tokens: Sequence[int], adapter: Params) -> Iterator[None]:
+        """Inside this context rows are what comes after the same tokens, which the model reads once, with this adapter.
+
+        For scores and likelihoods at the same weights, without gradients. A row's first label needs a token of the row in
+        front of it. No tokens change nothing.
+        """
+        if tokens:
+            with self._forwards_in_place(adapter, False):
+                self._behind = SharedPrompt(self._base, tokens, next(iter(adapter.values())).device)
+        try:
+            yield
+        finally:
+            self._behind = None
 
     def dense_copies(self, n_bytes: float) -> AbstractContextManager[None]:
         """Inside this context dequantised copies of weights that every inner step needs are kept, up to `n_bytes`."""
@@ -233,7 +256,9 @@ class AdapterLoss:
             if self._checkpoint:
                 again = partial(self._as_now, in_place)
                 stack.enter_context(replaced_forwards(checkpointed(layers_of(self._base), again)))
-            if not all_layers:
+            if self._behind is not None:  # what is remembered of rows is of rows that stand for themselves
+                stack.enter_context(replaced_forwards([(self._base, self._behind.forward)]))
+            elif not all_layers:
                 stack.enter_context(self._prefix.reused(rows, self._recalled))
                 if rows in self._held:
                     stack.enter_context(self._held[rows]())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import takewhile
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ def in_context_scores(
 
     Rows end with a newline in place of the end-of-sequence token, which a base model would take for the end of
     everything. An exact match is greedy decoding up to and with that newline, and answers that are written end there.
+    What all rows of a task begin with, its examples, is read once, unless answers are to be written.
 
     Raises:
         MetaPeftError: the model does not write on where a row ends, or its tokenizer has no newline.
@@ -35,13 +37,40 @@ def in_context_scores(
         raise MetaPeftError("The tokenizer has no newline, which separates in-context examples.")
     if isinstance(scorer, Written):
         scorer = replace(scorer, stop=(*scorer.stop, newline[-1]))
+    whole = isinstance(scorer, Written) or not scorer.loss_fn.reads_on  # `generate` begins with no keys and values
     device = next(iter(adapter.values())).device
     found = []
     for episode in episodes:
-        query = collate.rows([[_with_examples(episode, row, newline) for row in episode.query]])
+        query = behind_examples(episode, newline)
         support = collate.rows([[_ended(row, newline) for row in episode.support]])
-        found.append(scorer(EpisodeBatch(support, query, [episode.task]).to(device))(adapter))
+        shared = 0 if whole else _in_common(query)
+        rows = collate.rows([[_from(shared, row) for row in query]])
+        batch = EpisodeBatch(support, rows, [episode.task]).to(device)
+        with scorer.loss_fn.behind(query[0]["input_ids"][:shared], adapter):
+            found.append(scorer(batch)(adapter))
     return Scores(*(np.concatenate(parts) for parts in zip(*found, strict=True)))
+
+
+def behind_examples(episode: Episode, newline: list[int]) -> list[dict[str, Any]]:
+    """The query rows, each behind all support rows; the first token of a row (see `PromptFormat`) stands once."""
+    examples = [token for other in episode.support for token in _ended(other, newline)["input_ids"][1:]]
+    rows = []
+    for row in (_ended(row, newline) for row in episode.query):
+        ids, labels = row["input_ids"], row["labels"]
+        before = [ids[0], *examples]
+        rows.append({**row, "input_ids": [*before, *ids[1:]], "labels": [IGNORED] * len(before) + labels[1:]})
+    return rows
+
+
+def _in_common(rows: list[dict[str, Any]]) -> int:
+    """How many tokens all rows begin with; each keeps a token of its own in front of its first label."""
+    prompts = [next(i for i, label in enumerate(row["labels"]) if label != IGNORED) - 1 for row in rows]
+    columns = zip(*(row["input_ids"][:n] for row, n in zip(rows, prompts, strict=True)), strict=False)
+    return sum(1 for _ in takewhile(lambda tokens: len(set(tokens)) == 1, columns))
+
+
+def _from(start: int, row: dict[str, Any]) -> dict[str, Any]:
+    return {**row, "input_ids": row["input_ids"][start:], "labels": row["labels"][start:]}
 
 
 def _ended(row: dict[str, Any], newline: list[int]) -> dict[str, Any]:
@@ -50,12 +79,3 @@ def _ended(row: dict[str, Any], newline: list[int]) -> dict[str, Any]:
     if row.get("choices"):
         changed["choices"] = [[*answer[:-1], *newline] for answer in row["choices"]]
     return changed
-
-
-def _with_examples(episode: Episode, row: dict[str, Any], newline: list[int]) -> dict[str, Any]:
-    """A query row behind all support rows; the first token of a row (see `PromptFormat`) stands once."""
-    row = _ended(row, newline)
-    examples = [token for other in episode.support for token in _ended(other, newline)["input_ids"][1:]]
-    ids, labels = row["input_ids"], row["labels"]
-    before = [ids[0], *examples]
-    return {**row, "input_ids": [*before, *ids[1:]], "labels": [IGNORED] * len(before) + labels[1:]}

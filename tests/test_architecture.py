@@ -45,7 +45,7 @@ FLOORS = [
         "shelf",
         "registry_models",
     ],
-    ["survival", "processes", "ops", "preflight", "dora", "slow_prefix", "hessian", "whole_head"],
+    ["survival", "processes", "ops", "preflight", "dora", "slow_prefix", "hessian", "whole_head", "shared_prompt"],
     ["inner_loop"],
     ["objectives", "fast_forwards", "fast_attention", "inner_path", "health", "checkpointed_trainer"],
     ["tasks", "adapter_loss", "algorithms", "model_kinds"],

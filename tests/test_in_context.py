@@ -10,24 +10,8 @@ from surface import SPECIAL, letter_rows, letter_tasks, peft_model, tiny_tokeniz
 
 from meta_peft import EpisodeCollator, EpisodeDataset, MetaPeftError, PromptFormat, TaskSet, load
 from meta_peft.adapter_loss import AdapterLoss
-from meta_peft.in_context import in_context_scores
+from meta_peft.in_context import behind_examples, in_context_scores
 from meta_peft.scoring import Matched, scorer_for
-from meta_peft.types import Rows
-
-
-class Kept:
-    """A collator that also keeps the query rows it was given, which come before the support rows."""
-
-    def __init__(self, pad_token_id: int):
-        self.collator, self.given = EpisodeCollator(pad_token_id), []
-
-    def rows(self, tasks) -> Rows:
-        self.given.extend(tasks)
-        return self.collator.rows(tasks)
-
-    @property
-    def tasks(self) -> list:
-        return self.given[::2]
 
 
 def episodes_of(letters: str, *, shots: int = 2, query_size: int = 3) -> EpisodeDataset:
@@ -36,13 +20,14 @@ def episodes_of(letters: str, *, shots: int = 2, query_size: int = 3) -> Episode
 
 
 def scores(model: PeftModel, episodes: EpisodeDataset) -> tuple[np.ndarray, np.ndarray, list]:
+    """Losses and matches, and the rows that they should be of, written out whole."""
     loss_fn = AdapterLoss(model, second_order=False)
     tokenizer = tiny_tokenizer()
-    kept = Kept(tokenizer.pad_token_id)
-    weights = {name: p.detach() for name, p in loss_fn.weights.parameters().items()}
     drawn = [episodes[i] for i in range(len(episodes))]
-    loss, match, _ = in_context_scores(Matched(loss_fn), weights, drawn, kept, tokenizer)
-    return loss, match, kept.tasks
+    collate = EpisodeCollator(tokenizer.pad_token_id)
+    loss, match, _ = in_context_scores(Matched(loss_fn), loss_fn.own(), drawn, collate, tokenizer)
+    newline = tokenizer("\n", add_special_tokens=False)["input_ids"]
+    return loss, match, [behind_examples(episode, newline) for episode in drawn]
 
 
 def test_rows_read_as_examples_and_a_question():
@@ -108,9 +93,10 @@ def test_answers_are_written_up_to_the_newline():
     model, episodes, tokenizer = peft_model(), episodes_of("abcd"), tiny_tokenizer()
     learn_to_copy(model, episodes)
     loss_fn = AdapterLoss(model, second_order=False)
-    weights = {name: p.detach() for name, p in loss_fn.weights.parameters().items()}
     drawn = [episodes[i] for i in range(len(episodes))]
-    found = in_context_scores(scorer_for("cer", loss_fn, tokenizer), weights, drawn, EpisodeCollator(2), tokenizer)
+    found = in_context_scores(
+        scorer_for("cer", loss_fn, tokenizer), loss_fn.own(), drawn, EpisodeCollator(2), tokenizer
+    )
     loss, match, _ = scores(model, episodes)
     np.testing.assert_allclose(found.loss, loss, rtol=1e-6)
     assert ((found.score == 0) == (match == 1)).all()
@@ -121,14 +107,13 @@ def test_answers_are_written_up_to_the_newline():
 def test_choices_are_ranked_behind_the_examples():
     """Label words, and choices of the rows' own: the same words give the same answer."""
     loss_fn, tokenizer = AdapterLoss(peft_model(), second_order=False), tiny_tokenizer()
-    weights = {name: p.detach() for name, p in loss_fn.weights.parameters().items()}
     rows = [{"input": word, "target": word[0]} for word in ("ab", "ba", "aa", "bb", "ac", "bc")]
     found = []
     for own in ({}, {"choices": ["a", "b"]}):
         encoded = TaskSet.from_mapping({"t": [{**row, **own} for row in rows]}).encoded(PromptFormat(), tokenizer, 64)
         episode = EpisodeDataset(encoded, shots=3, query_size=3, shuffle=False)[0]
         scorer = scorer_for("ece", loss_fn, tokenizer)
-        found.append(in_context_scores(scorer, weights, [episode], EpisodeCollator(2), tokenizer))
+        found.append(in_context_scores(scorer, loss_fn.own(), [episode], EpisodeCollator(2), tokenizer))
     assert len({row["labels"][-2] for row in episode.support}) == 2
     for one, other in zip(*found, strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-5)
