@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import copy
+import gc
 import hashlib
 import os
 import shutil
@@ -53,6 +54,10 @@ LONGEST = (  # files, in the order of what they take; the first ones first, so t
     "test_adaptation.py",
     "test_hub.py",
 )
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # all that was imported: Accelerate collects garbage at the end of each training, half a second of it
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -8,13 +8,14 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
 from conftest import tiny_base, with_lora
+from processes.forked import free_port, start
 from surface import config, letter_tasks, tiny_tokenizer
 from transformers import TrainerCallback
 
@@ -98,32 +99,13 @@ def job(trouble, output: Path) -> int:
     return 0 if run.interrupted is None else 128 + run.interrupted
 
 
-def start(rank: int, port: int, trouble, folder: Path) -> int:
-    pid = os.fork()
-    if pid == 0:
-        code = 99
-        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        file = os.open(folder / f"{trouble.__name__}{rank}.txt", os.O_WRONLY | os.O_CREAT)
-        os.dup2(file, 1)
-        os.dup2(file, 2)
-        try:
-            code = job(trouble, folder / trouble.__name__)
-        except BaseException as error:
-            print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
-            code = 1
-        finally:
-            os._exit(code)
-    return pid
-
-
 def main(folder: Path) -> None:
     found = {}
     for trouble in TROUBLES:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        began, pids, codes = time.monotonic(), [start(rank, port, trouble, folder) for rank in (0, 1)], {}
+        files = [folder / f"{trouble.__name__}{rank}.txt" for rank in (0, 1)]
+        port, work = free_port(), partial(job, trouble, folder / trouble.__name__)
+        began, codes = time.monotonic(), {}
+        pids = [start(rank, 2, port, work, files[rank]) for rank in (0, 1)]
         while len(codes) < 2 and time.monotonic() < began + 60:
             for rank, pid in enumerate(pids):
                 if rank not in codes and (status := os.waitpid(pid, os.WNOHANG))[0]:
@@ -135,7 +117,7 @@ def main(folder: Path) -> None:
         for rank in {0, 1} - codes.keys():
             os.kill(pids[rank], signal.SIGKILL)
             os.waitpid(pids[rank], 0)
-        said = [(folder / f"{trouble.__name__}{rank}.txt").read_text() for rank in (0, 1)]
+        said = [file.read_text() for file in files]
         steps = sorted(int(path.name.split("-")[1]) for path in (folder / trouble.__name__).glob("checkpoint-*"))
         found[trouble.__name__] = {"codes": codes, "seconds": seconds, "said": said, "checkpoints": steps}
     print(json.dumps(found))

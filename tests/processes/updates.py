@@ -1,15 +1,18 @@
 """A job of one or more processes: every kind of run on the same tasks, its result written by process 0.
 
-python updates.py OUTPUT [NAME ...], or torchrun --nproc_per_node N updates.py OUTPUT [NAME ...]
+python updates.py FOLDER makes them in 1, 2 and 4 processes, the last of which take their time, so that they make some.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 
 import torch
 from conftest import tiny_base, with_lora
+from processes.forked import together
 from safetensors.torch import save_file
 from surface import letter_tasks, trainer
 
@@ -50,13 +53,13 @@ OF_FOUR = [
 ]
 
 
-def main(output: Path, names: list[str]) -> None:
+def job(output: Path, names: Iterable[str]) -> None:
     tasks = letter_tasks("abcdefg")
     # Rows of different lengths: what a row is padded to depends on which rows it is read with.
     tasks |= {
         f"{name} again": [{**row, "input": row["input"] + "xyz"} for row in tasks[name]] for name in list(tasks)[:3]
     }
-    for name in names or EACH:
+    for name in names:
         options, dtype = EACH[name]
         run = trainer(output, model=with_lora(tiny_base("llama", dtype)), tasks=tasks, **SHARED | options)
         run.train()
@@ -68,5 +71,12 @@ def main(output: Path, names: list[str]) -> None:
     group.leave()
 
 
+def main(folder: Path) -> None:
+    for processes, names in ((1, EACH), (2, EACH), (4, OF_FOUR)):
+        output = folder / str(processes)
+        output.mkdir()
+        together(processes, partial(job, output, names), folder)
+
+
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2:])
+    main(Path(sys.argv[1]))
