@@ -6,6 +6,7 @@ kills itself in its first attempt; the launcher starts all of them again.
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 import signal
@@ -46,6 +47,7 @@ def job(output: Path, *, resume: bool | None = None, callbacks=None, **options) 
 
 def child(output: Path, **options) -> int:
     """Start the job in a process of its own; it resumes if there is something to resume from."""
+    gc.freeze()  # see `forked.start`
     pid = os.fork()
     if pid == 0:
         code = 99
