@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from meta_peft.frozen_prefix import DECODERS, MIXTURES_OF_EXPERTS
-from meta_peft.padding import MASK
 
 
 def reads_on(base: Any) -> bool:
@@ -30,9 +29,9 @@ class SharedPrompt:
     def __init__(self, base: Any, tokens: Sequence[int], device: torch.device):
         self._forward = base.forward
         ids_1P = torch.tensor([tokens], device=device)
-        self._known = base.base_model(
-            input_ids=ids_1P, attention_mask=torch.ones_like(ids_1P), use_cache=True
-        ).past_key_values
+        # By the whole model, as what shards a base hooks into; the last position's logits are as few as there can be.
+        found = base(input_ids=ids_1P, attention_mask=torch.ones_like(ids_1P), use_cache=True, logits_to_keep=1)
+        self._known = found.past_key_values
         self._length = len(tokens)
 
     def forward(self, *, input_ids: Tensor, attention_mask: Tensor, **options: Any) -> Any:
@@ -41,6 +40,5 @@ class SharedPrompt:
         n_rows = len(input_ids)
         known = copy.deepcopy(self._known)  # a forward adds its own
         known.batch_repeat_interleave(n_rows)
-        all_there = attention_mask.new_ones(n_rows, self._length)
-        whole_mask = torch.cat([all_there, attention_mask], 1)
-        return self._forward(input_ids=input_ids, **{MASK: whole_mask}, past_key_values=known, **options)
+        mask = torch.cat([attention_mask.new_ones(n_rows, self._length), attention_mask], 1)
+        return self._forward(input_ids=input_ids, attention_mask=mask, past_key_values=known, **options)
