@@ -17,6 +17,7 @@ import torch.distributed as dist
 from accelerate import PartialState
 from conftest import random_batch, tiny_base, with_lora
 from test_heads import model_of, rows_of
+from test_shared_prompt import PROMPT, with_prompt
 
 import meta_peft as mp
 from meta_peft.base_identity import BaseIdentity
@@ -110,6 +111,16 @@ def heads() -> dict:
     return found
 
 
+def behind_a_prompt(folder: Path) -> float:
+    """Losses of rows behind a prompt that is read once, on a sharded base, against whole rows on a whole one."""
+    whole, sharded = (mp.AdapterLoss(model, second_order=False) for model in pair("float64", folder))
+    rows = random_batch(2).query
+    expected = whole.scores(whole.own(), with_prompt(rows)).loss_T
+    with sharded.behind(PROMPT, sharded.own()):
+        found = sharded.scores(sharded.own(), rows).loss_T
+    return error({"": found}, {"": expected})
+
+
 def flat(grads: mp.types.Meta) -> dict:
     return {**grads.adapter, **grads.hyper}
 
@@ -160,6 +171,7 @@ def main() -> None:
     assert dist.get_world_size() == 2
     folder = Path(sys.argv[2])  # with a tiny model in it
     result = {"cells": cells(folder), "training": training(folder), "heads": heads()}
+    result["prompt"] = behind_a_prompt(folder)
     dist.barrier()
     if dist.get_rank() == 0:
         print(json.dumps(result))

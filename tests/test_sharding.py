@@ -67,6 +67,12 @@ def test_heads_of_classifiers_stay_whole(back_end: str):
 
 @pytest.mark.launch
 @back_ends
+def test_a_prompt_is_read_once_by_a_base_in_shards_too(back_end: str):
+    assert two_processes(back_end)["prompt"] < 1e-10
+
+
+@pytest.mark.launch
+@back_ends
 def test_meta_gradients_are_those_of_a_whole_base(back_end: str):
     cells = two_processes(back_end)["cells"]
     for quantisation, cell in cells.items():

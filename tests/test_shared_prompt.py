@@ -19,7 +19,7 @@ from meta_peft.types import Rows
 PROMPT = [5, 9, 4, 11, 7]
 
 
-def whole(rows: Rows) -> Rows:
+def with_prompt(rows: Rows) -> Rows:
     """The same rows with the prompt in front of each."""
     before = torch.tensor(PROMPT).expand(len(rows.labels_BL), -1)
     ids = torch.cat([before, rows.inputs["input_ids"]], 1)
@@ -31,7 +31,7 @@ def whole(rows: Rows) -> Rows:
 def both_ways(loss_fn: AdapterLoss, rows: Rows) -> tuple[list, list]:
     """What is known of the rows when they are whole, and behind the prompt; of the latter twice."""
     adapter = loss_fn.own()
-    expected = [*loss_fn.scores(adapter, whole(rows))[:3], *loss_fn.log_likelihoods(adapter, whole(rows))]
+    expected = [*loss_fn.scores(adapter, with_prompt(rows))[:3], *loss_fn.log_likelihoods(adapter, with_prompt(rows))]
     with loss_fn.behind(PROMPT, adapter):
         for _ in range(2):
             found = [*loss_fn.scores(adapter, rows)[:3], *loss_fn.log_likelihoods(adapter, rows)]
