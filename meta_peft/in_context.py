@@ -40,22 +40,27 @@ def in_context_scores(
     whole = isinstance(scorer, Written) or not scorer.loss_fn.reads_on  # `generate` begins with no keys and values
     device = next(iter(adapter.values())).device
     found = []
-    for episode in episodes:
-        query = behind_examples(episode, newline)
-        support = collate.rows([[_ended(row, newline) for row in episode.support]])
+    for episode in (ended(episode, newline) for episode in episodes):
+        query = behind_examples(episode)
         shared = 0 if whole else _in_common(query)
         rows = collate.rows([[_from(shared, row) for row in query]])
-        batch = EpisodeBatch(support, rows, [episode.task]).to(device)
+        batch = EpisodeBatch(collate.rows([episode.support]), rows, [episode.task]).to(device)
         with scorer.loss_fn.behind(query[0]["input_ids"][:shared], adapter):
             found.append(scorer(batch)(adapter))
     return Scores(*(np.concatenate(parts) for parts in zip(*found, strict=True)))
 
 
-def behind_examples(episode: Episode, newline: list[int]) -> list[dict[str, Any]]:
+def ended(episode: Episode, newline: list[int]) -> Episode:
+    """The episode with newlines for the tokens that end its rows' answers."""
+    support, query = ([_ended(row, newline) for row in rows] for rows in (episode.support, episode.query))
+    return replace(episode, support=support, query=query)
+
+
+def behind_examples(episode: Episode) -> list[dict[str, Any]]:
     """The query rows, each behind all support rows; the first token of a row (see `PromptFormat`) stands once."""
-    examples = [token for other in episode.support for token in _ended(other, newline)["input_ids"][1:]]
+    examples = [token for row in episode.support for token in row["input_ids"][1:]]
     rows = []
-    for row in (_ended(row, newline) for row in episode.query):
+    for row in episode.query:
         ids, labels = row["input_ids"], row["labels"]
         before = [ids[0], *examples]
         rows.append({**row, "input_ids": [*before, *ids[1:]], "labels": [IGNORED] * len(before) + labels[1:]})
@@ -74,7 +79,6 @@ def _from(start: int, row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _ended(row: dict[str, Any], newline: list[int]) -> dict[str, Any]:
-    """The row with newlines for the tokens that end its answers."""
     changed = {name: [*row[name][:-1], *newline] for name in ("input_ids", "labels")}
     if row.get("choices"):
         changed["choices"] = [[*answer[:-1], *newline] for answer in row["choices"]]

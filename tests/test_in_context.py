@@ -10,7 +10,7 @@ from surface import SPECIAL, letter_rows, letter_tasks, peft_model, tiny_tokeniz
 
 from meta_peft import EpisodeCollator, EpisodeDataset, MetaPeftError, PromptFormat, TaskSet, load
 from meta_peft.adapter_loss import AdapterLoss
-from meta_peft.in_context import behind_examples, in_context_scores
+from meta_peft.in_context import behind_examples, ended, in_context_scores
 from meta_peft.scoring import Matched, scorer_for
 
 
@@ -27,7 +27,7 @@ def scores(model: PeftModel, episodes: EpisodeDataset) -> tuple[np.ndarray, np.n
     collate = EpisodeCollator(tokenizer.pad_token_id)
     loss, match, _ = in_context_scores(Matched(loss_fn), loss_fn.own(), drawn, collate, tokenizer)
     newline = tokenizer("\n", add_special_tokens=False)["input_ids"]
-    return loss, match, [behind_examples(episode, newline) for episode in drawn]
+    return loss, match, [behind_examples(ended(episode, newline)) for episode in drawn]
 
 
 def test_rows_read_as_examples_and_a_question():

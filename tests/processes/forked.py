@@ -17,28 +17,33 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def start(rank: int, processes: int, port: int, job: Callable[[], int | None], said: Path) -> int:
-    """Process `rank` of so many, told so as `torchrun` tells it; what it prints goes to the file `said`.
-
-    Returns its id. Its exit code is what `job` returns, or 1 if that raises.
-    """
+def forked(job: Callable[[], int | None]) -> int:
+    """The id of a process that runs `job`, to exit with what that returns, or with 1 if it raises."""
     gc.freeze()  # what was imported stays: to look through all of it costs each process half a second a training
     pid = os.fork()
     if pid == 0:
-        code = 99
+        code = 1
+        try:
+            code = job() or 0
+        except BaseException:
+            print(traceback.format_exc(), file=sys.stderr, flush=True)
+        finally:
+            os._exit(code)
+    return pid
+
+
+def start(rank: int, processes: int, port: int, job: Callable[[], int | None], said: Path) -> int:
+    """The id of process `rank` of so many, told so as `torchrun` tells it; what it prints goes to the file `said`."""
+
+    def one_of_them() -> int | None:
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         file = os.open(said, os.O_WRONLY | os.O_CREAT)
         os.dup2(file, 1)
         os.dup2(file, 2)
-        try:
-            code = job() or 0
-        except BaseException:
-            print(traceback.format_exc(), file=sys.stderr, flush=True)
-            code = 1
-        finally:
-            os._exit(code)
-    return pid
+        return job()
+
+    return forked(one_of_them)
 
 
 def together(processes: int, job: Callable[[], int | None], folder: Path) -> None:

@@ -6,15 +6,16 @@ kills itself in its first attempt; the launcher starts all of them again.
 
 from __future__ import annotations
 
-import gc
 import os
 import random
 import signal
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 from conftest import tiny_base, with_lora
+from processes.forked import forked
 from safetensors.torch import load_file
 from surface import letter_tasks, trainer
 from transformers import TrainerCallback
@@ -47,16 +48,8 @@ def job(output: Path, *, resume: bool | None = None, callbacks=None, **options) 
 
 def child(output: Path, **options) -> int:
     """Start the job in a process of its own; it resumes if there is something to resume from."""
-    gc.freeze()  # see `forked.start`
-    pid = os.fork()
-    if pid == 0:
-        code = 99
-        try:
-            resume = True if any(output.glob("checkpoint-*")) else None
-            code = job(output, resume=resume, **options)
-        finally:
-            os._exit(code)
-    return pid
+    resume = True if any(output.glob("checkpoint-*")) else None
+    return forked(partial(job, output, resume=resume, **options))
 
 
 def ended(pid: int) -> int | None:
