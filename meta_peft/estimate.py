@@ -33,7 +33,7 @@ from meta_peft.weightless import weightless_model
 
 SUPPORT, QUERY, BACK = "support rows, forward", "query rows, forward", "gradients on the way back"
 SCORES, LOGITS, DENSE, FAST = "attention scores", "logits", "dequantised weights", "fast weights"
-FEW = (4, 6)  # layers of the models that are run in place of one with many
+FEW = (2, 3)  # layers of the models that are run in place of one with many
 CUDA_GB = 1.0  # an allowance for the context and the libraries' workspaces: not measured
 
 

@@ -49,24 +49,35 @@ def launch(processes: list[str], config: Path, output: Path, *options: str) -> l
     return [line["loss"] for line in state["log_history"] if "loss" in line]
 
 
-def test_one_process_gives_the_recorded_loss(tmp_path: Path):
-    losses = launch(ONE, write_config(tmp_path), tmp_path / "out", "--compare", "none")
-    assert losses == pytest.approx([2.5624, 1.9914], abs=1e-3)
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_config(tmp_path_factory.mktemp("recipe"))
 
 
-def test_two_processes_are_one_with_twice_the_tasks(tmp_path: Path):
-    config = write_config(tmp_path)
-    one, two = tmp_path / "one", tmp_path / "two"
-    losses = [
-        launch(ONE, config, one, "--per_device_train_batch_size", "4", "--compare", "full"),
-        launch(TWO, config, two, "--per_device_train_batch_size", "2", "--compare", "full"),
-    ]
-    assert losses[0] == pytest.approx(losses[1], abs=1e-4)
-    for name in ("adapter_model.safetensors", "meta_peft.safetensors"):
-        expected, found = load_file(one / name), load_file(two / name)
+@pytest.fixture(scope="module")
+def alone(config: Path) -> tuple[Path, list[float]]:
+    """The folder and the losses of one process, four tasks an outer step."""
+    folder = config.with_name("one")
+    return folder, launch(ONE, config, folder, "--per_device_train_batch_size", "4", "--compare", "full")
+
+
+def assert_same_adapter(one: Path, other: Path, *files: str) -> None:
+    for name in files:
+        expected, found = load_file(one / name), load_file(other / name)
         assert expected.keys() == found.keys()
         for key in expected:
             assert (found[key] - expected[key]).abs().max() < 1e-5, key
+
+
+def test_one_process_gives_the_recorded_loss(alone: tuple[Path, list[float]]):
+    assert alone[1] == pytest.approx([2.5624, 1.9914], abs=1e-3)
+
+
+def test_two_processes_are_one_with_twice_the_tasks(config: Path, alone: tuple[Path, list[float]], tmp_path: Path):
+    (one, expected), two = alone, tmp_path / "two"
+    losses = launch(TWO, config, two, "--per_device_train_batch_size", "2", "--compare", "full")
+    assert losses == pytest.approx(expected, abs=1e-4)
+    assert_same_adapter(one, two, "adapter_model.safetensors", "meta_peft.safetensors")
     rows = [json.loads((folder / "results.json").read_text())["rows"] for folder in (one, two)]
     assert [row["start"] for row in rows[0]] == [row["start"] for row in rows[1]]
     assert {row["start"] for row in rows[1]} >= {"plain LoRA", "multi-task LoRA", "meta-learned LoRA"}
@@ -74,16 +85,10 @@ def test_two_processes_are_one_with_twice_the_tasks(tmp_path: Path):
         assert mine["loss"] == pytest.approx(its["loss"], abs=1e-3), mine["start"]
 
 
-def test_a_base_in_shards_is_one_that_is_whole(tmp_path: Path):
+def test_a_base_in_shards_is_one_that_is_whole(config: Path, alone: tuple[Path, list[float]], tmp_path: Path):
     """The launcher's configuration alone shards the base over two processes; the update stays what it was."""
-    config = write_config(tmp_path)
-    one, shards = tmp_path / "one", tmp_path / "shards"
-    options = ["--compare", "none", "--tasks_per_step", "4"]
-    losses = [
-        launch(ONE, config, one, *options),
-        launch(["--config_file", str(ROOT / "recipes" / "accelerate" / "fsdp2.yaml")], config, shards, *options),
-    ]
-    assert losses[0] == pytest.approx(losses[1], abs=1e-4)
-    expected, found = (load_file(folder / "adapter_model.safetensors") for folder in (one, shards))
-    for key in expected:
-        assert (found[key] - expected[key]).abs().max() < 1e-5, key
+    one, expected = alone
+    sharded = ["--config_file", str(ROOT / "recipes" / "accelerate" / "fsdp2.yaml")]
+    losses = launch(sharded, config, tmp_path / "shards", "--compare", "none", "--tasks_per_step", "4")
+    assert losses == pytest.approx(expected, abs=1e-4)
+    assert_same_adapter(one, tmp_path / "shards", "adapter_model.safetensors")
