@@ -92,6 +92,11 @@ class Summary:
         return ways
 
     @property
+    def renames_classes(self) -> bool:
+        """Whether what a class is called is drawn anew for each episode."""
+        return self.about["training"].get("label_words", "given") != "given"
+
+    @property
     def starts(self) -> list[str]:
         """Names of starts, in the order of tables."""
         return [start for start in TITLES if any(f.cell.start == start for f in self.found)]

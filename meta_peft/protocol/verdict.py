@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import numpy as np
 
-from meta_peft.protocol.arguments import IN_CONTEXT, META, TITLES, WITHOUT_INNER_LOOP
+from meta_peft.protocol.arguments import IN_CONTEXT, META, MULTITASK, TITLES, WITHOUT_INNER_LOOP
 from meta_peft.protocol.summary import Difference, Summary
 
 BY = {True: "ahead of", False: "behind"}
+UNKNOWN = {
+    False: "Multi-task LoRA was not measured, so whether meta-training paid for itself is not known.",
+    True: "Classes are called something else in each episode, of which multi-task LoRA can learn nothing: whether"
+    " meta-training paid for itself is not known until a start that can is measured without an inner loop (classifier, for"
+    " models with a head).",
+}
 
 
 def verdict(summary: Summary) -> list[str]:
@@ -23,12 +29,14 @@ def verdict(summary: Summary) -> list[str]:
     ]
     at = {d.other: d for d in summary.differences() if d.steps == summary.at}
     rivals = [at[start] for start in WITHOUT_INNER_LOOP if start in at]
+    if summary.renames_classes:  # to be ahead of what cannot learn proves nothing
+        rivals = [difference for difference in rivals if difference.other != MULTITASK or not difference.ahead]
     rival = min(rivals, key=lambda difference: difference.mean, default=None)
     if rival is not None:
         said.append(_paid(summary, rival))
     said += [f"Meta-learned LoRA is {_compared(summary, each)}." for each in at.values() if each is not rival]
     if META in summary.starts and rival is None:
-        said.append("Multi-task LoRA was not measured, so whether meta-training paid for itself is not known.")
+        said.append(UNKNOWN[summary.renames_classes])
     if len(summary.seeds) < 3:
         said.append(
             f"Seeds: {len(summary.seeds)}. Another training seed may move all numbers; three or more would tell."

@@ -134,6 +134,22 @@ def test_what_was_trained_without_an_inner_loop_and_is_best_is_what_counts(class
     assert sum("one classifier" in sentence for sentence in words[1:]) == 1
 
 
+def test_to_be_ahead_of_what_cannot_learn_proves_nothing():
+    """Multi-task training has nothing to learn from classes that are called something else in each episode."""
+    about = {**ABOUT, "training": {"shots": 2, "ways": 4, "label_words": "permuted"}}
+    multitask, meta = cell("multitask", (0.1, 0.4)), cell("meta", (0.1, 0.6))
+    words = verdict(Summary.of([multitask, meta], about))
+    assert any("is ahead of multi-task LoRA by 20 points" in sentence for sentence in words)
+    assert any("is not known until a start that can is measured" in sentence for sentence in words)
+    assert not any("paid for itself:" in sentence for sentence in words)
+    words = verdict(Summary.of([multitask, meta, cell("classifier", (0.1, 0.5))], about))
+    assert any(
+        sentence.startswith("Meta-training paid for itself: at equal compute it is ahead of one") for sentence in words
+    )
+    words = verdict(Summary.of([multitask, cell("meta", (0.1, 0.3))], about))
+    assert any("did not pay for itself" in sentence for sentence in words)
+
+
 def test_the_verdict_says_of_what_there_are_so_many_examples():
     found = [cell("plain", (0.1, 0.2)), cell("meta", (0.1, 0.6))]
     about = {**ABOUT, "training": {"shots": 2, "ways": 4}}
