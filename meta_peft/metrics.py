@@ -69,7 +69,7 @@ class Metric:
 
     def shown(self, value: float) -> str:
         """`value` in the metric's unit, rounded to whole numbers."""
-        return f"{value * (100 if self.unit else 1):.0f}"
+        return f"{round(value * (100 if self.unit else 1), 0) + 0.0:.0f}"  # 0.0 makes 0 of -0
 
     def worst(self, values: np.ndarray) -> float:
         """The score of the task that fares worst; `values` is ``[T]``."""

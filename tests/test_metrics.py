@@ -95,6 +95,7 @@ def test_the_worst_task_and_how_a_value_is_shown():
     assert (METRICS["chrf"].worst(values), METRICS["wer"].worst(values)) == (0.2, 0.8)
     assert [METRICS[name].shown(0.254) for name in ("exact_match", "wer", "ece")] == ["25"] * 3
     assert METRICS["chrf"].shown(55.4) == "55"
+    assert METRICS["accuracy"].shown(-0.004) == "0"
     assert (METRICS["wer"].head, METRICS["bleu"].head) == ("WER, %", "BLEU")
 
 
