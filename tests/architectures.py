@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from conftest import VOCAB, random_rows
 from peft import LoraConfig, PeftModel, get_peft_model
+from tiny_models import VOCAB, random_rows
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel

@@ -15,9 +15,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
-from conftest import random_batch, tiny_base, with_lora
 from test_heads import model_of, rows_of
 from test_shared_prompt import PROMPT, with_prompt
+from tiny_models import random_batch, tiny_base, with_lora
 
 import meta_peft as mp
 from meta_peft.base_identity import BaseIdentity

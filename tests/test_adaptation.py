@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import assert_equal, fingerprint
 from peft import PeftModel
 from surface import (
     base_model,
@@ -18,6 +17,7 @@ from surface import (
     tiny_folder,
     trained_folder,
 )
+from tiny_models import assert_equal, fingerprint
 
 from meta_peft import MetaPeftError, adapt, adapt_many, adapter_loss, load
 from meta_peft.adapter_loss import AdapterLoss

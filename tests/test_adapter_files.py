@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import fingerprint
 from safetensors.torch import load_file, save_file
 from surface import base_model, tiny_folder, tiny_tokenizer, trained_folder
+from tiny_models import fingerprint
 
 from meta_peft import MetaPeftError, load, patterns
 from meta_peft.fast_weights import FastWeights

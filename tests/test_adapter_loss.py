@@ -5,7 +5,7 @@ import logging
 import pytest
 import torch
 from architectures import ARCHITECTURES, base_of, lora, rows_for
-from conftest import (
+from tiny_models import (
     QUANTISED,
     assert_equal,
     dense_twin,

@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 import torch
 from architectures import ARCHITECTURES, base_of, batch_for, lora, plain_loss, rows_for
-from conftest import assert_equal, fingerprint
 from peft import PeftModel
+from tiny_models import assert_equal, fingerprint
 
 from meta_peft.adapter_loss import AdapterLoss
 from meta_peft.algorithms import MAML

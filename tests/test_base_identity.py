@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import tiny_base
 from surface import base_model, tiny_folder
+from tiny_models import tiny_base
 
 from meta_peft import MetaPeftError, ModelArguments
 from meta_peft.base_identity import BaseIdentity

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import fingerprint, tiny_base, with_lora
+from tiny_models import fingerprint, tiny_base, with_lora
 from torch import nn
 
 from meta_peft.base_view import BaseView

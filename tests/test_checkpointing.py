@@ -6,7 +6,7 @@ import weakref
 import pytest
 import torch
 from architectures import ARCHITECTURES, base_of, batch_for, lora
-from conftest import assert_equal, random_batch, random_rows, tiny, tiny_base, with_lora
+from tiny_models import assert_equal, random_batch, random_rows, tiny, tiny_base, with_lora
 from torch.autograd.graph import saved_tensors_hooks
 
 from meta_peft.adapter_loss import AdapterLoss

@@ -26,6 +26,7 @@ import yaml
 from accelerate.state import AcceleratorState
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
+from surface import environment
 from test_architecture import FLOORS
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -299,9 +300,8 @@ def test_accelerate_loop_in_two_processes(workplace: Path, small_folder: Path):
     """Two processes take the steps that one takes."""
     launch = "launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no"
     words = [sys.executable, "-m", "accelerate.commands.accelerate_cli", *launch.split(), "--main_process_port", "0"]
-    here = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
     arguments = [str(LOOP), "train.jsonl", "two", "2", str(small_folder)]
-    subprocess.run([*words, *arguments], env={**os.environ, **here}, check=True, timeout=300)
+    subprocess.run([*words, *arguments], env=environment(ACCELERATE_USE_CPU="true"), check=True, timeout=300)
     runpy.run_path(str(LOOP))["main"]("train.jsonl", "one", 2, str(small_folder))
 
     for file in ("adapter_model.safetensors", "meta_peft.safetensors"):

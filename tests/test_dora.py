@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from architectures import ARCHITECTURES, base_of, lora, plain_loss, rows_for
-from conftest import assert_equal, dense_twin, fingerprint, random_batch, random_rows, with_lora
 from peft import PeftModel
+from tiny_models import assert_equal, dense_twin, fingerprint, random_batch, random_rows, with_lora
 
 from meta_peft.adapter_loss import AdapterLoss
 from meta_peft.algorithms import MAML

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import VOCAB, random_batch, tiny
+from tiny_models import VOCAB, random_batch, tiny
 from transformers import GenerationConfig
 
 from meta_peft.adapter_loss import AdapterLoss

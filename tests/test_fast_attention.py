@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 from architectures import ARCHITECTURES, base_of, lora, rows_for
-from conftest import assert_equal
 from derivatives import randn, up_to_second
+from tiny_models import assert_equal
 from torch import Tensor
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward

@@ -7,8 +7,8 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import assert_equal, random_rows, tiny_base, with_lora
 from peft import PeftModel
+from tiny_models import assert_equal, random_rows, tiny_base, with_lora
 from torch import nn
 
 from meta_peft import fast_forwards as module

@@ -5,8 +5,8 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import VOCAB, random_rows, tiny, tiny_base, with_lora
 from peft import LoraConfig, get_peft_model_state_dict
+from tiny_models import VOCAB, random_rows, tiny, tiny_base, with_lora
 from torch import nn
 
 from meta_peft.adapter_loss import AdapterLoss

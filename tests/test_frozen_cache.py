@@ -7,11 +7,11 @@ import logging
 import pytest
 import torch
 from architectures import base_of, batch_for
-from conftest import assert_equal, random_batch, random_rows, tiny
 from kinds import peft_model
 from test_frozen_prefix import ALGORITHM, count_runs, loss_on_upper_layers
 from test_heads import randomise
 from test_slow_prefix import HEAD_ALONE, with_head
+from tiny_models import assert_equal, random_batch, random_rows, tiny
 
 from meta_peft import preflight
 from meta_peft.adapter_loss import AdapterLoss

@@ -9,8 +9,8 @@ import bitsandbytes as bnb
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import QUANTISED, plain_loss, random_rows, reference_model
 from derivatives import noting_saved_tensors, randn, third_derivative, up_to_second
+from tiny_models import QUANTISED, plain_loss, random_rows, reference_model
 from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
 from transformers.pytorch_utils import Conv1D

@@ -5,8 +5,8 @@ import gc
 import pytest
 import torch
 from architectures import ARCHITECTURES, base_of, batch_for, lora
-from conftest import assert_equal, random_batch, random_rows, tiny_base, with_lora
 from peft.tuners.lora import LoraLayer
+from tiny_models import assert_equal, random_batch, random_rows, tiny_base, with_lora
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 

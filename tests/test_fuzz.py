@@ -20,11 +20,11 @@ from typing import Any
 import kinds
 import pytest
 import torch
-from conftest import fingerprint
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from surface import base_model, letter_rows, letter_tasks, temporary_folder, tiny_tokenizer, trained_folder
 from test_head_files import learned
+from tiny_models import fingerprint
 
 import meta_peft
 from meta_peft import MetaLoraConfig, MetaPeftError, ModelArguments, PromptFormat, TaskArguments, TaskSet

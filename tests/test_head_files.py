@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import fingerprint
 from kinds import HEAD, arguments, peft_model, processor, rows, trainer
 from safetensors.torch import load_file, save_file
 from surface import temporary_folder
+from tiny_models import fingerprint
 
 from meta_peft import MetaPeftError, load
 from meta_peft.adapter_files import CONFIG, WEIGHTS

@@ -12,9 +12,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from architectures import ARCHITECTURES, in_float64
-from conftest import VOCAB, assert_equal, fingerprint, random_rows, randomise
 from kinds import HEAD, KINDS, arguments, peft_model
 from peft import LoraConfig, PeftModel, get_peft_model
+from tiny_models import VOCAB, assert_equal, fingerprint, random_rows, randomise
 from torch import Tensor
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import assert_equal, plain_loss, random_rows, reference_model, tiny
+from tiny_models import assert_equal, plain_loss, random_rows, reference_model, tiny
 from torch import Tensor
 
 from meta_peft.adapter_loss import AdapterLoss

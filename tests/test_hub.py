@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import fingerprint, randomise
 from safetensors.torch import load_file
 from surface import (
     base_model,
@@ -23,6 +22,7 @@ from surface import (
     trained_folder,
     trainer,
 )
+from tiny_models import fingerprint, randomise
 
 from meta_peft import MetaPeftError, adapt, hub, load, save
 from meta_peft.fast_weights import FastWeights

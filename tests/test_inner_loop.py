@@ -3,7 +3,7 @@ from __future__ import annotations
 from itertools import pairwise
 
 import pytest
-from conftest import assert_equal, random_rows, tiny
+from tiny_models import assert_equal, random_rows, tiny
 
 from meta_peft.adapter_loss import AdapterLoss
 from meta_peft.inner_loop import adapt

@@ -8,8 +8,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import assert_equal
 from counted import Alive
+from tiny_models import assert_equal
 from torch import Tensor
 from toys import network, network_problem
 

@@ -12,8 +12,8 @@ from itertools import pairwise
 import psutil
 import pytest
 import torch
-from conftest import assert_equal, random_batch, random_rows, tiny_base, with_lora
 from counted import Alive
+from tiny_models import assert_equal, random_batch, random_rows, tiny_base, with_lora
 from torch import Tensor
 from toys import network, network_rows
 

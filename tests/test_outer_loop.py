@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import (
+from tiny_models import (
     QUANTISED,
     assert_equal,
     dense_twin,

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 from architectures import ARCHITECTURES, base_of, lora
-from conftest import QUANTISED, random_rows, tiny_base, with_lora
 from test_slow_prefix import assert_same
+from tiny_models import QUANTISED, random_rows, tiny_base, with_lora
 from torch import Tensor
 
 from meta_peft import frozen_linear

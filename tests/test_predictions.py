@@ -8,8 +8,8 @@ import pytest
 import torch
 from architectures import base_of, rows_for
 from architectures import lora as with_lora
-from conftest import VOCAB, random_rows, tiny, tiny_base
 from peft import PeftModel
+from tiny_models import VOCAB, random_rows, tiny, tiny_base
 from torch import Tensor
 
 from meta_peft import MetaPeftError, hub

@@ -9,8 +9,8 @@ import peft
 import pytest
 import torch
 from architectures import ARCHITECTURES, base_of, lora
-from conftest import enable_checkpointing, fingerprint, random_rows, tiny, tiny_base, with_lora
 from peft import LoraConfig, get_peft_model
+from tiny_models import enable_checkpointing, fingerprint, random_rows, tiny, tiny_base, with_lora
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForSeq2SeqLM
 

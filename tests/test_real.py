@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import fingerprint
 from surface import bits
+from tiny_models import fingerprint
 
 from meta_peft import (
     EpisodeCollator,

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import random_batch, randomise, tiny_base, with_lora
 from peft import LoraConfig
 from sharded_run import ALGORITHMS, error, flat
 from surface import ROOT, environment, tiny_folder
+from tiny_models import random_batch, randomise, tiny_base, with_lora
 
 import meta_peft as mp
 from meta_peft.base_identity import BaseIdentity

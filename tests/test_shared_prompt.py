@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import assert_equal, random_rows
 from surface import letter_tasks, peft_model, tiny_tokenizer
 from test_frozen_prefix import loss_on_upper_layers
+from tiny_models import assert_equal, random_rows
 
 from meta_peft import EpisodeCollator, EpisodeDataset, PromptFormat, TaskSet
 from meta_peft.adapter_loss import AdapterLoss

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import assert_equal
 from derivatives import randn
 from surface import run_python
+from tiny_models import assert_equal
 
 from meta_peft.shelf import Shelf
 

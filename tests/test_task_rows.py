@@ -4,7 +4,7 @@ import gc
 
 import pytest
 import torch
-from conftest import random_rows
+from tiny_models import random_rows
 from torch import nn
 
 from meta_peft.task_rows import RowsRearrangedError, TasksApart, rows_in_place

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ NUMBERS = {
     for name in ("loss", "loss_before", "grad_norm", "rate_grad_norm", "tasks_per_second", "peak_memory_gb")
 }
 PICTURES = {"inner_rates", "held_out_tasks"}
+TRACKERS = {"wandb": {".wandb"}, "trackio": {".db", ".parquet"}}  # and what they write numbers to
 
 
 def test_tensorboard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -41,22 +43,36 @@ def test_tensorboard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert found.Images("inner_rates")[0].encoded_image_string.startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("tracker", ["wandb", "trackio"])
-def test_other_trackers(tmp_path: Path, tracker: str):
-    """In a process of its own: each has a home, threads and processes of its own."""
-    pytest.importorskip(tracker)
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for each tracker that is installed, after a run that reports to all of them.
+
+    In a process of its own: each has threads and processes of its own.
+    """
+    home = tmp_path_factory.mktemp("trackers")
+    installed = [tracker for tracker in TRACKERS if find_spec(tracker)]
+    for tracker in installed:
+        (home / tracker).mkdir()
     code = (
         "import sys; from pathlib import Path; from surface import EVAL, letter_tasks, trainer\n"
-        f"options = {{'report_to': ['{tracker}'], 'logging_steps': 1}}\n"
+        f"options = {{'report_to': {installed}, 'logging_steps': 1}}\n"
         "run = trainer(Path(sys.argv[1]) / 'out', eval_tasks=letter_tasks(EVAL), **options)\n"
         "run.train(); run.evaluate(); print('trained')"
     )
     here = str(Path(__file__).parent)
-    own = {"WANDB_MODE": "offline", "WANDB_DIR": str(tmp_path), "TRACKIO_DIR": str(tmp_path), "HOME": str(tmp_path)}
-    assert "trained" in run_python(f"import sys; sys.path.insert(0, {here!r})\n{code}", str(tmp_path), **own)
-    written = [path for path in tmp_path.rglob("*") if path.is_file() and "out" not in path.relative_to(tmp_path).parts]
-    assert any(path.suffix in (".wandb", ".db", ".parquet") for path in written)
-    assert any(path.suffix == ".png" for path in written), "pictures"
+    own = {"WANDB_MODE": "offline", "WANDB_DIR": str(home / "wandb"), "TRACKIO_DIR": str(home / "trackio")}
+    said = run_python(f"import sys; sys.path.insert(0, {here!r})\n{code}", str(home), HOME=str(home), **own)
+    assert "trained" in said
+    return home
+
+
+@pytest.mark.parametrize("tracker", TRACKERS)
+def test_other_trackers(tracker: str, request: pytest.FixtureRequest):
+    pytest.importorskip(tracker)
+    home: Path = request.getfixturevalue("home")
+    written = {path.suffix for path in (home / tracker).rglob("*") if path.is_file()}
+    assert written & TRACKERS[tracker]
+    assert ".png" in written, "pictures"
 
 
 def test_no_picture_is_made_for_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

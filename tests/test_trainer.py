@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import fingerprint
 from datasets import Dataset
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
@@ -29,6 +28,7 @@ from surface import (
     trainer,
     write_jsonl,
 )
+from tiny_models import fingerprint
 from transformers import TrainerCallback
 
 from meta_peft import (

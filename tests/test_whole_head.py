@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import tiny_base, with_lora
 from surface import config, tiny_folder
 from test_heads import CASES, model_of
+from tiny_models import tiny_base, with_lora
 
 from meta_peft import MetaPeftError, MetaTrainer, ModelArguments
 from meta_peft.base_model import new_model, tokenizer_for

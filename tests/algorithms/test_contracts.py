@@ -7,8 +7,8 @@ from functools import cache
 
 import pytest
 import torch
-from conftest import assert_equal, fingerprint, narrow_loss, random_batch
 from counted import CountedRows
+from tiny_models import assert_equal, fingerprint, narrow_loss, random_batch
 
 from meta_peft.adapter_loss import AdapterLoss
 from meta_peft.algorithms import MAML, ImplicitMAML, MultiTask, Reptile

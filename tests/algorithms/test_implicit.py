@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import assert_equal, random_batch, repeated, tiny
 from counted import Alive
 from derivatives import STENCIL
+from tiny_models import assert_equal, random_batch, repeated, tiny
 from torch import Tensor
 from toys import network, network_problem, quadratic, quadratic_problem
 

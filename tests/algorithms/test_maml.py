@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import assert_equal, plain_loss, random_batch, reference_model, tiny
+from tiny_models import assert_equal, plain_loss, random_batch, reference_model, tiny
 from torch import Tensor
 from toys import quadratic, quadratic_problem
 

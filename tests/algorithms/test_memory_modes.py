@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import (
+from counted import Alive
+from derivatives import STENCIL
+from tiny_models import (
     assert_equal,
     narrow_loss,
     plain_loss,
@@ -19,8 +21,6 @@ from conftest import (
     tiny_base,
     with_lora,
 )
-from counted import Alive
-from derivatives import STENCIL
 from torch import Tensor
 
 from meta_peft.adapter_loss import AdapterLoss

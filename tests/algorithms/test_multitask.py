@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import torch
-from conftest import assert_equal, plain_loss, random_batch, reference_model, tiny
+from tiny_models import assert_equal, plain_loss, random_batch, reference_model, tiny
 
 from meta_peft.algorithms import MultiTask
 from meta_peft.fast_weights import FastWeights

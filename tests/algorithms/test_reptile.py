@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import assert_equal, random_batch, tiny
+from tiny_models import assert_equal, random_batch, tiny
 from torch import Tensor
 
 from meta_peft.adapter_loss import AdapterLoss

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import VOCAB, random_rows, tiny_base
+from tiny_models import VOCAB, random_rows, tiny_base
 
 from meta_peft.objectives.causal_lm import CAUSAL_LM
 from meta_peft.types import Rows

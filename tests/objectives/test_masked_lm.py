@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 from architectures import base_of, rows_for
-from conftest import VOCAB
+from tiny_models import VOCAB
 
 from meta_peft.objectives.masked_lm import MASKED_LM
 

@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import tiny_base
 from test_heads import model_of, rows_of
+from tiny_models import tiny_base
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from meta_peft.objectives.labelled_tokens import without_cache

@@ -6,9 +6,9 @@ import copy
 
 import pytest
 import torch
-from conftest import QUANTISED, tiny_base, with_lora
 from derivatives import noting_saved_tensors, randn, third_derivative, up_to_second
 from peft.tuners.lora import LoraLayer
+from tiny_models import QUANTISED, tiny_base, with_lora
 from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
 from torch.func import functional_call

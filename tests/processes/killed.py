@@ -1,7 +1,7 @@
-"""A job that is killed again and again, and goes on each time: python killed.py FOLDER, or torchrun killed.py FOLDER.
+"""A job that is killed again and again, and goes on each time: python killed.py FOLDER.
 
-Alone, the job runs in children of this process, which kills them at random moments. In several processes, one of them
-kills itself in its first attempt; the launcher starts all of them again.
+Alone, the job runs in children of this process, which kills them at random moments. In two processes, one of them kills
+itself in its first attempt; what `torchrun` runs, here in this process, starts both again.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ import time
 from functools import partial
 from pathlib import Path
 
-from conftest import tiny_base, with_lora
 from processes.forked import forked
-from safetensors.torch import load_file
 from surface import letter_tasks, trainer
+from tiny_models import tiny_base, with_lora
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from transformers import TrainerCallback
 
 from meta_peft.processes import group, restarts
@@ -95,15 +95,28 @@ def alone(folder: Path) -> None:
         assert os.waitstatus_to_exitcode(status) == 0
 
 
+def in_two_processes(folder: Path) -> None:
+    job(folder / "restarted", callbacks=[KillsItself()])
+    job(folder / "uninterrupted")
+    # The first half by one process is resumed by this many.
+    job(folder / "whole_of_one", resume=str(folder / "half_of_one" / "checkpoint-15"))
+    group.leave()
+
+
+def main(folder: Path) -> None:
+    alone(folder)
+    pid = forked(partial(job, folder / "half_of_one", max_steps=STEPS, save_total_limit=None))
+    assert os.waitpid(pid, 0)[1] == 0
+    standalone = {
+        "min_nodes": 1,
+        "max_nodes": 1,
+        "rdzv_backend": "c10d",
+        "rdzv_endpoint": "localhost:0",
+        "run_id": "one",
+    }
+    config = LaunchConfig(**standalone, nproc_per_node=2, max_restarts=2, start_method="fork")
+    elastic_launch(config, in_two_processes)(folder)
+
+
 if __name__ == "__main__":
-    folder = Path(sys.argv[1])
-    if group.count() > 1 or "WORLD_SIZE" in os.environ:
-        job(folder / "restarted", callbacks=[KillsItself()])
-        job(folder / "uninterrupted")
-        # The first half by one process is resumed by this many.
-        job(folder / "whole_of_one", resume=str(folder / "half_of_one" / "checkpoint-15"))
-        group.leave()
-    else:
-        alone(folder)
-        job(folder / "half_of_one", max_steps=STEPS, save_total_limit=None)
-        assert load_file(folder / "half_of_one" / "adapter_model.safetensors")
+    main(Path(sys.argv[1]))

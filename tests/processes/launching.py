@@ -1,4 +1,4 @@
-"""Start a script in several processes that talk over gloo, as `torchrun` does."""
+"""Start a script that makes the processes of its jobs itself, by forking, so that they import everything once."""
 
 from __future__ import annotations
 
@@ -8,31 +8,11 @@ from pathlib import Path
 
 from surface import ROOT, environment
 
-TESTS = ROOT / "tests"
 
-
-def command(processes: int, script: Path, *arguments: str, launcher: tuple[str, ...] = ()) -> list[str]:
-    if processes == 1 and not launcher:
-        return [sys.executable, str(script), *arguments]
-    words = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        str(processes),
-        *launcher,
-    ]
-    return [*words, str(script), *arguments]
-
-
-def several_environment(**extra: str) -> dict[str, str]:
-    return environment(ACCELERATE_USE_CPU="true", PYTHONPATH=f"{ROOT}:{TESTS}", **extra)
-
-
-def launch(processes: int, script: Path, *arguments: str, launcher: tuple[str, ...] = (), timeout: float = 300):
-    """Run to the end; the result has `returncode`, `stdout` and `stderr`."""
-    words = command(processes, script, *arguments, launcher=launcher)
-    return subprocess.run(
-        words, env=several_environment(), capture_output=True, text=True, check=False, timeout=timeout
-    )
+def launch(script: Path, folder: Path, timeout: float = 300) -> str:
+    """Run it to its end; the result is what it prints."""
+    own = environment(ACCELERATE_USE_CPU="true", PYTHONPATH=f"{ROOT}:{ROOT / 'tests'}")
+    words = [sys.executable, str(script), str(folder)]
+    done = subprocess.run(words, env=own, capture_output=True, text=True, check=False, timeout=timeout)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout

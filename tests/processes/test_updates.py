@@ -21,8 +21,7 @@ TOLERANCE = {FLOAT32: 1e-6, FLOAT64: 1e-12}
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
     """The same runs in 1, 2 and 4 processes."""
     folder = tmp_path_factory.mktemp("processes")
-    done = launch(1, SCRIPT, str(folder))
-    assert done.returncode == 0, done.stderr[-3000:]
+    launch(SCRIPT, folder)
     return {processes: folder / str(processes) for processes in (1, 2, 4)}
 
 

@@ -14,9 +14,9 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from conftest import tiny_base, with_lora
 from processes.forked import free_port, start
 from surface import config, letter_tasks, tiny_tokenizer
+from tiny_models import tiny_base, with_lora
 from transformers import TrainerCallback
 
 from meta_peft import MetaPeftError, MetaTrainer

@@ -11,10 +11,10 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from conftest import tiny_base, with_lora
 from processes.forked import together
 from safetensors.torch import save_file
 from surface import letter_tasks, trainer
+from tiny_models import tiny_base, with_lora
 
 from meta_peft.processes import group
 

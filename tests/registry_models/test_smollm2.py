@@ -9,8 +9,8 @@ from pathlib import Path
 import gguf
 import pytest
 import torch
-from conftest import VOCAB, tiny_base
 from package_index import only_from, write_wheel
+from tiny_models import VOCAB, tiny_base
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from meta_peft import MetaPeftError
