@@ -156,6 +156,19 @@ class Summary:
                 found[start] = {**by_count, every: self._at(self.of_start(start))}
         return found
 
+    def at_the_edge(self, start: str) -> dict[str, list[int]]:
+        """Numbers of steps at which most seeds chose the ``"smallest"`` or the ``"largest"`` rate that was tried."""
+        tried = sorted(self.about["comparison"]["rate_factors"])
+        if len(tried) == 1:
+            return {}
+        cells = self.of_start(start)
+        found: dict[str, list[int]] = {}
+        for edge, factor in (("smallest", tried[0]), ("largest", tried[-1])):
+            for column, steps in enumerate(cells[0].steps):
+                if steps and 2 * sum(cell.factors[column] == factor for cell in cells) > len(cells):
+                    found.setdefault(edge, []).append(steps)
+        return found
+
     def cost(self, start: str) -> dict[str, float]:
         """Means over seeds."""
         cells = self.of_start(start)

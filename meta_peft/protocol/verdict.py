@@ -37,6 +37,7 @@ def verdict(summary: Summary) -> list[str]:
     said += [f"Meta-learned LoRA is {_compared(summary, each)}." for each in at.values() if each is not rival]
     if META in summary.starts and rival is None:
         said.append(UNKNOWN[summary.renames_classes])
+    said += [_more_rates(start, *of) for start in summary.starts for of in summary.at_the_edge(start).items()]
     if len(summary.seeds) < 3:
         said.append(
             f"Seeds: {len(summary.seeds)}. Another training seed may move all numbers; three or more would tell."
@@ -52,6 +53,14 @@ def _paid(summary: Summary, difference: Difference) -> str:
     if difference.behind:
         return f"Meta-training did not pay for itself: at equal compute it is {compared}. Take that."
     return f"Whether meta-training paid for itself is open: at equal compute it is {compared}."
+
+
+def _more_rates(start: str, edge: str, steps: list[int]) -> str:
+    after = " and ".join(", ".join(map(str, steps)).rsplit(", ", 1))
+    return (
+        f"The best of the rates that were tried for {TITLES[start]} after {after} step{'' if steps == [1] else 's'} is the"
+        f" {edge}: {'smaller' if edge == 'smallest' else 'larger'} rate_factors may do better."
+    )
 
 
 def _compared(summary: Summary, difference: Difference) -> str:

@@ -12,7 +12,7 @@ from meta_peft.protocol.cells import Cell, Found
 from meta_peft.protocol.summary import Summary
 from meta_peft.protocol.verdict import verdict
 
-ABOUT = {"training": {"shots": 4}, "tasks": {"n_train": 9}}
+ABOUT = {"training": {"shots": 4}, "tasks": {"n_train": 9}, "comparison": {"rate_factors": [0.5, 0.25, 1.0]}}
 TASKS = [f"task {i}" for i in range(8)]
 COUNTS = [[2.0, 1.0, 1.0], [2.0, 1.8, 1.0]]  # of two bins: half of each is right, at a confidence of 0.5 and 0.9
 COST = {"outer_steps": 3.0, "training_seconds": 2.0, "support_tokens": 40.0, "seconds_per_step": 0.5}
@@ -163,6 +163,29 @@ def test_the_table_says_by_which_rule_a_start_did_best():
     summary = summary_of(*plain, cell("meta", (0.1, 0.6)), cell("meta", (0.1, 0.6), seed=1))
     assert summary.report.curves["plain LoRA"].how == ("", other)
     assert [row["rate_factor"] for row in summary.report.texts()] == ["", f"0.5, {other}", "", "0.5"]
+
+
+def test_the_verdict_says_where_the_best_rate_may_not_have_been_tried():
+    """At no steps there is no rate; and it counts what most seeds chose."""
+    rows = [[0.1] * 4] * len(TASKS)
+    steps = {"steps": [0, 1, 3, 10], "loss": rows, "score": rows, "calibration": [COUNTS] * 4}
+    chosen = {"plain": [[0.25, 1.0, 0.5, 0.25]] * 2, "meta": [[0.25, 0.25, 0.25, 0.25], [0.25, 0.5, 0.25, 0.25]]}
+    found = [
+        replace(cell(start, (0, 0), seed), factors=factors, **steps)
+        for start, each in chosen.items()
+        for seed, factors in enumerate(each)
+    ]
+    rates = [sentence for sentence in verdict(summary_of(*found)) if "rate_factors" in sentence]
+    assert rates == [
+        f"The best of the rates that were tried for {words} rate_factors may do better."
+        for words in (
+            "plain LoRA after 10 steps is the smallest: smaller",
+            "plain LoRA after 1 step is the largest: larger",
+            "meta-learned LoRA after 3 and 10 steps is the smallest: smaller",
+        )
+    ]
+    one = {**ABOUT, "comparison": {"rate_factors": [0.25]}}
+    assert not any("rate_factors" in sentence for sentence in verdict(Summary.of(found, one)))
 
 
 def test_the_verdict_claims_nothing_that_was_not_measured():
