@@ -89,7 +89,7 @@ def multitask_start(of: MetaTrainer, tasks: TaskSet, new_model: Callable[[], Pef
         encoding=of.encoding,  # so that classes have the same numbers
     )
     trainer.use_frozen_cache(of.frozen_cache)
-    trainer.train()
+    trainer.train_whole()
     return trainer.start("multi-task LoRA")
 
 

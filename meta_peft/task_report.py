@@ -287,7 +287,7 @@ def leave_one_group_out(
         )
         with torch.no_grad():
             run.rates.log_rates.copy_(rates)
-        run.train()
+        run.train_whole()
         batches = run.batches(run.evaluation_episodes(validation).by_length())
         return curve(run.scorer.loss_fn, run.start(), batches, (run.args.inner_steps,)).loss[:, 0]
 

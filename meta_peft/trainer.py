@@ -378,6 +378,16 @@ class MetaTrainer(PushingTrainer):
         self.interrupted = max((s for s in group.gathered_objects(self._signal.received) if s), default=None)
         return result
 
+    def train_whole(self) -> None:
+        """`train`, for what is worth nothing in part, such as a baseline: a signal that ends it early ends the program too.
+
+        Raises:
+            SystemExit: a signal came, with its exit code.
+        """
+        self.train()
+        if self.interrupted is not None:
+            raise SystemExit(128 + self.interrupted)
+
     def attach(self) -> None:
         hub.attach(self.loss_fn.model, self.sidecar(), self.processing_class)
 

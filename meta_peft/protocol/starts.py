@@ -100,7 +100,7 @@ def _tasks(cell: Cell, setting: Setting) -> TaskSet:
 def _train(trainer: MetaTrainer) -> dict[str, float]:
     """What it cost."""
     began = time.monotonic()
-    trainer.train()
+    trainer.train_whole()
     return {"outer_steps": trainer.args.max_steps, "training_seconds": round(time.monotonic() - began, 1)}
 
 

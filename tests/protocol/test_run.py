@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -57,6 +59,21 @@ def test_every_start_is_measured_for_every_seed(whole: tuple[Path, Summary]):
     assert before["multi-task LoRA"] < before["plain LoRA"] == before["PEFT's defaults"]
     assert {start: set(by_shots) for start, by_shots in summary.along_shots().items()} == {s: {1, 2} for s in STARTS}
     assert {start: set(by_count) for start, by_count in summary.along_tasks().items()} == {s: {4, 8} for s in trained}
+
+
+def test_a_start_that_a_signal_stopped_is_not_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Once it was: half a training stood in the report as a whole one."""
+    step = MetaTrainer.training_step
+
+    def stopped(*args, **kwargs):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return step(*args, **kwargs)
+
+    monkeypatch.setattr(MetaTrainer, "training_step", stopped)
+    with pytest.raises(SystemExit) as ended:
+        compared(tmp_path, protocol={"starts": ["plain", "meta"]})
+    assert ended.value.code == 128 + signal.SIGTERM
+    assert [found.cell.start for found in all_found(tmp_path / "out")] == ["plain"]
 
 
 def test_baselines_may_adapt_all_weights_where_the_run_adapts_some(tmp_path: Path):
