@@ -77,10 +77,11 @@ def tiny(kind: str = "llama", dtype: torch.dtype = torch.float64, **options) -> 
     return with_lora(tiny_base(kind, dtype, **options))
 
 
-def narrow_loss(layers: int = 2, **options) -> AdapterLoss:
+def narrow_loss() -> AdapterLoss:
     """The smallest Llama with more than one layer, for what goes through every algorithm or mode."""
-    base = tiny_base("llama", layers=layers, width=8)
-    return AdapterLoss(with_lora(base, target_modules=["q_proj", "o_proj", "down_proj"]), **options)
+    return AdapterLoss(
+        with_lora(tiny_base("llama", layers=2, width=8), target_modules=["q_proj", "o_proj", "down_proj"])
+    )
 
 
 def tolerance(name: str) -> float:

@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 
 from processes.forked import forked
+from safetensors.torch import load_file
 from surface import letter_tasks, trainer
 from tiny_models import tiny_base, with_lora
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -107,6 +108,7 @@ def main(folder: Path) -> None:
     alone(folder)
     pid = forked(partial(job, folder / "half_of_one", max_steps=STEPS, save_total_limit=None))
     assert os.waitpid(pid, 0)[1] == 0
+    assert load_file(folder / "half_of_one" / "adapter_model.safetensors")
     standalone = {
         "min_nodes": 1,
         "max_nodes": 1,

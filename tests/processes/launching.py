@@ -9,10 +9,10 @@ from pathlib import Path
 from surface import ROOT, environment
 
 
-def launch(script: Path, folder: Path, timeout: float = 300) -> str:
+def launch(script: Path, folder: Path) -> str:
     """Run it to its end; the result is what it prints."""
     own = environment(ACCELERATE_USE_CPU="true", PYTHONPATH=f"{ROOT}:{ROOT / 'tests'}")
     words = [sys.executable, str(script), str(folder)]
-    done = subprocess.run(words, env=own, capture_output=True, text=True, check=False, timeout=timeout)
+    done = subprocess.run(words, env=own, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
