@@ -17,6 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from meta_peft.known_shapes import KnownShapes
+
+_run = KnownShapes()  # the same for all: shapes do not depend on who counts
+
 
 class LiveMemory(TorchDispatchMode):
     """While active, storages that are made count until they are freed.
@@ -58,7 +62,7 @@ class LiveMemory(TorchDispatchMode):
                 return True  # transformers asks whether no row is padded: none is
             if any(t.device.type == "cpu" for t in given):  # labels have values; among those that have none, shapes do
                 args, kwargs = _without_values(args), _without_values(kwargs)
-        result = function(*args, **kwargs)
+        result = _run(function, args, kwargs)
         for tensor in _tensors(result):
             self._count(function, given, tensor)
         return result

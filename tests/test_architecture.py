@@ -22,6 +22,7 @@ FLOORS = [
         "forwards",
         "task_rows",
         "allocator",
+        "known_shapes",
         "checkpointing",
         "memory",
         "whole_weights",
