@@ -15,6 +15,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import fields
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 
@@ -26,7 +27,7 @@ import yaml
 from accelerate.state import AcceleratorState
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from surface import environment
+from surface import environment, temporary_folder
 from test_architecture import FLOORS
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -87,22 +88,17 @@ def save_base(folder: Path, layers: int) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def base_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What stands in for SmolLM2 on the pages: as many layers, since they are named by number."""
-    return save_base(tmp_path_factory.mktemp("base"), layers=30)
+@cache
+def saved_base(layers: int) -> Path:
+    """What stands in for SmolLM2."""
+    return save_base(temporary_folder() / "base", layers)
 
 
-@pytest.fixture(scope="module")
-def small_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_base(tmp_path_factory.mktemp("small"), layers=2)
-
-
-@pytest.fixture(scope="module")
-def adapter_folder(base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An adapter with its sidecar, as training saves it."""
-    folder = tmp_path_factory.mktemp("adapter")
-    base = AutoModelForCausalLM.from_pretrained(base_folder)
+@cache
+def saved_adapter(layers: int) -> Path:
+    """An adapter of that base with its sidecar, as training saves it."""
+    folder = temporary_folder() / "adapter"
+    base = AutoModelForCausalLM.from_pretrained(saved_base(layers))
     model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"]))
     rule, weights = meta_peft.InnerRule(meta_peft.Adam(), steps=3), meta_peft.AdapterLoss(model).weights.parameters()
     rates = meta_peft.LearnedRates(rule, weights).log_rates
@@ -112,13 +108,26 @@ def adapter_folder(base_folder: Path, tmp_path_factory: pytest.TempPathFactory) 
 
 
 @pytest.fixture
-def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, adapter_folder: Path) -> Iterator[Path]:
+def layers(request: pytest.FixtureRequest) -> int:
+    """As many as SmolLM2 has for a page whose code names them by number, and two for the others."""
+    page = getattr(request.node, "callspec", None) and request.node.callspec.params.get("page")
+    numbers = re.compile(r"layers(_to_transform)?\W+\d")
+    return 30 if page is not None and any(numbers.search(code) for _, code in blocks(page, "python")) else 2
+
+
+@pytest.fixture
+def base_folder(layers: int) -> Path:
+    return saved_base(layers)
+
+
+@pytest.fixture
+def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layers: int) -> Iterator[Path]:
     """A current folder with the files that the pages name, and a hub on this machine."""
     monkeypatch.chdir(tmp_path)
     for split, letters in {"train": "abcd", "validation": "ef", "test": "gh"}.items():
         rows = [{"task": task, "input": str(i), "target": task * 2} for task in letters for i in range(8)]
         (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    shutil.copytree(adapter_folder, tmp_path / "outputs" / "my_tasks")
+    shutil.copytree(saved_adapter(layers), tmp_path / "outputs" / "my_tasks")
     with loopback_hub.running() as hub:
         loopback_hub.connect(monkeypatch, hub, tmp_path / "home")
         yield tmp_path
@@ -281,28 +290,28 @@ def _fresh_accelerator() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("_fresh_accelerator")
-def test_accelerate_loop(workplace: Path, small_folder: Path, capsys: pytest.CaptureFixture[str]):
+def test_accelerate_loop(workplace: Path, base_folder: Path, capsys: pytest.CaptureFixture[str]):
     assert len(LOOP.read_text(encoding="utf-8").splitlines()) <= 45
-    runpy.run_path(str(LOOP))["main"]("train.jsonl", "loop", 2, str(small_folder))
+    runpy.run_path(str(LOOP))["main"]("train.jsonl", "loop", 2, str(base_folder))
     assert len(re.findall(r"^loss \d+\.\d+$", capsys.readouterr().out, re.MULTILINE)) == 2
-    model = meta_peft.load(str(small_folder), "loop", load_in_4bit=True)
+    model = meta_peft.load(str(base_folder), "loop", load_in_4bit=True)
     weights = model.state_dict()
     assert all(weights[name].any() for name in weights if "lora_B" in name)
     _, metrics = meta_peft.adapt(model, [{"input": "1", "target": "gg"}])
     assert metrics["support_loss_after"] < metrics["support_loss_before"]
-    plain = AutoModelForCausalLM.from_pretrained(small_folder)
+    plain = AutoModelForCausalLM.from_pretrained(base_folder)
     assert PeftModel.from_pretrained(plain, "loop").active_adapters == ["default"]
 
 
 @pytest.mark.launch
 @pytest.mark.usefixtures("_fresh_accelerator")
-def test_accelerate_loop_in_two_processes(workplace: Path, small_folder: Path):
+def test_accelerate_loop_in_two_processes(workplace: Path, base_folder: Path):
     """Two processes take the steps that one takes."""
     launch = "launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no"
     words = [sys.executable, "-m", "accelerate.commands.accelerate_cli", *launch.split(), "--main_process_port", "0"]
-    arguments = [str(LOOP), "train.jsonl", "two", "2", str(small_folder)]
+    arguments = [str(LOOP), "train.jsonl", "two", "2", str(base_folder)]
     subprocess.run([*words, *arguments], env=environment(ACCELERATE_USE_CPU="true"), check=True, timeout=300)
-    runpy.run_path(str(LOOP))["main"]("train.jsonl", "one", 2, str(small_folder))
+    runpy.run_path(str(LOOP))["main"]("train.jsonl", "one", 2, str(base_folder))
 
     for file in ("adapter_model.safetensors", "meta_peft.safetensors"):
         one, two = load_file(Path("one") / file), load_file(Path("two") / file)

@@ -74,9 +74,16 @@ def assert_close(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tens
 # ---- learning
 
 
-def test_the_loss_goes_down_and_the_log_says_so(tmp_path: Path):
-    run = trainer(tmp_path, **LEARNS)
+@pytest.fixture(scope="module")
+def learned(tmp_path_factory: pytest.TempPathFactory) -> MetaTrainer:
+    """A run that has learned something, for tests that do not train it further."""
+    run = trainer(tmp_path_factory.mktemp("learned"), eval_tasks=letter_tasks(EVAL), **LEARNS)
     run.train()
+    return run
+
+
+def test_the_loss_goes_down_and_the_log_says_so(learned: MetaTrainer):
+    run = learned
     log = [line for line in run.state.log_history if "loss" in line]
     assert [line["step"] for line in log] == list(range(1, 21))
     assert all(line["grad_norm"] > 0 and line["learning_rate"] == 0.01 for line in log)
@@ -440,9 +447,8 @@ def test_the_best_checkpoint_comes_back(tmp_path: Path):
 # ---- evaluation
 
 
-def test_evaluate_reports_before_and_after(tmp_path: Path):
-    run = trainer(tmp_path, eval_tasks=letter_tasks(EVAL), **LEARNS)
-    run.train()
+def test_evaluate_reports_before_and_after(learned: MetaTrainer):
+    run = learned
     metrics = run.evaluate()
     assert set(metrics) == {"eval_loss_before", "eval_loss", "eval_worst_loss", "eval_exact_match"}
     assert metrics["eval_loss"] < metrics["eval_loss_before"]
@@ -457,7 +463,6 @@ def test_evaluate_reports_before_and_after(tmp_path: Path):
 
 def test_evaluate_by_another_metric(tmp_path: Path):
     run = trainer(tmp_path, eval_tasks=letter_tasks(EVAL), metric="cer", max_new_tokens=2, **LEARNS)
-    run.train()
     metrics = run.evaluate()
     assert set(metrics) == {"eval_loss_before", "eval_loss", "eval_worst_loss", "eval_cer"}
     assert 0 < metrics["eval_cer"] <= 1  # two characters for two: longer answers could be more than all wrong
