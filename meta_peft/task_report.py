@@ -191,7 +191,7 @@ def task_report(
     """
     groups = grouped(train.names, arguments.group_pattern)
     if arguments.adapter is not None:
-        trainer._load_from_checkpoint(arguments.adapter)
+        trainer.adapter_record.restore(Path(arguments.adapter))
     gradients = group_gradients(trainer, train, groups, arguments.episodes_per_task)
     all_of_them = {"validation": validation.names}
     (of_validation,) = group_gradients(trainer, validation, all_of_them, arguments.episodes_per_task)

@@ -16,18 +16,16 @@ from typing import Any
 import numpy as np
 import torch
 from peft import LoraConfig, PeftModel
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 from transformers.trainer_callback import ProgressCallback
 
-from meta_peft import hub
-from meta_peft.adapter_files import WEIGHTS, tensor_shapes
 from meta_peft.adapter_loss import AdapterLoss
+from meta_peft.adapter_record import AdapterRecord
 from meta_peft.base_identity import BaseIdentity
 from meta_peft.base_model import agree_on_padding, load_base, load_tokenizer, with_adapter
-from meta_peft.card import CardResults, model_card
+from meta_peft.card import CardResults
 from meta_peft.config import MetaLoraConfig, ModelArguments
 from meta_peft.errors import MetaPeftError
 from meta_peft.evaluate import Start, curve
@@ -43,7 +41,7 @@ from meta_peft.run_episodes import RunEpisodes, run_encoding
 from meta_peft.run_log import RunLog
 from meta_peft.scoring import scorer_for
 from meta_peft.sharding import shard_as_asked
-from meta_peft.sidecar import Judged, Sidecar
+from meta_peft.sidecar import Sidecar
 from meta_peft.survival import checkpoints
 from meta_peft.survival.stop_signal import StopSignal
 from meta_peft.tasks import Encoding, EpisodeCollator, EpisodeDataset, TaskSet
@@ -61,11 +59,6 @@ from meta_peft.types import Episode, EpisodeBatch
 from meta_peft.whole_head import fixed_start
 
 logger = logging.getLogger("meta_peft")
-
-ON_THE_CARD = (
-    *("max_steps", "tasks_in_a_step", "learning_rate", "inner_lr_learning_rate", "lr_scheduler_type", "shots"),
-    *("query_size", "inner_steps", "inner_optimizer", "inner_lr", "fast_weights", "task_sampling", "seed"),
-)
 
 
 class MetaTrainer(PushingTrainer):
@@ -117,9 +110,7 @@ class MetaTrainer(PushingTrainer):
         self.loss_fn = bind(peft_model, self.algorithm, checkpoint=args.gradient_checkpointing)
         self.rates = LearnedRates(args.inner_rule(), dict(self.loss_fn.weights.parameters()))
         self._fixed = frozenset() if args.learns_head else fixed_start(peft_model, args.inner_rule(), args.learn_head)
-        self._identity = BaseIdentity.of(peft_model.get_base_model())
-        self._rate_factors: dict[int, float] = {}
-        self._results = CardResults()
+        identity = BaseIdentity.of(peft_model.get_base_model())
         self.interrupted: int | None = None
         self._signal = StopSignal()
         self.run_log = RunLog()
@@ -128,13 +119,14 @@ class MetaTrainer(PushingTrainer):
         self._failure: MetaPeftError | None = None
         base = peft_model.get_base_model()
         objective = objective_name(base)
-        processor = processing_class or load_tokenizer(self._identity.name, objective=objective)
+        processor = processing_class or load_tokenizer(identity.name, objective=objective)
         tokenizer = tokenizer_of(processor)
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
         agree_on_padding(base, objective, tokenizer)
         given = [of_split for of_split in (tasks, eval_tasks) if of_split is not None]
         self.encoding = encoding or run_encoding(base, objective, args, processor, given)
+        self.adapter_record = AdapterRecord(self.loss_fn, self.rates, args, self.encoding, identity, processor)
         self._episodes = RunEpisodes(peft_model, self.encoding, args, sharded)
         self.scorer = scorer_for(
             args.metric,
@@ -389,36 +381,21 @@ class MetaTrainer(PushingTrainer):
             raise SystemExit(128 + self.interrupted)
 
     def attach(self) -> None:
-        hub.attach(self.loss_fn.model, self.sidecar(), self.processing_class)
+        self.adapter_record.attach()
 
     def record(self, *, rate_factors: dict[int, float] | None = None, results: CardResults | None = None) -> None:
         """Keep what an evaluation found: rate factors for `adapt`, and what the model card shows."""
-        self._rate_factors = rate_factors or self._rate_factors
-        self._results = results or self._results
+        self.adapter_record.rate_factors = rate_factors or self.adapter_record.rate_factors
+        self.adapter_record.results = results or self.adapter_record.results
         self.attach()
 
     def sidecar(self) -> Sidecar:
-        return Sidecar(
-            algorithm=self.args.algorithm,
-            inner=self.args.inner_rule(),
-            names=tuple(self.loss_fn.weights.parameters()),
-            log_rates=self.rates.log_rates.detach().cpu().clone(),
-            prompt_format=self.encoding.prompt_format,
-            max_length=self.args.max_length,
-            base=self._identity,
-            shots=self.args.shots,
-            rate_factors=self._rate_factors,
-            objective=self.encoding.objective,
-            facts=self.encoding.facts,
-            judged=Judged(self.args.metric, self.args.task_columns, self.args.labelling()),
-        )
+        return self.adapter_record.sidecar()
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         if self.args.should_save:
-            options = {name: getattr(self.args, name) for name in ON_THE_CARD}
             repo_id = getattr(self, "hub_model_id", None) or self.args.hub_model_id
-            card = model_card(self.sidecar(), repo_id, self._results, options, ask_hub=self.args.push_to_hub)
-            hub.save(self.loss_fn.model, self.sidecar(), output_dir or str(self.args.output_dir), card=card)
+            self.adapter_record.save(output_dir or str(self.args.output_dir), repo_id)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """The card is written with the adapter (see `_save`)."""
@@ -442,19 +419,7 @@ class MetaTrainer(PushingTrainer):
             self.train_dataset.sampling.restore(progress["sampling"])
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        folder = Path(resume_from_checkpoint)
-        sidecar = Sidecar.read(folder)
-        sidecar.base.check(self._identity)
-        if sidecar.log_rates.shape != self.rates.log_rates.shape:
-            raise MetaPeftError(
-                f"The checkpoint has inner rates of shape {list(sidecar.log_rates.shape)}, these options make"
-                f" {list(self.rates.log_rates.shape)}: resume with the same inner_steps, inner_lr_per_step,"
-                " inner_lr_per_entry and fast_weights."
-            )
-        tensor_shapes(folder, tuple(self.loss_fn.weights.parameters()))
-        self.loss_fn.weights.load_(load_file(folder / WEIGHTS))
-        with torch.no_grad():
-            self.rates.log_rates.copy_(sidecar.log_rates)
+        self.adapter_record.restore(Path(resume_from_checkpoint))
 
 
 def _peft_model(model: Any, peft_config: LoraConfig | None) -> PeftModel:

@@ -56,7 +56,7 @@ FLOORS = [
     ["evaluate", "in_context", "base_model", "outer_step", "task_loading", "equal_compute", "about_run"],
     ["sidecar", "report", "adapter_files", "weightless", "tracking"],
     ["hub", "card", "estimate", "run_log"],
-    ["adapt_stacks", "estimate_report", "support", "pushing_trainer"],
+    ["adapt_stacks", "adapter_record", "estimate_report", "support", "pushing_trainer"],
     ["adaptation", "folder_of_adapters"],
     ["run_episodes"],
     ["trainer"],
