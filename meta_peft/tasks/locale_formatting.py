@@ -25,7 +25,7 @@ SPLITS = {"train": 0.6, "validation": 0.15, "test": 0.25}
 PROBES = 24
 ROWS_PER_TASK = 48
 
-Format = Callable[[Any, str], str]
+Format = Callable[..., str]  # of a value and a locale
 Named = dict[str, list[dict[str, str]]]
 
 
@@ -57,17 +57,27 @@ def _distinct_tasks(digits_only: bool, seed: int) -> Named:
     tasks, seen = {}, set()
     for kind, (draw, show, write) in formats.items():
         values = _distinct(draw, np.random.default_rng([seed, 2]), ROWS_PER_TASK)
-        for locale in locales:
-            answers = [write(value, locale) for value in values[:PROBES]]
-            letters = any(character.isalpha() for answer in answers for character in answer)
-            behaviour = (*map(show, values[:PROBES]), *answers)
-            if behaviour in seen or (digits_only and letters):
+        asked = tuple(map(show, values[:PROBES]))
+        for name, locale in locales.items():
+            answers = _answers(values[:PROBES], partial(write, locale=locale), digits_only)
+            if answers is None or (behaviour := (*asked, *answers)) in seen:
                 continue
             seen.add(behaviour)
-            answers += [write(value, locale) for value in values[PROBES:]]
+            answers += [write(value, locale=locale) for value in values[PROBES:]]
             rows = zip(values, answers, strict=True)
-            tasks[f"{locale}/{kind}"] = [{"input": show(value), "target": answer} for value, answer in rows]
+            tasks[f"{name}/{kind}"] = [{"input": show(value), "target": answer} for value, answer in rows]
     return tasks
+
+
+def _answers(values: list[Any], write: Callable[[Any], str], digits_only: bool) -> list[str] | None:
+    """None if one of them has a letter and none may: most that do have it in the first."""
+    answers = []
+    for value in values:
+        answer = write(value)
+        if digits_only and any(map(str.isalpha, answer)):
+            return None
+        answers.append(answer)
+    return answers
 
 
 def _without_near_copies(splits: dict[str, Named]) -> dict[str, Named]:
@@ -92,14 +102,16 @@ def _distinct(draw: Callable[[np.random.Generator], Any], rng: np.random.Generat
     return list(values)
 
 
-def _babel() -> tuple[list[str], dict[str, tuple[Callable[[np.random.Generator], Any], Callable[[Any], str], Format]]]:
+def _babel() -> tuple[
+    dict[str, Any], dict[str, tuple[Callable[[np.random.Generator], Any], Callable[[Any], str], Format]]
+]:
     """All locales, and by kind how to draw a value, how to show it as input and how a locale writes it."""
     try:
-        from babel import dates, localedata, numbers
+        from babel import Locale, dates, localedata, numbers
     except ImportError as error:
         raise MetaPeftError("The locale-formatting tasks need babel: pip install 'meta-peft[demo]'.") from error
 
-    def written(format_: Any, value: Any, locale: str, **options: Any) -> str:
+    def written(format_: Any, value: Any, *, locale: Any, **options: Any) -> str:
         text: str = format_(value, locale=locale, **options)
         return " ".join(text.replace("\u200f", "").replace("\u200e", "").replace("\u061c", "").split())
 
@@ -116,7 +128,8 @@ def _babel() -> tuple[list[str], dict[str, tuple[Callable[[np.random.Generator],
         lambda value: f"{value} EUR",
         partial(written, numbers.format_currency, currency="EUR"),
     )
-    return sorted(localedata.locale_identifiers()), formats
+    # Parsed once: babel would do so for each of a quarter of a million answers.
+    return {name: Locale.parse(name) for name in sorted(localedata.locale_identifiers())}, formats
 
 
 def _date(rng: np.random.Generator) -> dt.date:
