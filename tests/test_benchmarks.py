@@ -23,6 +23,7 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 sys.path.append(str(BENCHMARKS))
 
 import adapt_many  # noqa: E402
+import against_cells  # noqa: E402
 import agreement  # noqa: E402
 import choosing  # noqa: E402
 import comparison  # noqa: E402
@@ -37,6 +38,8 @@ import support_selection  # noqa: E402
 import task_sampling  # noqa: E402
 import workers  # noqa: E402
 import workload  # noqa: E402
+
+from meta_peft.protocol.cells import Cell, Found  # noqa: E402
 
 INSTALLED = [
     name for name in ("learn2learn", "torchopt") if peers.folder().is_dir() and peers.state(name) == "installed"
@@ -322,3 +325,39 @@ def test_serving(run_program: Callable[..., dict[str, Any]], tmp_path: Path):
     assert [len(row["load_seconds"]) for row in values["found"]] == [1, 3], "one is there at first"
     assert len(values["slots"]["put_seconds"]) == 32, "twice as many tasks as slots"
     assert "| 5 |" in (tmp_path / "output.md").read_text()
+
+
+def test_what_was_measured_elsewhere_against_cells(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """By hand: two tasks and seeds, in which a start is ahead by 0.1 and 0.3, 0.3 and 0.5."""
+    own = {0: [[0.25, 0.6], [0.25, 0.7]], 1: [[0.25, 0.8], [0.25, 0.9]]}
+    for seed, score in own.items():
+        cell = Cell(seed, "meta")
+        Found(cell, "accuracy", ["a", "b"], [0, 10], [None, 1.0], [], score, [], 10).write(tmp_path)
+    episodes = [
+        {"seed": seed, "task": task, "accuracy": accuracy}
+        for seed, task, accuracy in ((1, "b", 0.4), (0, "a", 0.5), (0, "b", 0.4), (1, "a", 0.5))
+    ]
+    elsewhere = tmp_path / "setfit.json"
+    elsewhere.write_text(json.dumps({"episodes": episodes}))
+    words = ["--cells", str(tmp_path), "--starts", "meta"]
+    before, after = against_cells.main([str(elsewhere), *words])
+    assert (after["start"], after["steps"]) == ("meta", 10)
+    assert after["ahead"] == pytest.approx(0.3)
+    assert after["by_seed"] == pytest.approx([0.2, 0.4])
+    assert after["interval"] == pytest.approx([0.2, 0.4])  # the two tasks' means
+    assert before["ahead"] == pytest.approx(0.25 - 0.45)
+    assert "| meta | 10 | 75 (70 to 80) | 30 (20 to 40) | 20 to 40 |" in capsys.readouterr().out
+
+    cells = []
+    for seed in own:
+        Found(Cell(seed, "in_context"), "accuracy", ["a", "b"], [0], [None], [], [[0.5], [0.4]], [], 0).write(
+            tmp_path / "x"
+        )
+        cells.append(str(tmp_path / "x" / "cells" / f"seed{seed}-in_context.json"))
+    assert against_cells.main([*cells, *words]) == [before, after]
+
+    elsewhere.write_text(json.dumps({"episodes": episodes[:3]}))
+    with pytest.raises(SystemExit, match="has other tasks"):
+        against_cells.main([str(elsewhere), *words])
+    with pytest.raises(SystemExit, match="give one that adapts nothing"):
+        against_cells.main([str(tmp_path / "cells" / "seed0-meta.json"), *words])

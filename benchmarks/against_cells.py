@@ -1,0 +1,83 @@
+"""By how much a comparison's starts are ahead of something that was measured elsewhere on the same held-out episodes.
+
+    python benchmarks/against_cells.py OTHER.json [OTHER.json ...] --cells FOLDER
+
+`OTHER.json` is what `setfit_episodes.py` writes; or cells of another comparison that adapts nothing, such as in-context
+examples, one for each seed. `FOLDER` has the report whose starts are compared. Scores are accuracies; differences are
+of the same task and seed, intervals by bootstrap over tasks, each task's seeds averaged first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from meta_peft.evaluate import interval
+from meta_peft.protocol.cells import FOLDER, Found
+
+Scores = dict[tuple[int, str], float]  # by seed and task
+
+
+def main(words: list[str] | None = None) -> list[dict[str, object]]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("others", type=Path, nargs="+", metavar="OTHER.json")
+    parser.add_argument("--cells", type=Path, required=True, metavar="FOLDER")
+    parser.add_argument("--starts", nargs="+", default=["meta", "plain"])
+    given = parser.parse_args(words)
+    other: Scores = {}
+    for path in given.others:
+        other |= _scores(path)
+    seeds = sorted({seed for seed, _ in other})
+    print(f"{len(seeds)} seeds: {_percent(_by_task(other))}\n")
+    print("| start | steps | accuracy, % | ahead by | by seed |\n| --- | ---: | ---: | ---: | ---: |")
+    rows = []
+    for start in given.starts:
+        cells = [Found.read(given.cells / FOLDER / f"seed{seed}-{start}.json") for seed in seeds]
+        for column, steps in enumerate(cells[0].steps):
+            own = {
+                (cell.cell.seed, task): score[column]
+                for cell in cells
+                for task, score in zip(cell.tasks, cell.score, strict=True)
+            }
+            if own.keys() != other.keys():
+                sys.exit(
+                    f"{given.cells} has other tasks: {sorted(own.keys() ^ other.keys())[:3]} are on one side alone."
+                )
+            ahead = {key: own[key] - other[key] for key in own}
+            by_seed = [np.mean([value for (its, _), value in ahead.items() if its == seed]) for seed in seeds]
+            spread = f"{100 * min(by_seed):.0f} to {100 * max(by_seed):.0f}"
+            print(f"| {start} | {steps} | {_percent(_by_task(own))} | {_percent(_by_task(ahead))} | {spread} |")
+            low, high = interval(_by_task(ahead))
+            difference = {"start": start, "steps": steps, "ahead": float(_by_task(ahead).mean())}
+            rows.append({**difference, "interval": [low, high], "by_seed": [float(value) for value in by_seed]})
+    return rows
+
+
+def _scores(path: Path) -> Scores:
+    values = json.loads(path.read_text(encoding="utf-8"))
+    if "episodes" in values:
+        return {(each["seed"], each["task"]): each["accuracy"] for each in values["episodes"]}
+    cell = Found.read(path)
+    if len(cell.steps) != 1:
+        sys.exit(f"{path} has scores after {cell.steps} steps: give one that adapts nothing.")
+    return {(cell.cell.seed, task): score for task, (score,) in zip(cell.tasks, cell.score, strict=True)}
+
+
+def _by_task(scores: Scores) -> np.ndarray:
+    tasks: dict[str, list[float]] = {}
+    for (_, task), score in scores.items():
+        tasks.setdefault(task, []).append(score)
+    return np.array([np.mean(values) for values in tasks.values()])
+
+
+def _percent(by_task: np.ndarray) -> str:
+    low, high = interval(by_task)
+    return f"{100 * by_task.mean():.0f} ({100 * low:.0f} to {100 * high:.0f})"
+
+
+if __name__ == "__main__":
+    main()
