@@ -47,13 +47,13 @@ def main(words: list[str] | None = None) -> list[dict[str, object]]:
                 sys.exit(
                     f"{given.cells} has other tasks: {sorted(own.keys() ^ other.keys())[:3]} are on one side alone."
                 )
-            ahead = {key: own[key] - other[key] for key in own}
-            by_seed = [np.mean([value for (its, _), value in ahead.items() if its == seed]) for seed in seeds]
+            differences = {key: own[key] - other[key] for key in own}
+            by_seed = [float(np.mean([d for (its, _), d in differences.items() if its == seed])) for seed in seeds]
+            ahead = _by_task(differences)
             spread = f"{100 * min(by_seed):.0f} to {100 * max(by_seed):.0f}"
-            print(f"| {start} | {steps} | {_percent(_by_task(own))} | {_percent(_by_task(ahead))} | {spread} |")
-            low, high = interval(_by_task(ahead))
-            difference = {"start": start, "steps": steps, "ahead": float(_by_task(ahead).mean())}
-            rows.append({**difference, "interval": [low, high], "by_seed": [float(value) for value in by_seed]})
+            print(f"| {start} | {steps} | {_percent(_by_task(own))} | {_percent(ahead)} | {spread} |")
+            row = {"start": start, "steps": steps, "ahead": float(ahead.mean())}
+            rows.append({**row, "interval": list(interval(ahead)), "by_seed": by_seed})
     return rows
 
 

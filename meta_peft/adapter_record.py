@@ -73,8 +73,9 @@ class AdapterRecord:
     def save(self, folder: str, repo_id: str | None) -> None:
         """The adapter with its sidecar and its card, as it is now."""
         options = {name: getattr(self.args, name) for name in ON_THE_CARD}
-        card = model_card(self.sidecar(), repo_id, self.results, options, ask_hub=self.args.push_to_hub)
-        hub.save(self.loss_fn.model, self.sidecar(), folder, card=card)
+        sidecar = self.sidecar()
+        card = model_card(sidecar, repo_id, self.results, options, ask_hub=self.args.push_to_hub)
+        hub.save(self.loss_fn.model, sidecar, folder, card=card)
 
     def restore(self, folder: Path) -> None:
         """Put the adapter and the rates of a checkpoint in place.

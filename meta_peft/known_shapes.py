@@ -6,7 +6,8 @@ has few kinds of them and runs each one many times.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
+from functools import cache
 from typing import Any
 
 import torch
@@ -29,9 +30,11 @@ class KnownShapes:
     """
 
     def __init__(self) -> None:
-        self._known: dict[Hashable, Callable[[], Any] | None] = {}
+        self._known: dict[Hashable, Callable[[], Any] | None] = {}  # None: what has memory in common with something
 
     def __call__(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not _is_new(function):
+            return function(*args, **kwargs)
         try:
             given = _like(args), tuple((name, _like(value)) for name, value in kwargs.items())
         except _UnknownError:
@@ -41,10 +44,22 @@ class KnownShapes:
             return again()
         result = function(*args, **kwargs)
         if key not in self._known:
-            self._known[key] = _again(result, _storages((args, kwargs))) if _is_new(function) else None
+            self._known[key] = _again(result, _storages((args, kwargs)))
         return result
 
 
+def tensors(values: Any) -> Iterator[Tensor]:
+    """The tensors in nested arguments or results."""
+    if isinstance(values, Tensor):
+        yield values
+    elif isinstance(values, (tuple, list)):
+        for value in values:
+            yield from tensors(value)
+    elif isinstance(values, dict):
+        yield from tensors(list(values.values()))
+
+
+@cache
 def _is_new(function: Any) -> bool:
     """Whether what `function` returns is by its schema nothing but new, and follows from shapes."""
     if not isinstance(function, OpOverload) or any(tag in function.tags for tag in BY_VALUES):
@@ -67,18 +82,14 @@ def _like(value: Any) -> Hashable:
     return kind, value  # 1, 1.0 and True are equal, and not alike
 
 
-def _storages(value: Any) -> set[int]:
-    if isinstance(value, Tensor):
-        return {value.untyped_storage()._cdata}
-    if isinstance(value, dict):
-        value = list(value.values())
-    return set().union(*map(_storages, value)) if isinstance(value, (tuple, list)) else set()
+def _storages(values: Any) -> set[int]:
+    return {tensor.untyped_storage()._cdata for tensor in tensors(values)}
 
 
 def _again(result: Any, given: set[int]) -> Callable[[], Any] | None:
     """What makes the like of `result`; None if that has memory in common with something."""
     try:
-        return _maker(result, set(given))
+        return _maker(result, given)
     except _UnknownError:
         return None
 

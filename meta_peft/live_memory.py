@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from meta_peft.known_shapes import KnownShapes
+from meta_peft.known_shapes import KnownShapes, tensors
 
 _run = KnownShapes()  # the same for all: shapes do not depend on who counts
 
@@ -56,14 +56,14 @@ class LiveMemory(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        given = list(_tensors((args, kwargs)))
+        given = list(tensors((args, kwargs)))
         if any(t.device.type == "meta" for t in given):
             if function is torch.ops.aten._local_scalar_dense.default and given[0].dtype == torch.bool:
                 return True  # transformers asks whether no row is padded: none is
             if any(t.device.type == "cpu" for t in given):  # labels have values; among those that have none, shapes do
                 args, kwargs = _without_values(args), _without_values(kwargs)
         result = _run(function, args, kwargs)
-        for tensor in _tensors(result):
+        for tensor in tensors(result):
             self._count(function, given, tensor)
         return result
 
@@ -125,16 +125,6 @@ def _fused(
     kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     output, _ = kernel(query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)
     return output
-
-
-def _tensors(values: Any) -> Iterator[Tensor]:
-    if isinstance(values, Tensor):
-        yield values
-    elif isinstance(values, (tuple, list)):
-        for value in values:
-            yield from _tensors(value)
-    elif isinstance(values, dict):
-        yield from _tensors(list(values.values()))
 
 
 def _without_values(values: Any) -> Any:

@@ -83,8 +83,7 @@ def learned(tmp_path_factory: pytest.TempPathFactory) -> MetaTrainer:
 
 
 def test_the_loss_goes_down_and_the_log_says_so(learned: MetaTrainer):
-    run = learned
-    log = [line for line in run.state.log_history if "loss" in line]
+    log = [line for line in learned.state.log_history if "loss" in line]
     assert [line["step"] for line in log] == list(range(1, 21))
     assert all(line["grad_norm"] > 0 and line["learning_rate"] == 0.01 for line in log)
     first, last = (sum(line["loss"] for line in part) / 5 for part in (log[:5], log[-5:]))
@@ -448,21 +447,21 @@ def test_the_best_checkpoint_comes_back(tmp_path: Path):
 
 
 def test_evaluate_reports_before_and_after(learned: MetaTrainer):
-    run = learned
-    metrics = run.evaluate()
+    metrics = learned.evaluate()
     assert set(metrics) == {"eval_loss_before", "eval_loss", "eval_worst_loss", "eval_exact_match"}
     assert metrics["eval_loss"] < metrics["eval_loss_before"]
     assert metrics["eval_worst_loss"] >= metrics["eval_loss"]
     assert 0 <= metrics["eval_exact_match"] <= 1
-    assert run.state.log_history[-1].items() >= metrics.items()
-    other = run.evaluate(letter_tasks("mn"), metric_key_prefix="test")
+    assert learned.state.log_history[-1].items() >= metrics.items()
+    other = learned.evaluate(letter_tasks("mn"), metric_key_prefix="test")
     assert set(other) == {name.replace("eval_", "test_") for name in metrics}
     assert other["test_loss"] != metrics["eval_loss"]
-    assert run.evaluate() == metrics  # the same episodes each time
+    assert learned.evaluate() == metrics  # the same episodes each time
 
 
 def test_evaluate_by_another_metric(tmp_path: Path):
     run = trainer(tmp_path, eval_tasks=letter_tasks(EVAL), metric="cer", max_new_tokens=2, **LEARNS)
+    run.train()
     metrics = run.evaluate()
     assert set(metrics) == {"eval_loss_before", "eval_loss", "eval_worst_loss", "eval_cer"}
     assert 0 < metrics["eval_cer"] <= 1  # two characters for two: longer answers could be more than all wrong

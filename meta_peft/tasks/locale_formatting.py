@@ -59,11 +59,12 @@ def _distinct_tasks(digits_only: bool, seed: int) -> Named:
         values = _distinct(draw, np.random.default_rng([seed, 2]), ROWS_PER_TASK)
         asked = tuple(map(show, values[:PROBES]))
         for name, locale in locales.items():
-            answers = _answers(values[:PROBES], partial(write, locale=locale), digits_only)
+            as_there = partial(write, locale=locale)
+            answers = _answers(values[:PROBES], as_there, digits_only)
             if answers is None or (behaviour := (*asked, *answers)) in seen:
                 continue
             seen.add(behaviour)
-            answers += [write(value, locale=locale) for value in values[PROBES:]]
+            answers += map(as_there, values[PROBES:])
             rows = zip(values, answers, strict=True)
             tasks[f"{name}/{kind}"] = [{"input": show(value), "target": answer} for value, answer in rows]
     return tasks
