@@ -15,6 +15,7 @@ from meta_peft.metrics import METRICS
 from meta_peft.model_kinds import KINDS
 from meta_peft.objectives import CLASSIFYING
 from meta_peft.sidecar import Sidecar
+from meta_peft.tasks.labelling import of_classes
 
 EXAMPLES = {
     "causal_lm": '{"input": "...", "target": "..."}',
@@ -167,7 +168,7 @@ def _metadata(sidecar: Sidecar, where: str, results: CardResults, licence: Mappi
             dataset_name=f"{len(results.tasks)} held-out tasks",
             metric_type=metric.name,
             metric_value=round(float(row[metric.name]), 4),
-            metric_name=f"{metric.title} after {row['steps']} steps on {sidecar.shots} examples",
+            metric_name=f"{metric.title} after {row['steps']} steps on {_examples(sidecar)}",
         )
         for row in results.rows
         if metric is not None
@@ -205,7 +206,7 @@ def _what(sidecar: Sidecar) -> str:
     some = "" if fast == matrices else f" {fast} of its {matrices} matrices adapt, the others are meta-learned alone."
     return (
         f"Meta-learned with `meta_peft` ({sidecar.algorithm}): an initialisation from which {_shown(sidecar.base.name)}"
-        f" adapts to a new task in a few gradient steps on about {sidecar.shots} examples. Inner loop: {inner.steps} steps"
+        f" adapts to a new task in a few gradient steps on about {_examples(sidecar)}. Inner loop: {inner.steps} steps"
         f" of {type(inner.optimizer).__name__}, rates {rates}.{some}"
     )
 
@@ -265,11 +266,16 @@ print(metrics)
 {_stock(KINDS[sidecar.objective].auto, where, classes)}"""
 
 
+def _examples(sidecar: Sidecar) -> str:
+    labelling = sidecar.judged.labelling
+    return f"{sidecar.shots} examples{of_classes(None if labelling is None else labelling.ways)}"
+
+
 def _found(sidecar: Sidecar, results: CardResults) -> str:
     if results.table is None:
         return ""
     shown = f"\n\n![Curves over adaptation steps]({results.picture})" if results.picture else ""
     return (
-        f"## Held-out tasks\n\n{results.table}{shown}\n\nEach start is adapted on {sidecar.shots} examples of each held-out"
-        " task, at the rate that does best on validation tasks."
+        f"## Held-out tasks\n\n{results.table}{shown}\n\nEach start is adapted to each held-out task on"
+        f" {_examples(sidecar)}, at the rate that does best on validation tasks."
     )

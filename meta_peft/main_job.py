@@ -15,6 +15,7 @@ from meta_peft.config import MetaLoraConfig, ModelArguments, TaskArguments
 from meta_peft.report import Report
 from meta_peft.sharding import asked_for, check_sharding
 from meta_peft.task_loading import run_tasks
+from meta_peft.tasks.labelling import of_classes
 from meta_peft.trainer import MetaTrainer
 
 
@@ -71,7 +72,8 @@ def run(
     )
     report.write(Path(str(args.output_dir)))  # first: the card shows the plot, and may be pushed with it
     trainer.save_model()
-    print(f"\nHeld-out tasks: {len(report.tasks)}, {args.shots} examples each.\n\n{report.markdown()}\n")
+    examples = f"{args.shots} examples{of_classes(args.ways) or ' each'}"
+    print(f"\nHeld-out tasks: {len(report.tasks)}, {examples}.\n\n{report.markdown()}\n")
     print(f"Adapter, table and plot are in {args.output_dir}.")
     return report
 

@@ -10,7 +10,8 @@ from huggingface_hub import ModelCard
 from surface import lora, tiny_folder, trained_folder
 
 from meta_peft.card import CardResults, adapted_card, is_hub_id, licence_of, model_card
-from meta_peft.sidecar import Sidecar
+from meta_peft.sidecar import Judged, Sidecar
+from meta_peft.tasks import Labelling
 
 ROWS = [{"start": "meta-learned LoRA", "steps": k, "exact_match": 0.25 * k} for k in (0, 1, 3)]
 
@@ -34,6 +35,16 @@ def test_metadata():
         assert said in card.text
     assert 'meta_peft.load("org/base", "user/mine")' in card.text
     assert 'AutoModelForCausalLM.from_pretrained(PeftConfig.from_pretrained("user/mine")' in card.text
+
+
+def test_examples_of_classes_are_of_each_class():
+    classes = replace(sidecar(), shots=2, judged=Judged("accuracy", labelling=Labelling(4, "permuted")))
+    rows = [{"start": "meta-learned LoRA", "steps": 3, "accuracy": 0.75}]
+    card = ModelCard(model_card(classes, None, CardResults("| a table |", rows, "accuracy", ["x"], 8)))
+    assert card.data.eval_results is not None
+    assert card.data.eval_results[0].metric_name == "accuracy after 3 steps on 2 examples of each of 4 classes"
+    assert card.text.count("on 2 examples of each of 4 classes") == 1
+    assert "on about 2 examples of each of 4 classes" in card.text
 
 
 def test_a_base_in_a_folder_is_named_without_the_path():

@@ -227,7 +227,7 @@ def test_evaluate_draws_classes_as_training_did(tmp_path: Path, capsys: pytest.C
     adapter = judged_adapter(tmp_path / "adapter", metric="accuracy", labelling=labelling)
     words = ["evaluate", "--adapter", adapter, "--tasks", str(file), "--steps", "1"]
     assert main(words) == 0
-    assert "Tasks: 1, 2 examples and 6 questions each." in capsys.readouterr().out
+    assert "Tasks: 1, 2 examples and 6 questions of each of 3 classes." in capsys.readouterr().out
     few = write_jsonl(tmp_path / "few.jsonl", {"kinds": [row for row in rows if row["label"] in "mn"]})
     assert main([*words[:4], str(few)]) == 2
     assert "3" in capsys.readouterr().err

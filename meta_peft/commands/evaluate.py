@@ -63,7 +63,7 @@ def run(options: argparse.Namespace) -> int:
     from meta_peft.scoring import CHOICE_SCORES, scorer_for
     from meta_peft.tasks import TaskSet
     from meta_peft.tasks.held_out import held_out
-    from meta_peft.tasks.labelling import episodes_of
+    from meta_peft.tasks.labelling import episodes_of, of_classes
 
     _check_numbers(options)
     one_of("--choice-score", options.choice_score, CHOICE_SCORES)
@@ -95,7 +95,8 @@ def run(options: argparse.Namespace) -> int:
     factors = {step: sidecar.rate_factor(step) for step in options.steps}
     curves = {start.name: tuned_curve(loss_fn, start, batches, factors, scorer=scorer)}
     report = Report([episode.task for episode in drawn], curves, {"tasks": options.tasks, "shots": shots})
-    print(f"Tasks: {len(tasks)}, {shots} examples and {episodes.query_size} questions each.\n\n{report.markdown()}")
+    rows = " each" if judged.labelling is None else of_classes(judged.labelling.ways)
+    print(f"Tasks: {len(tasks)}, {shots} examples and {episodes.query_size} questions{rows}.\n\n{report.markdown()}")
     if options.output:
         report.write(Path(options.output))
     return 0

@@ -6,6 +6,7 @@ import numpy as np
 
 from meta_peft.protocol.arguments import IN_CONTEXT, META, MULTITASK, TITLES, WITHOUT_INNER_LOOP
 from meta_peft.protocol.summary import Difference, Summary
+from meta_peft.tasks.labelling import of_classes
 
 BY = {True: "ahead of", False: "behind"}
 UNKNOWN = {
@@ -25,7 +26,7 @@ def verdict(summary: Summary) -> list[str]:
     after = "" if best == IN_CONTEXT else f" after {summary.at} steps"
     said = [
         f"Best on these tasks: {TITLES[best]}, {' '.join(filter(None, (shown, metric.unit, metric.title)))}{after} on"
-        f" {summary.shots} examples{'' if summary.ways is None else f' of each of {summary.ways} classes'}."
+        f" {summary.shots} examples{of_classes(summary.ways)}."
     ]
     at = {d.other: d for d in summary.differences() if d.steps == summary.at}
     rivals = [at[start] for start in WITHOUT_INNER_LOOP if start in at]

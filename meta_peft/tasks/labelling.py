@@ -26,6 +26,11 @@ LABEL_WORDS = ("given", "permuted", "letters")
 HEADS = ("sequence_classification",)  # objectives whose answers are class numbers
 
 
+def of_classes(ways: int | None) -> str:
+    """What to say behind a number of shots or of query rows: of episodes of classes they are numbers for each class."""
+    return "" if ways is None else f" of each of {ways} classes"
+
+
 @dataclass(frozen=True)
 class Labelling:
     """How the classes of an episode are drawn and called.
