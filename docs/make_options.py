@@ -33,8 +33,9 @@ ABOUT = """# Options
 This page is made by `python docs/make_options.py` from the help texts of the options. Change those, not this page.
 
 `meta-peft train` and `accelerate launch recipes/meta_lora.py` take every option of the next four tables, on the command
-line as `--key value`, or in a flat YAML file given by `--config`. The command line goes before the file. In Python they
-are the fields of four dataclasses. An unknown key is an error that names the closest known one.
+line as `--key value`, or in a flat YAML file given by `--config`. The command line goes before the file, and `--key null`
+there takes back what the file says. In Python they are the fields of four dataclasses. An unknown key is an error that
+names the closest known one.
 """
 ESTIMATE = "Where the memory of a run goes. It takes every option of `train`, and these:"
 COMPARE = (

@@ -21,11 +21,15 @@ REFUSED = {
     "use_unsloth": "use_unsloth is refused: Unsloth's kernels overwrite activations in backward. Leave it out.",
 }
 
+NULL = "null"
+
 
 def parse(
     groups: Sequence[type], argv: Sequence[str], *, prog: str | None = None, about: str | None = None
 ) -> tuple[Any, ...]:
     """One object of each dataclass in `groups`; what the command line says goes before the file.
+
+    ``null`` there is what it is in YAML: the option is as if neither had said anything.
 
     Raises:
         MetaPeftError: a key that no group has, a value of the wrong type, or one that a group refuses.
@@ -45,7 +49,7 @@ def parse(
         words = [word for key, value in from_file.items() if key not in from_line for word in _as_words(key, value)]
     except (ValueError, TypeError, RecursionError) as error:  # JSON that cannot be, an integer of thousands of digits
         raise MetaPeftError(f"{path} has a value that cannot be an option ({error}).") from error
-    return _dataclasses(parser, words + rest)
+    return _dataclasses(parser, words + _without_nulls(rest))
 
 
 def _dataclasses(parser: HfArgumentParser, words: list[str]) -> tuple[Any, ...]:
@@ -64,6 +68,16 @@ def _dataclasses(parser: HfArgumentParser, words: list[str]) -> tuple[Any, ...]:
     except Exception as error:  # a word no option takes; transformers refuses values with errors of many kinds
         said = str(error).rstrip(".") if isinstance(error, (argparse.ArgumentError, ValueError)) else repr(error)
         raise MetaPeftError(f"{said}.") from error
+
+
+def _without_nulls(words: list[str]) -> list[str]:
+    kept: list[str] = []
+    for word in words:
+        if word == NULL and kept and kept[-1].startswith("--"):
+            kept.pop()
+        elif not word.startswith("--") or word.partition("=")[2] != NULL:
+            kept.append(word)
+    return kept
 
 
 def _config_option(argv: list[str]) -> tuple[str | None, list[str]]:

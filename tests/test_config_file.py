@@ -79,6 +79,13 @@ def test_the_command_line_goes_first(tmp_path: Path):
     assert small(tmp_path, text, *argv) == Small(count=8, numbers=[5, 6, 7], text="file", layers=[2, 3])
 
 
+@pytest.mark.parametrize("null", [["--count", "null"], ["--count=null"]])
+def test_the_command_line_takes_back_what_the_file_says(tmp_path: Path, null: list[str]):
+    text = "count: 7\nlayers: [1]\ntext: file"
+    assert small(tmp_path, text, *null, "--layers", "null", "--rate", "3") == Small(rate=3.0, text="file")
+    assert small(tmp_path, text, "--text=->=null", *null) == Small(text="->=null", layers=[1])
+
+
 def test_switches_in_all_spellings(tmp_path: Path):
     for argv in (["--shown", "false"], ["--shown=False"], ["--no_shown"], ["--no-shown"]):
         assert small(tmp_path, "shown: true", *argv) == Small(shown=False), argv

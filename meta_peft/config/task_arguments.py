@@ -101,7 +101,8 @@ class TaskArguments:
                 or self.test_tasks
             ):
                 raise MetaPeftError(
-                    "dataset_name holds all splits: leave train_tasks, validation_tasks and test_tasks out, or it."
+                    "dataset_name holds all splits: leave train_tasks, validation_tasks and test_tasks out (--train_tasks"
+                    " null and so on where a config has them), or it."
                 )
         elif self.streaming or self.dataset_config:
             raise MetaPeftError("streaming and dataset_config are of the dataset that dataset_name names: name it.")
@@ -117,7 +118,10 @@ class TaskArguments:
                     f" tasks; got {shares}."
                 )
             if self.validation_tasks or self.test_tasks:
-                raise MetaPeftError("split_fractions make validation and test tasks: leave those files out, or them.")
+                raise MetaPeftError(
+                    "split_fractions make validation and test tasks: leave validation_tasks and test_tasks out"
+                    " (--validation_tasks null --test_tasks null where a config has them), or them."
+                )
         self.new_names()
 
     def new_names(self) -> dict[str, str]:
