@@ -72,7 +72,8 @@ class AdapterRecord:
 
     def save(self, folder: str, repo_id: str | None) -> None:
         """The adapter with its sidecar and its card, as it is now."""
-        options = {name: getattr(self.args, name) for name in ON_THE_CARD}
+        of_classes = () if self.args.ways is None else ("ways", "label_words")
+        options = {name: getattr(self.args, name) for name in (*ON_THE_CARD, *of_classes)}
         sidecar = self.sidecar()
         card = model_card(sidecar, repo_id, self.results, options, ask_hub=self.args.push_to_hub)
         hub.save(self.loss_fn.model, sidecar, folder, card=card)

@@ -168,7 +168,7 @@ def _metadata(sidecar: Sidecar, where: str, results: CardResults, licence: Mappi
             dataset_name=f"{len(results.tasks)} held-out tasks",
             metric_type=metric.name,
             metric_value=round(float(row[metric.name]), 4),
-            metric_name=f"{metric.title} after {row['steps']} steps on {_examples(sidecar)}",
+            metric_name=f"{metric.title} after {_steps(row['steps'])} on {_examples(sidecar)}",
         )
         for row in results.rows
         if metric is not None
@@ -264,6 +264,10 @@ print(metrics)
 `meta_peft`, PEFT loads it as an ordinary adapter, not yet adapted to any task:
 
 {_stock(KINDS[sidecar.objective].auto, where, classes)}"""
+
+
+def _steps(count: int) -> str:
+    return f"{count} step{'' if count == 1 else 's'}"
 
 
 def _examples(sidecar: Sidecar) -> str:

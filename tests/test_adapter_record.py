@@ -35,6 +35,7 @@ def test_saved_and_restored(tmp_path: Path):
     card = (tmp_path / "adapter" / "README.md").read_text()
     assert "| a table |" in card
     assert all(f"| `{name}` | " in card for name in ON_THE_CARD)
+    assert "`ways`" not in card
     assert learned(other) != learned(saved)
     other.restore(tmp_path / "adapter")
     assert learned(other) == learned(saved)

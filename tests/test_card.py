@@ -39,10 +39,10 @@ def test_metadata():
 
 def test_examples_of_classes_are_of_each_class():
     classes = replace(sidecar(), shots=2, judged=Judged("accuracy", labelling=Labelling(4, "permuted")))
-    rows = [{"start": "meta-learned LoRA", "steps": 3, "accuracy": 0.75}]
+    rows = [{"start": "meta-learned LoRA", "steps": 1, "accuracy": 0.75}]
     card = ModelCard(model_card(classes, None, CardResults("| a table |", rows, "accuracy", ["x"], 8)))
     assert card.data.eval_results is not None
-    assert card.data.eval_results[0].metric_name == "accuracy after 3 steps on 2 examples of each of 4 classes"
+    assert card.data.eval_results[0].metric_name == "accuracy after 1 step on 2 examples of each of 4 classes"
     assert card.text.count("on 2 examples of each of 4 classes") == 1
     assert "on about 2 examples of each of 4 classes" in card.text
 

@@ -105,6 +105,9 @@ def test_episodes_of_classes(tmp_path: Path):
     assert 0 <= run.evaluate()["eval_exact_match"] <= 1
     assert len(run.eval_dataset) == len(EVAL)
     assert len(run.eval_dataset[0].query) == 2 * 3
+    run.save_model()
+    card = (tmp_path / "README.md").read_text()
+    assert "| `ways` | 2 |\n| `label_words` | permuted |" in card
 
 
 RUNS = {
