@@ -1,6 +1,6 @@
-"""Sort definitions of words into five classes that no training task had, with an encoder.
+"""Sort definitions of words into four classes that no training task had, with an encoder.
 
-    python recipes/data/text_classification.py data/encoder_classification --letters
+    python recipes/data/text_classification.py
     accelerate launch recipes/encoder_classification.py
 
 The options are in recipes/configs/encoder_classification.yaml, and each can be given here too; docs/recipes.md tells more.

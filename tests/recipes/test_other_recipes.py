@@ -14,30 +14,26 @@ from safetensors.torch import load_file
 from two_steps import take_two_steps
 
 
-def test_encoder_classification(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.chdir(tmp_path)
-    glosses = {number: [f"a kind of {word} {number}" for word in words(60)] for number in text_classification.KINDS}
-    splits = text_classification.tasks_of(wordnet_archive(tmp_path, glosses), 0, letters=True)
-    few = {part: dict(list(tasks.items())[:4]) for part, tasks in splits.items()}
-    write(Path("data/encoder_classification"), few, "# Source")
-    losses = take_two_steps("encoder_classification", kinds.folder(kinds.HEAD), monkeypatch)
-    assert all(1 < loss < 5 for loss in losses)  # of five classes
-    weights = load_file("out/adapter_model.safetensors")
-    assert all(weights[name].any() for name in weights if "lora_B" in name)
-
-
-def test_decoder_classification(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize(
+    ("recipe", "kind", "head", "options"),
+    [
+        ("encoder_classification", kinds.HEAD, "classifier", []),
+        ("decoder_classification", "head of a decoder", "score", ["--load_in_4bit", "false"]),
+    ],
+)
+def test_classes_under_a_head(
+    recipe: str, kind: str, head: str, options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.chdir(tmp_path)
     glosses = {number: [f"a kind of {word} {number}" for word in words(60)] for number in text_classification.KINDS}
     splits = text_classification.tasks_of(wordnet_archive(tmp_path, glosses), 0)
     few = {part: dict(list(tasks.items())[:4]) for part, tasks in splits.items()}
     write(Path("data/text_classification"), few, "# Source")
-    options = ["--load_in_4bit", "false", "--lora_layers", "0", "1"]
-    losses = take_two_steps("decoder_classification", kinds.folder("head of a decoder"), monkeypatch, *options)
-    assert all(1 < loss < 5 for loss in losses)
+    losses = take_two_steps(recipe, kinds.folder(kind), monkeypatch, *options, "--lora_layers", "0", "1")
+    assert all(1 < loss < 5 for loss in losses)  # of four classes
     weights = load_file("out/adapter_model.safetensors")
     assert all(weights[name].any() for name in weights if "lora_B" in name)
-    assert weights["base_model.model.score.weight"].shape == (5, 16)
+    assert weights[f"base_model.model.{head}.weight"].shape == (5, 16)
 
 
 def test_speech(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
