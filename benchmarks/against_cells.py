@@ -17,8 +17,10 @@ from pathlib import Path
 import numpy as np
 
 from meta_peft.evaluate import interval
+from meta_peft.metrics import METRICS
 from meta_peft.protocol.cells import FOLDER, Found
 
+SHOWN = METRICS["accuracy"].shown  # in whole %
 Scores = dict[tuple[int, str], float]  # by seed and task
 
 
@@ -50,7 +52,7 @@ def main(words: list[str] | None = None) -> list[dict[str, object]]:
             differences = {key: own[key] - other[key] for key in own}
             by_seed = [float(np.mean([d for (its, _), d in differences.items() if its == seed])) for seed in seeds]
             ahead = _by_task(differences)
-            spread = f"{100 * min(by_seed):.0f} to {100 * max(by_seed):.0f}"
+            spread = f"{SHOWN(min(by_seed))} to {SHOWN(max(by_seed))}"
             print(f"| {start} | {steps} | {_percent(_by_task(own))} | {_percent(ahead)} | {spread} |")
             row = {"start": start, "steps": steps, "ahead": float(ahead.mean())}
             rows.append({**row, "interval": list(interval(ahead)), "by_seed": by_seed})
@@ -75,8 +77,8 @@ def _by_task(scores: Scores) -> np.ndarray:
 
 
 def _percent(by_task: np.ndarray) -> str:
-    low, high = interval(by_task)
-    return f"{100 * by_task.mean():.0f} ({100 * low:.0f} to {100 * high:.0f})"
+    mean, low, high = map(SHOWN, (float(by_task.mean()), *interval(by_task)))
+    return f"{mean} ({low} to {high})"
 
 
 if __name__ == "__main__":
