@@ -6,8 +6,10 @@ without an inner loop, and the one that is hard to beat; in-context examples nee
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 from peft import PeftModel
@@ -22,6 +24,14 @@ from meta_peft.report import Report
 from meta_peft.tasks import TaskSet
 from meta_peft.trainer import MetaTrainer
 from meta_peft.types import Episode, EpisodeBatch
+
+# How LoRA is tuned without this library: Adam on all weights, from the rate of PEFT's quick tour.
+PEFT_RULE: dict[str, Any] = {
+    "inner_optimizer": "adam",
+    "inner_lr": 1e-3,
+    "inner_weight_decay": 0.0,
+    "fast_weights": None,
+}
 
 
 @dataclass
@@ -53,14 +63,20 @@ class CompareArguments:
 
 
 def compare(
-    trainer: MetaTrainer, starts: list[Start], tasks: dict[str, TaskSet], arguments: CompareArguments
+    trainer: MetaTrainer,
+    baselines: list[Start],
+    learned: Start,
+    tasks: dict[str, TaskSet],
+    arguments: CompareArguments,
 ) -> Report:
-    """Curves of `starts` on held-out tasks, their rates chosen on validation tasks; with in-context examples if full
+    """Curves of all starts on held-out tasks, their rates chosen on validation tasks; with in-context examples if full
     and the model is causal.
 
     Args:
         trainer: whose model the starts are adapters of.
-        starts: the first one must be the untrained adapter, which changes nothing: in-context examples use it.
+        baselines: what was learned without an inner loop, which may also adapt by Adam on all weights. The first one must
+            be the untrained adapter, which changes nothing: in-context examples use it.
+        learned: the meta-learned one.
         tasks: with the splits ``validation`` and ``test``.
         arguments: how much is compared.
     """
@@ -68,11 +84,13 @@ def compare(
     episodes = held_out_episodes(trainer, tasks["test"], arguments.max_test_tasks)
     test = trainer.batches(episodes)
     steps = sorted(set(arguments.adaptation_steps))
-    curves = {s.name: start_curve(trainer, s, validation, test, steps, arguments.rate_factors) for s in starts}
+    starts = [*([start, *by_other_rules(trainer, start)] for start in baselines), [learned]]
+    factors = arguments.rate_factors
+    curves = {s.name: start_curve(trainer, s, validation, test, steps, factors, *others) for s, *others in starts}
     in_context = None
     if arguments.compare == "full" and trainer.scorer.loss_fn.causal:  # others read no other rows' answers
         found = in_context_scores(
-            trainer.scorer, starts[0].adapter, episodes, trainer.data_collator, trainer.processing_class
+            trainer.scorer, baselines[0].adapter, episodes, trainer.data_collator, trainer.processing_class
         )
         in_context = found.loss, found.score
     return Report([episode.task for episode in episodes], curves, {}, in_context)
@@ -98,6 +116,21 @@ def first_tasks(tasks: TaskSet, n: int, seed: int = 0) -> TaskSet:
     names = tasks.names
     chosen = np.random.default_rng(seed).permutation(len(names))[:n]
     return tasks.select(names[i] for i in sorted(chosen))
+
+
+def by_other_rules(trainer: MetaTrainer, start: Start) -> list[Start]:
+    """A start that was learned without an inner loop, as users adapt it: by Adam on all weights (`PEFT_RULE`).
+
+    Beside the run's own rule, which is that of what is meta-learned. None, if that is Adam on all weights.
+    """
+    own = trainer.args
+    if own.inner_optimizer == PEFT_RULE["inner_optimizer"] and own.fast_weights is None:
+        return []
+    args = copy.copy(own)
+    for option, value in PEFT_RULE.items():
+        setattr(args, option, value)
+    rule = replace(args.inner_rule(), learn_rates=False)
+    return [replace(start, rule=rule, hyper=rule.initial_rates(start.adapter), how="Adam on all weights")]
 
 
 def held_out_episodes(trainer: MetaTrainer, tasks: TaskSet, n: int) -> list[Episode]:

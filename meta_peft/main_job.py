@@ -45,12 +45,12 @@ def run(
         return None
 
     learned = trainer.start("meta-learned LoRA")
-    starts = [plain, learned]
+    baselines = [plain]
     if comparison.compare == "full":  # trained by all processes together
-        starts.insert(1, multitask_start(trainer, tasks["train"], partial(new_model, model_args, args.seed)))
+        baselines.append(multitask_start(trainer, tasks["train"], partial(new_model, model_args, args.seed)))
     if args.process_index and not asked_for():
         return None
-    report = compare(trainer, starts, tasks, comparison)  # on a sharded base by all processes together
+    report = compare(trainer, baselines, learned, tasks, comparison)  # on a sharded base by all processes together
     if args.process_index:
         return None
     about = about_run(model_args, task_args, args, tasks)

@@ -92,6 +92,16 @@ def test_compared_with_plain_lora(tmp_path: Path, capsys: pytest.CaptureFixture[
     }
 
 
+def test_baselines_adapt_as_users_do_where_the_run_does_not(tmp_path: Path):
+    """At a rate that moves nothing, so that Adam on all weights is what the validation tasks choose."""
+    _, report = job(tmp_path, "full", fast_weights="lora_B", inner_lr=1e-9, learn_inner_lr=False)
+    plain, multitask, learned = report.curves.values()
+    assert plain.how[1] == multitask.how[1] == "Adam on all weights"
+    assert plain.loss[:, 1].mean() < plain.loss[:, 0].mean()
+    assert not any(learned.how)
+    assert "Adam on all weights" in report.markdown()
+
+
 def test_compared_with_everything(tmp_path: Path):
     output, report = job(tmp_path, "full")
     assert list(report.curves) == ["plain LoRA", "multi-task LoRA", "meta-learned LoRA"]

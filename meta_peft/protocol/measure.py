@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 
 from meta_peft.adapter_loss import AdapterLoss
-from meta_peft.compare import held_out_episodes, start_curve
+from meta_peft.compare import by_other_rules, held_out_episodes, start_curve
 from meta_peft.evaluate import Curve, Start, curve
 from meta_peft.in_context import in_context_scores
 from meta_peft.inner_loop import adapt
-from meta_peft.protocol.arguments import IN_CONTEXT, TITLES
+from meta_peft.protocol.arguments import IN_CONTEXT, PLAIN, TITLES, WITHOUT_INNER_LOOP
 from meta_peft.protocol.cells import Cell, Found
 from meta_peft.protocol.setting import Setting
-from meta_peft.protocol.starts import by_other_rules, trained
+from meta_peft.protocol.starts import trained
 from meta_peft.run_episodes import RunEpisodes
 from meta_peft.scoring import Scores
 from meta_peft.tasks.collate import row_length
@@ -43,7 +43,8 @@ def measured(cell: Cell, setting: Setting, options: str) -> Found:
 
     start = trainer.start(TITLES[cell.start])
     batches = trainer.batches(test)
-    starts = [start, *by_other_rules(cell, trainer)]
+    adapted_by_users = cell.start in (PLAIN, *WITHOUT_INNER_LOOP)
+    starts = [start, *(by_other_rules(trainer, start) if adapted_by_users else [])]
     factors = setting.comparison.rate_factors
     found = start_curve(trainer, start, trainer.batches(validation), batches, setting.steps, factors, *starts[1:])
     if cell.trained:

@@ -89,7 +89,8 @@ def tables(summary: Summary) -> Iterator[Table]:
     yield _differences(summary)
     along = summary.along_shots()
     if any(len(by_shots) > 1 for by_shots in along.values()):
-        yield _along(summary, f"Examples of a task, after {summary.at} steps", along)
+        of = "a task" if summary.ways is None else "each class"
+        yield _along(summary, f"Examples of {of}, after {summary.at} steps", along)
     if counts := summary.along_tasks():
         yield _along(summary, f"Training tasks, after {summary.at} steps", counts)
     yield _cost(summary)

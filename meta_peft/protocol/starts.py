@@ -11,21 +11,17 @@ from peft import PeftModel
 
 from meta_peft.adapter_loss import AdapterLoss
 from meta_peft.base_model import new_model
-from meta_peft.compare import first_tasks
+from meta_peft.compare import PEFT_RULE, first_tasks
 from meta_peft.config import MetaLoraConfig
 from meta_peft.equal_compute import at_equal_compute
-from meta_peft.evaluate import Start
 from meta_peft.fast_weights import FastWeights, is_lora
 from meta_peft.protocol.arguments import (
     DEFAULTS,
     META,
     MULTITASK,
     NEW_HEAD,
-    PLAIN,
     REPTILE,
     TASK_HEADS,
-    TITLES,
-    WITHOUT_INNER_LOOP,
 )
 from meta_peft.protocol.cells import Cell
 from meta_peft.protocol.setting import Setting
@@ -41,12 +37,6 @@ from meta_peft.types import Params
 PEFT_LORA: dict[str, Any] = {
     **{"lora_r": 8, "lora_alpha": 8, "lora_dropout": 0.0, "use_rslora": False},
     **{"lora_target_modules": None, "lora_layers": None},
-}
-PEFT_RULE: dict[str, Any] = {
-    "inner_optimizer": "adam",
-    "inner_lr": 1e-3,
-    "inner_weight_decay": 0.0,
-    "fast_weights": None,
 }
 
 
@@ -124,18 +114,3 @@ def _features(cell: Cell, setting: Setting, args: MetaLoraConfig) -> tuple[Param
     trainer.use_frozen_cache(setting.frozen)
     cost = _train(trainer)
     return {name: p.detach() for name, p in trainer.loss_fn.weights.parameters().items() if is_lora(name)}, cost
-
-
-def by_other_rules(cell: Cell, trainer: MetaTrainer) -> list[Start]:
-    """Plain LoRA, and what is trained without an inner loop, as users adapt them: by Adam on all weights.
-
-    Beside the rule of what is meta-learned, which they may take as well.
-    """
-    own = trainer.args
-    if cell.start not in (PLAIN, *WITHOUT_INNER_LOOP) or (own.inner_optimizer == "adam" and own.fast_weights is None):
-        return []
-    args = copy.copy(own)
-    for option, value in PEFT_RULE.items():
-        setattr(args, option, value)
-    start, rule = trainer.start(TITLES[cell.start]), replace(args.inner_rule(), learn_rates=False)
-    return [replace(start, rule=rule, hyper=rule.initial_rates(start.adapter), how="Adam on all weights")]

@@ -9,6 +9,7 @@ import pytest
 
 from meta_peft import MetaPeftError
 from meta_peft.protocol.cells import Cell, Found
+from meta_peft.protocol.page import tables
 from meta_peft.protocol.summary import Summary
 from meta_peft.protocol.verdict import verdict
 
@@ -154,6 +155,12 @@ def test_the_verdict_says_of_what_there_are_so_many_examples():
     found = [cell("plain", (0.1, 0.2)), cell("meta", (0.1, 0.6))]
     about = {**ABOUT, "training": {"shots": 2, "ways": 4}}
     assert verdict(Summary.of(found, about))[0].endswith("after 10 steps on 2 examples of each of 4 classes.")
+    found = [replace(each, shots={"1": {"loss": [1.0] * 8, "score": [0.25] * 8}}) for each in found]
+    for summary, title in (
+        (Summary.of(found, about), "Examples of each class"),
+        (summary_of(*found), "Examples of a task"),
+    ):
+        assert f"{title}, after 10 steps" in [name.partition(":")[0] for name, *_ in tables(summary)]
 
 
 def test_the_table_says_by_which_rule_a_start_did_best():
