@@ -43,17 +43,16 @@ def measured(cell: Cell, setting: Setting, options: str) -> Found:
 
     start = trainer.start(TITLES[cell.start])
     batches = trainer.batches(test)
-    adapted_by_users = cell.start in (PLAIN, *WITHOUT_INNER_LOOP)
-    starts = [start, *(by_other_rules(trainer, start) if adapted_by_users else [])]
+    others = by_other_rules(trainer, start) if cell.start in (PLAIN, *WITHOUT_INNER_LOOP) else []
     factors = setting.comparison.rate_factors
-    found = start_curve(trainer, start, trainer.batches(validation), batches, setting.steps, factors, *starts[1:])
+    found = start_curve(trainer, start, trainer.batches(validation), batches, setting.steps, factors, *others)
     if cell.trained:
         chosen = zip(found.steps, found.factors, strict=True)
         trainer.record(rate_factors={k: f for k, f in chosen if f is not None})
         trainer.save_model()
     column = found.steps.index(setting.at)
     factor = found.factors[column]
-    start = next(s for s in starts if s.how == found.how[column])
+    start = next(s for s in (start, *others) if s.how == found.how[column])
     assert factor is not None, "start_curve chooses one for each number of steps"
     shots = {str(n): _after(trainer, start, episodes, setting.at, factor) for n, episodes in more.items()}
     cost["seconds_per_step"] = _seconds_per_step(trainer.scorer.loss_fn, start, batches[0])

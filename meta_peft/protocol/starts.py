@@ -33,7 +33,7 @@ from meta_peft.tasks.labelling import numbered_within
 from meta_peft.trainer import MetaTrainer
 from meta_peft.types import Params
 
-# What `LoraConfig` and PEFT's quick tour have: LoRA of rank 8 where PEFT puts it in a model of this kind, Adam at 1e-3.
+# What `LoraConfig` has by default: LoRA of rank 8 where PEFT puts it in a model of this kind.
 PEFT_LORA: dict[str, Any] = {
     **{"lora_r": 8, "lora_alpha": 8, "lora_dropout": 0.0, "use_rslora": False},
     **{"lora_target_modules": None, "lora_layers": None},
