@@ -16,6 +16,7 @@ from peft import PeftModel
 from tqdm import tqdm
 
 from meta_peft.checked import at_least, is_number, one_of
+from meta_peft.config import MetaLoraConfig
 from meta_peft.equal_compute import at_equal_compute
 from meta_peft.errors import MetaPeftError
 from meta_peft.evaluate import Curve, Start, joined, losses_by_factor, tuned_curve
@@ -118,6 +119,14 @@ def first_tasks(tasks: TaskSet, n: int, seed: int = 0) -> TaskSet:
     return tasks.select(names[i] for i in sorted(chosen))
 
 
+def with_peft_rule(args: MetaLoraConfig) -> MetaLoraConfig:
+    """A copy of the options of a run, adapting by `PEFT_RULE`."""
+    args = copy.copy(args)
+    for option, value in PEFT_RULE.items():
+        setattr(args, option, value)
+    return args
+
+
 def by_other_rules(trainer: MetaTrainer, start: Start) -> list[Start]:
     """A start that was learned without an inner loop, as users adapt it: by Adam on all weights (`PEFT_RULE`).
 
@@ -126,10 +135,7 @@ def by_other_rules(trainer: MetaTrainer, start: Start) -> list[Start]:
     own = trainer.args
     if own.inner_optimizer == PEFT_RULE["inner_optimizer"] and own.fast_weights is None:
         return []
-    args = copy.copy(own)
-    for option, value in PEFT_RULE.items():
-        setattr(args, option, value)
-    rule = replace(args.inner_rule(), learn_rates=False)
+    rule = replace(with_peft_rule(own).inner_rule(), learn_rates=False)
     return [replace(start, rule=rule, hyper=rule.initial_rates(start.adapter), how="Adam on all weights")]
 
 

@@ -11,7 +11,7 @@ from peft import PeftModel
 
 from meta_peft.adapter_loss import AdapterLoss
 from meta_peft.base_model import new_model
-from meta_peft.compare import PEFT_RULE, first_tasks
+from meta_peft.compare import first_tasks, with_peft_rule
 from meta_peft.config import MetaLoraConfig
 from meta_peft.equal_compute import at_equal_compute
 from meta_peft.fast_weights import FastWeights, is_lora
@@ -60,11 +60,9 @@ def trained(cell: Cell, setting: Setting) -> tuple[MetaTrainer, dict[str, float]
 
 def _options(cell: Cell, setting: Setting, model: PeftModel) -> MetaLoraConfig:
     """Those of the run, for the algorithm of the cell at equal compute."""
-    args = copy.copy(setting.args)
+    args = with_peft_rule(setting.args) if cell.start == DEFAULTS else copy.copy(setting.args)
     args.seed = args.data_seed = cell.seed
     args.output_dir = str(setting.folder / "starts" / cell.name)
-    for option, value in PEFT_RULE.items() if cell.start == DEFAULTS else ():
-        setattr(args, option, value)
     layers = AdapterLoss(model, second_order=False).stack(args.inner_rule())
     changes: dict[str, Any] = {}
     if cell.trained and cell.start != META:
