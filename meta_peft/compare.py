@@ -99,7 +99,7 @@ def compare(
 
 def multitask_start(of: MetaTrainer, tasks: TaskSet, new_model: Callable[[], PeftModel]) -> Start:
     """The hard baseline: one LoRA for all tasks, from the same episodes and more, for the same compute."""
-    own = at_equal_compute(of.args, of.loss_fn.stack(of.args.inner_rule()), algorithm="multitask")
+    own = at_equal_compute(of.args, of.loss_fn.stack(of.args.inner_rule()), tasks, algorithm="multitask")
     trainer = MetaTrainer(
         new_model(),
         args=own,

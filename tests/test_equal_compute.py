@@ -8,7 +8,10 @@ import pytest
 from surface import config
 
 from meta_peft.equal_compute import at_equal_compute, compute_ratio
+from meta_peft.tasks import TaskSet
 from meta_peft.types import Stack
+
+TASKS = TaskSet.of({f"task {i}": [{"input": str(j), "target": str(i)} for j in range(50)] for i in range(20)})
 
 
 @pytest.mark.parametrize(
@@ -61,7 +64,8 @@ def test_others_get_the_steps_that_the_same_compute_buys(tmp_path: Path):
     """6 layers, 4 of them run once: a step of MAML costs 176 products, of multi-task training 96, of first order 128."""
     args = config(tmp_path, shots=4, query_size=8, inner_steps=3, max_steps=60)
     steps = {
-        name: at_equal_compute(args, Stack(6, 4), algorithm=name).max_steps for name in ("maml", "multitask", "fomaml")
+        name: at_equal_compute(args, Stack(6, 4), TASKS, algorithm=name).max_steps
+        for name in ("maml", "multitask", "fomaml")
     }
     assert steps == {"maml": 60, "multitask": round(60 * 176 / 96), "fomaml": round(60 * 176 / 128)}
     assert args.max_steps == 60, "the options given stay as they are"
@@ -69,7 +73,7 @@ def test_others_get_the_steps_that_the_same_compute_buys(tmp_path: Path):
 
 def test_steps_of_warm_up_stay_as_they_are(tmp_path: Path):
     args = config(tmp_path, shots=4, query_size=8, inner_steps=3, max_steps=60, multitask_warmup_steps=20)
-    own = at_equal_compute(args, Stack(6, 4), algorithm="multitask")
+    own = at_equal_compute(args, Stack(6, 4), TASKS, algorithm="multitask")
     assert own.max_steps == 20 + round(40 * 176 / 96)
 
 
@@ -80,6 +84,21 @@ def test_layers_below_the_fast_weights_cost_as_much_as_in_multi_task_training(tm
     products = 12 + 3 * 2 * 12 + 2 * (12 + 3 * 4 * 4 + 2 * 8)
     assert compute_ratio(Stack(6, 1, 3), args) == pytest.approx(products / (12 + 5 * 2 * 12))
     # With the head alone an outer step costs what one of multi-task training does.
-    assert at_equal_compute(args, Stack(6, 1, 5), algorithm="multitask").max_steps == 60
+    assert at_equal_compute(args, Stack(6, 1, 5), TASKS, algorithm="multitask").max_steps == 60
     everything = config(tmp_path, **options)  # without fast weights of their own none are slow
     assert compute_ratio(Stack(6, 1, 3), everything) == compute_ratio(Stack(6, 1), everything)
+
+
+@pytest.mark.parametrize(
+    ("options", "frozen"),
+    [
+        ({"frozen_cache_gb": 1}, 0),  # 60 steps of 4 tasks draw 2880 times from 1000 rows
+        ({"frozen_cache_gb": 1, "max_steps": 20}, 48),  # 960 times: hardly a row twice
+        ({}, 48),
+    ],
+)
+def test_layers_whose_output_is_kept_cost_every_start_the_same(tmp_path: Path, options: dict, frozen: int):
+    shape = {"shots": 4, "query_size": 8, "inner_steps": 3, "max_steps": 60, "per_device_train_batch_size": 4}
+    args = config(tmp_path, **shape | options)
+    own = at_equal_compute(args, Stack(6, 4), TASKS, algorithm="multitask")
+    assert own.max_steps == round(args.max_steps * (frozen + 128) / (frozen + 48))

@@ -69,7 +69,7 @@ def _options(cell: Cell, setting: Setting, model: PeftModel) -> MetaLoraConfig:
         changes["algorithm"] = MULTITASK if cell.start in NEW_HEAD else cell.start
     if cell.start == REPTILE:
         changes["fast_weights"] = None  # it has no gradient for others
-    return at_equal_compute(args, layers, **changes)
+    return at_equal_compute(args, layers, _tasks(cell, setting), **changes)
 
 
 def _trainer(model: PeftModel, args: MetaLoraConfig, cell: Cell, setting: Setting) -> MetaTrainer:
