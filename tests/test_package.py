@@ -24,6 +24,15 @@ def test_every_public_name_is_there_whatever_was_imported_before():
         assert found.__name__ == name
 
 
+def test_a_name_is_the_same_by_import_and_by_attribute():
+    from meta_peft import adapt, meta_gradient
+
+    assert meta_peft.adapt is adapt
+    assert meta_peft.meta_gradient is meta_gradient
+    assert adapt.__name__ == "adapt"
+    assert meta_gradient.__name__ == "meta_gradient"
+
+
 def test_importing_it_is_cheap():
     run_python("import sys, meta_peft\nassert 'torch' not in sys.modules and 'transformers' not in sys.modules")
 
