@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from meta_peft.checked import at_least, is_number, one_of
 from meta_peft.config import MetaLoraConfig
+from meta_peft.early_stops import train_with_stops
 from meta_peft.equal_compute import at_equal_compute
 from meta_peft.errors import MetaPeftError
 from meta_peft.evaluate import Curve, Start, joined, losses_by_factor, tuned_curve
@@ -65,7 +66,7 @@ class CompareArguments:
 
 def compare(
     trainer: MetaTrainer,
-    baselines: list[Start],
+    baselines: list[list[Start]],
     learned: Start,
     tasks: dict[str, TaskSet],
     arguments: CompareArguments,
@@ -75,8 +76,9 @@ def compare(
 
     Args:
         trainer: whose model the starts are adapters of.
-        baselines: what was learned without an inner loop, which may also adapt by Adam on all weights. The first one must
-            be the untrained adapter, which changes nothing: in-context examples use it.
+        baselines: what was learned without an inner loop, which may also adapt by Adam on all weights, each at one or
+            several points of its training. The first one must be the untrained adapter, which changes nothing: in-context
+            examples use it.
         learned: the meta-learned one.
         tasks: with the splits ``validation`` and ``test``.
         arguments: how much is compared.
@@ -85,20 +87,20 @@ def compare(
     episodes = held_out_episodes(trainer, tasks["test"], arguments.max_test_tasks)
     test = trainer.batches(episodes)
     steps = sorted(set(arguments.adaptation_steps))
-    starts = [*([start, *by_other_rules(trainer, start)] for start in baselines), [learned]]
+    starts = [*(by_all_rules(trainer, stops) for stops in baselines), [learned]]
     factors = arguments.rate_factors
     curves = {s.name: start_curve(trainer, s, validation, test, steps, factors, *others) for s, *others in starts}
     in_context = None
     if arguments.compare == "full" and trainer.scorer.loss_fn.causal:  # others read no other rows' answers
         found = in_context_scores(
-            trainer.scorer, baselines[0].adapter, episodes, trainer.data_collator, trainer.processing_class
+            trainer.scorer, baselines[0][0].adapter, episodes, trainer.data_collator, trainer.processing_class
         )
         in_context = found.loss, found.score
     return Report([episode.task for episode in episodes], curves, {}, in_context)
 
 
-def multitask_start(of: MetaTrainer, tasks: TaskSet, new_model: Callable[[], PeftModel]) -> Start:
-    """The hard baseline: one LoRA for all tasks, from the same episodes and more, for the same compute."""
+def multitask_starts(of: MetaTrainer, tasks: TaskSet, new_model: Callable[[], PeftModel]) -> list[Start]:
+    """The hard baseline: one LoRA for all tasks, from the same episodes and more, for the same compute or a part of it."""
     own = at_equal_compute(of.args, of.loss_fn.stack(of.args.inner_rule()), tasks, algorithm="multitask")
     trainer = MetaTrainer(
         new_model(),
@@ -108,8 +110,7 @@ def multitask_start(of: MetaTrainer, tasks: TaskSet, new_model: Callable[[], Pef
         encoding=of.encoding,  # so that classes have the same numbers
     )
     trainer.use_frozen_cache(of.frozen_cache)
-    trainer.train_whole()
-    return trainer.start("multi-task LoRA")
+    return train_with_stops(trainer, "multi-task LoRA")
 
 
 def first_tasks(tasks: TaskSet, n: int, seed: int = 0) -> TaskSet:
@@ -127,16 +128,26 @@ def with_peft_rule(args: MetaLoraConfig) -> MetaLoraConfig:
     return args
 
 
-def by_other_rules(trainer: MetaTrainer, start: Start) -> list[Start]:
-    """A start that was learned without an inner loop, as users adapt it: by Adam on all weights (`PEFT_RULE`).
+def by_all_rules(trainer: MetaTrainer, stops: list[Start]) -> list[Start]:
+    """A start that was learned without an inner loop by the run's own rule, and as users adapt it: by Adam on all weights
+    (`PEFT_RULE`), if the run's own rule, which is that of what is meta-learned, is another.
 
-    Beside the run's own rule, which is that of what is meta-learned. None, if that is Adam on all weights.
+    Args:
+        stops: the start at one or several points of its training.
     """
     own = trainer.args
     if own.inner_optimizer == PEFT_RULE["inner_optimizer"] and own.fast_weights is None:
-        return []
+        return stops
     rule = replace(with_peft_rule(own).inner_rule(), learn_rates=False)
-    return [replace(start, rule=rule, hyper=rule.initial_rates(start.adapter), how="Adam on all weights")]
+    others = [
+        replace(stop, rule=rule, hyper=rule.initial_rates(stop.adapter), how=_with(stop.how, "Adam on all weights"))
+        for stop in stops
+    ]
+    return [*stops, *others]
+
+
+def _with(*how: str) -> str:
+    return ", ".join(filter(None, how))
 
 
 def held_out_episodes(trainer: MetaTrainer, tasks: TaskSet, n: int) -> list[Episode]:
@@ -156,7 +167,8 @@ def start_curve(
 ) -> Curve:
     """The curve of one start on the test tasks, its rate for each number of steps chosen on the validation tasks.
 
-    `others` are the same start by other rules: for each number of steps the rule, too, is chosen on the validation tasks.
+    `others` are the same start by other rules or at other points of its training: for each number of steps these, too, are
+    chosen on the validation tasks.
     """
     starts = [start, *others]
     n_validation, n_test = (sum(batch.n_tasks for batch in batches) for batches in (validation, test))

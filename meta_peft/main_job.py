@@ -10,7 +10,7 @@ from pathlib import Path
 from meta_peft.about_run import about_run
 from meta_peft.base_model import new_model, tokenizer_for
 from meta_peft.card import CardResults
-from meta_peft.compare import CompareArguments, compare, multitask_start
+from meta_peft.compare import CompareArguments, compare, multitask_starts
 from meta_peft.config import MetaLoraConfig, ModelArguments, TaskArguments
 from meta_peft.report import Report
 from meta_peft.sharding import asked_for, check_sharding
@@ -45,9 +45,9 @@ def run(
         return None
 
     learned = trainer.start("meta-learned LoRA")
-    baselines = [plain]
+    baselines = [[plain]]
     if comparison.compare == "full":  # trained by all processes together
-        baselines.append(multitask_start(trainer, tasks["train"], partial(new_model, model_args, args.seed)))
+        baselines.append(multitask_starts(trainer, tasks["train"], partial(new_model, model_args, args.seed)))
     if args.process_index and not asked_for():
         return None
     report = compare(trainer, baselines, learned, tasks, comparison)  # on a sharded base by all processes together

@@ -30,6 +30,7 @@ from meta_peft.config import MetaLoraConfig, ModelArguments
 from meta_peft.errors import MetaPeftError
 from meta_peft.evaluate import Start, curve
 from meta_peft.frozen_cache import FrozenCache
+from meta_peft.inner_optimizers.rule import RATES
 from meta_peft.objectives import objective_name
 from meta_peft.outer_loop import LearnedRates, assign_gradient, bind
 from meta_peft.outer_step import OuterStep
@@ -319,6 +320,12 @@ class MetaTrainer(PushingTrainer):
         adapter = {n: p.detach().clone() for n, p in self.loss_fn.weights.parameters().items()}
         hyper = {n: v.detach().clone() for n, v in self.rates.values().items()}
         return Start(name, adapter, hyper, self.args.inner_rule())
+
+    @torch.no_grad()
+    def take(self, start: Start) -> None:
+        """Hold the adapter and the rates of a start that this trainer had, or one that has its rule."""
+        self.loss_fn.weights.load_(start.adapter)
+        self.rates.log_rates.copy_(start.hyper[RATES])
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:

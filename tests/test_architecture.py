@@ -60,6 +60,7 @@ FLOORS = [
     ["adaptation", "folder_of_adapters"],
     ["run_episodes"],
     ["trainer"],
+    ["early_stops"],
     ["compare"],
     ["main_job", "protocol"],
     ["task_report"],

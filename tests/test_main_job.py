@@ -11,6 +11,7 @@ from surface import EVAL, TEST, TRAIN, config, letter_rows, letter_tasks, tiny_f
 
 from meta_peft import MetaPeftError, ModelArguments, TaskArguments, adapt, load
 from meta_peft.compare import CompareArguments
+from meta_peft.early_stops import PARTS
 from meta_peft.main_job import run
 from meta_peft.report import Report
 from meta_peft.sidecar import Sidecar
@@ -106,6 +107,7 @@ def test_compared_with_everything(tmp_path: Path):
     output, report = job(tmp_path, "full")
     assert list(report.curves) == ["plain LoRA", "multi-task LoRA", "meta-learned LoRA"]
     assert report.in_context[0].shape == (4,)
+    assert all(how in ("", *PARTS) for how in report.curves["multi-task LoRA"].how)
     starts = [curve.loss[:, 0].mean() for curve in report.curves.values()]
     assert starts[1] < starts[0], "multi-task training lowers the loss before any adaptation"
     assert len(set(starts)) == 3

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 
 from meta_peft.adapter_loss import AdapterLoss
-from meta_peft.compare import by_other_rules, held_out_episodes, start_curve
+from meta_peft.compare import by_all_rules, held_out_episodes, start_curve
 from meta_peft.evaluate import Curve, Start, curve
 from meta_peft.in_context import in_context_scores
 from meta_peft.inner_loop import adapt
-from meta_peft.protocol.arguments import IN_CONTEXT, PLAIN, TITLES, WITHOUT_INNER_LOOP
+from meta_peft.protocol.arguments import IN_CONTEXT, PLAIN, WITHOUT_INNER_LOOP
 from meta_peft.protocol.cells import Cell, Found
 from meta_peft.protocol.setting import Setting
 from meta_peft.protocol.starts import trained
@@ -26,8 +26,9 @@ from meta_peft.types import Episode
 
 
 def measured(cell: Cell, setting: Setting, options: str) -> Found:
-    """What is found in a cell. Its adapter, if it is trained, is saved in the folder ``starts``."""
-    trainer, cost = trained(cell, setting)
+    """What is found in a cell. Its adapter, if it is trained, is saved in the folder ``starts``: that which was chosen for
+    the number of steps that is compared, where it may stop early."""
+    trainer, stops, cost = trained(cell, setting)
     validation = held_out_episodes(trainer, setting.tasks["validation"], setting.comparison.max_validation_tasks)
     test = held_out_episodes(trainer, setting.tasks["test"], setting.comparison.max_test_tasks)
     more = {n: _with_shots(trainer, setting, test, n) for n in setting.shots_curve if n != trainer.args.shots}
@@ -41,19 +42,17 @@ def measured(cell: Cell, setting: Setting, options: str) -> Found:
         counts = [scores.calibration.sum(0).tolist()]
         return Found(**common, **rows, steps=[0], factors=[None], calibration=counts, shots=shots, cost=cost)
 
-    start = trainer.start(TITLES[cell.start])
     batches = trainer.batches(test)
-    others = by_other_rules(trainer, start) if cell.start in (PLAIN, *WITHOUT_INNER_LOOP) else []
+    starts = by_all_rules(trainer, stops) if cell.start in (PLAIN, *WITHOUT_INNER_LOOP) else stops
+    first, *others = starts
     factors = setting.comparison.rate_factors
-    found = start_curve(trainer, start, trainer.batches(validation), batches, setting.steps, factors, *others)
-    if cell.trained:
-        chosen = zip(found.steps, found.factors, strict=True)
-        trainer.record(rate_factors={k: f for k, f in chosen if f is not None})
-        trainer.save_model()
+    found = start_curve(trainer, first, trainer.batches(validation), batches, setting.steps, factors, *others)
     column = found.steps.index(setting.at)
     factor = found.factors[column]
-    start = next(s for s in (start, *others) if s.how == found.how[column])
+    start = next(s for s in starts if s.how == found.how[column])
     assert factor is not None, "start_curve chooses one for each number of steps"
+    if cell.trained:
+        _save(trainer, next(stop for stop in stops if stop.adapter is start.adapter), found)
     shots = {str(n): _after(trainer, start, episodes, setting.at, factor) for n, episodes in more.items()}
     cost["seconds_per_step"] = _seconds_per_step(trainer.scorer.loss_fn, start, batches[0])
     return Found(
@@ -67,6 +66,17 @@ def measured(cell: Cell, setting: Setting, options: str) -> Found:
         shots=shots,
         cost=cost,
     )
+
+
+def _save(trainer: MetaTrainer, stop: Start, found: Curve) -> None:
+    """Keep the adapter as it was at that point of its training, with the rate factors that were chosen for it.
+
+    Those that were chosen for another point or another rule have no place in its files.
+    """
+    trainer.take(stop)
+    chosen = zip(found.steps, found.factors, found.how, strict=True)
+    trainer.record(rate_factors={k: f for k, f, how in chosen if f is not None and how == stop.how})
+    trainer.save_model()
 
 
 def _with_shots(trainer: MetaTrainer, setting: Setting, test: list[Episode], shots: int) -> list[Episode]:

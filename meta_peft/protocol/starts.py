@@ -13,8 +13,10 @@ from meta_peft.adapter_loss import AdapterLoss
 from meta_peft.base_model import new_model
 from meta_peft.compare import first_tasks, with_peft_rule
 from meta_peft.config import MetaLoraConfig
+from meta_peft.early_stops import train_with_stops
 from meta_peft.equal_compute import at_equal_compute
-from meta_peft.fast_weights import FastWeights, is_lora
+from meta_peft.evaluate import Start
+from meta_peft.fast_weights import is_lora
 from meta_peft.protocol.arguments import (
     DEFAULTS,
     META,
@@ -22,6 +24,7 @@ from meta_peft.protocol.arguments import (
     NEW_HEAD,
     REPTILE,
     TASK_HEADS,
+    TITLES,
 )
 from meta_peft.protocol.cells import Cell
 from meta_peft.protocol.setting import Setting
@@ -31,7 +34,6 @@ from meta_peft.tasks import TaskSet
 from meta_peft.tasks.encoding.classes import class_names
 from meta_peft.tasks.labelling import numbered_within
 from meta_peft.trainer import MetaTrainer
-from meta_peft.types import Params
 
 # What `LoraConfig` has by default: LoRA of rank 8 where PEFT puts it in a model of this kind.
 PEFT_LORA: dict[str, Any] = {
@@ -40,22 +42,28 @@ PEFT_LORA: dict[str, Any] = {
 }
 
 
-def trained(cell: Cell, setting: Setting) -> tuple[MetaTrainer, dict[str, float]]:
-    """A trainer whose adapter is the start of the cell, and what its training cost."""
+def trained(cell: Cell, setting: Setting) -> tuple[MetaTrainer, list[Start], dict[str, float]]:
+    """A trainer whose adapter is the start of the cell; that start, and what it was earlier in its training, if it may
+    stop early; and what its training cost.
+
+    How long the meta-learned start trains is for the run's options to say. What it is compared with has as much compute,
+    and may use less of it.
+    """
     by_default = cell.start == DEFAULTS
     model = new_model(replace(setting.model, **PEFT_LORA) if by_default else setting.model, cell.seed)
     args = _options(cell, setting, model)
+    title, cost = TITLES[cell.start], {"outer_steps": 0.0, "training_seconds": 0.0}
+    trainer = _trainer(model, args, cell, setting)
+    starts = [trainer.start(title)]
     if cell.start in NEW_HEAD:
-        features, cost = _features(cell, setting, args)
-        weights = FastWeights(model)
-        weights.load_({name: features.get(name, p) for name, p in weights.parameters().items()})
-        trainer = _trainer(model, args, cell, setting)
-    else:
-        trainer = _trainer(model, args, cell, setting)
-        cost = _train(trainer) if cell.trained else {"outer_steps": 0, "training_seconds": 0.0}
+        learned, cost = _features(cell, setting, args)
+        starts = [_with_features(starts[0], of) for of in learned]
+        trainer.take(starts[0])
+    elif cell.trained:
+        starts, cost = _train(trainer, title, stops=cell.start != META)
     if cell.trained:
         trainer.save_model()
-    return trainer, cost
+    return trainer, starts, cost
 
 
 def _options(cell: Cell, setting: Setting, model: PeftModel) -> MetaLoraConfig:
@@ -69,7 +77,10 @@ def _options(cell: Cell, setting: Setting, model: PeftModel) -> MetaLoraConfig:
         changes["algorithm"] = MULTITASK if cell.start in NEW_HEAD else cell.start
     if cell.start == REPTILE:
         changes["fast_weights"] = None  # it has no gradient for others
-    return at_equal_compute(args, layers, _tasks(cell, setting), **changes)
+    own = at_equal_compute(args, layers, _tasks(cell, setting), **changes)
+    if cell.start == META and args.load_best_model_at_end:  # which evaluates and saves on its way
+        own.eval_strategy, own.save_strategy = args.eval_strategy, args.save_strategy
+    return own
 
 
 def _trainer(model: PeftModel, args: MetaLoraConfig, cell: Cell, setting: Setting) -> MetaTrainer:
@@ -85,14 +96,24 @@ def _tasks(cell: Cell, setting: Setting) -> TaskSet:
     return train if cell.task_count is None else first_tasks(train, cell.task_count, cell.seed)
 
 
-def _train(trainer: MetaTrainer) -> dict[str, float]:
-    """What it cost."""
+def _train(trainer: MetaTrainer, title: str, *, stops: bool = True) -> tuple[list[Start], dict[str, float]]:
+    """What was learned, and what it cost."""
     began = time.monotonic()
-    trainer.train_whole()
-    return {"outer_steps": trainer.args.max_steps, "training_seconds": round(time.monotonic() - began, 1)}
+    if stops:
+        starts = train_with_stops(trainer, title)
+    else:
+        trainer.train_whole()
+        starts = [trainer.start(title)]
+    return starts, {"outer_steps": trainer.args.max_steps, "training_seconds": round(time.monotonic() - began, 1)}
 
 
-def _features(cell: Cell, setting: Setting, args: MetaLoraConfig) -> tuple[Params, dict[str, float]]:
+def _with_features(start: Start, learned: Start) -> Start:
+    """The LoRA matrices of the one under the head of the other."""
+    lora = {name: value for name, value in learned.adapter.items() if is_lora(name)}
+    return replace(start, adapter={**start.adapter, **lora}, how=learned.how)
+
+
+def _features(cell: Cell, setting: Setting, args: MetaLoraConfig) -> tuple[list[Start], dict[str, float]]:
     """LoRA matrices learned under other heads than the one that adapts: one for the labels of all training tasks, the
     baseline of Chen et al., ICLR 2019, arXiv 1904.04232, or one for each training task.
 
@@ -110,5 +131,4 @@ def _features(cell: Cell, setting: Setting, args: MetaLoraConfig) -> tuple[Param
     kind = TaskHeadsTrainer if cell.start == TASK_HEADS else MetaTrainer
     trainer = kind(model, args, tasks, processing_class=setting.processor)
     trainer.use_frozen_cache(setting.frozen)
-    cost = _train(trainer)
-    return {name: p.detach() for name, p in trainer.loss_fn.weights.parameters().items() if is_lora(name)}, cost
+    return _train(trainer, TITLES[cell.start])

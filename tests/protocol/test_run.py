@@ -16,8 +16,10 @@ from surface import EVAL, TEST, TRAIN, config, letter_rows, letter_tasks, tiny_f
 
 from meta_peft import MetaPeftError, ModelArguments, TaskArguments, adapt, load
 from meta_peft.compare import CompareArguments
+from meta_peft.early_stops import PARTS, train_with_stops
+from meta_peft.evaluate import Start
 from meta_peft.frozen_cache import FrozenCache
-from meta_peft.protocol import ProtocolArguments, run
+from meta_peft.protocol import ProtocolArguments, run, starts
 from meta_peft.protocol.arguments import TITLES
 from meta_peft.protocol.cells import all_found
 from meta_peft.protocol.summary import Summary
@@ -28,12 +30,14 @@ from meta_peft.trainer import MetaTrainer
 STARTS = ["peft_defaults", "plain", "multitask", "reptile", "fomaml", "meta", "in_context"]
 
 
-def compared(folder: Path, *, splits=("train", "validation", "test"), protocol=(), layers=None, **options) -> Summary:
+def compared(
+    folder: Path, *, splits=("train", "validation", "test"), protocol=(), layers=None, steps=2, **options
+) -> Summary:
     letters = {"train": TRAIN, "validation": EVAL, "test": TEST}
     files = {f"{s}_tasks": str(write_jsonl(folder / f"{s}.jsonl", letter_tasks(letters[s]))) for s in splits}
     model = ModelArguments(str(tiny_folder()), lora_r=4, lora_target_modules=["q_proj", "v_proj"], lora_layers=layers)
     comparison = CompareArguments("full", [3, 0], [0.5, 2.0])
-    args = config(folder / "out", max_steps=2, learning_rate=0.01, **options)
+    args = config(folder / "out", max_steps=steps, learning_rate=0.01, **options)
     return run(model, TaskArguments(**files), args, comparison, ProtocolArguments(**{"seeds": [0], **dict(protocol)}))
 
 
@@ -89,6 +93,69 @@ def test_baselines_may_adapt_all_weights_where_the_run_adapts_some(tmp_path: Pat
     assert abs(curves["meta-learned LoRA"].loss[:, 1] - curves["meta-learned LoRA"].loss[:, 0]).max() < 0.01
 
 
+def test_what_is_compared_with_may_stop_early(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Of a learning rate that ruins it after a quarter of the training, the quarter is chosen, saved, and said so."""
+    made = training_of(monkeypatch)
+    real = MetaTrainer.training_step
+
+    def step(trainer: MetaTrainer, *args, **kwargs):
+        if (
+            trainer.args.algorithm in ("multitask", "fomaml")
+            and trainer.state.global_step >= 0.3 * trainer.args.max_steps
+        ):
+            for group in trainer.optimizer.param_groups:
+                group["lr"] = 3.0
+        return real(trainer, *args, **kwargs)
+
+    monkeypatch.setattr(MetaTrainer, "training_step", step)
+    summary = compared(tmp_path, protocol={"starts": ["plain", "multitask", "fomaml", "meta"]}, steps=4)
+    quarter, half = PARTS
+    found = {found.cell.start: found for found in summary.found}
+    assert found["multitask"].how[1] == found["fomaml"].how[1] == quarter
+    assert found["plain"].how == found["meta"].how == ["", ""], (
+        "one is not trained, and the other is what the options say"
+    )
+    report = (tmp_path / "out" / "report.md").read_text()
+    assert report.count(f", {quarter} |") == 2  # nothing is adapted after 0 steps
+    for (trainer, stops), start in zip(made, ("multitask", "fomaml"), strict=True):
+        assert [stop.how for stop in stops] == ["", quarter, half]
+        folder = tmp_path / "out" / "starts" / f"seed0-{start}"
+        saved = load_file(folder / "adapter_model.safetensors")
+        for name, value in chosen(summary, start, stops).adapter.items():
+            assert torch.equal(saved[name], value)
+            assert not torch.equal(stops[0].adapter[name], value)
+        sidecar = load(None, folder).meta_peft.sidecar
+        chosen_for = zip(found[start].steps, found[start].factors, found[start].how, strict=True)
+        assert sidecar.rate_factors == {step: factor for step, factor, how in chosen_for if how == quarter}
+        torch.testing.assert_close(sidecar.log_rates, stops[1].hyper["log_rates"])
+        assert found[start].cost["outer_steps"] == trainer.args.max_steps, "the cost is that of the whole training"
+
+
+def test_the_meta_learned_start_is_the_best_checkpoint_if_the_config_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    seen = []
+    real = MetaTrainer.evaluate
+
+    def evaluate(trainer: MetaTrainer, *args, **kwargs) -> dict[str, float]:
+        seen.append((trainer.args.algorithm, trainer.state.global_step))
+        return real(trainer, *args, **kwargs) | {"eval_loss": 1.0 + trainer.state.global_step}
+
+    monkeypatch.setattr(MetaTrainer, "evaluate", evaluate)
+    options = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": False}
+    options |= {"eval_strategy": "steps", "save_strategy": "steps", "eval_steps": 1, "save_steps": 1}
+    compared(tmp_path, protocol={"starts": ["plain", "multitask", "meta"]}, steps=3, **options)
+    folders = tmp_path / "out" / "starts"
+    best, saved = (
+        load_file(folder / "adapter_model.safetensors")
+        for folder in (folders / "seed0-meta" / "checkpoint-1", folders / "seed0-meta")
+    )
+    assert best.keys() == saved.keys()
+    assert all(torch.equal(value, saved[name]) for name, value in best.items())
+    assert seen == [("maml", 1), ("maml", 2), ("maml", 3)], "nothing else is evaluated on its way"
+    assert not list((folders / "seed0-multitask").glob("checkpoint-*"))
+
+
 def test_all_cells_share_a_frozen_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """With the same results; LoRA on all layers, as PEFT's defaults have it, has nothing to keep."""
     kept = []
@@ -121,20 +188,32 @@ def of_classes(folder: Path, protocol=(), label=str, **options) -> Summary:
     return run(model, TaskArguments(**files), args, comparison, ProtocolArguments(**{"seeds": [0], **dict(protocol)}))
 
 
-def test_one_classifier_of_all_labels_whose_head_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def training_of(monkeypatch: pytest.MonkeyPatch) -> list[tuple[MetaTrainer, list[Start]]]:
+    """Each trainer of a start that may stop early, with what it was at its end and before."""
     made = []
-    real = MetaTrainer.train
 
-    def train(trainer: MetaTrainer) -> object:
-        done = real(trainer)
-        names = trainer.encoding.facts.label_names
-        made.append((trainer.args.algorithm, names, trainer.start("trained").adapter))
-        return done
+    def train(trainer: MetaTrainer, name: str) -> list[Start]:
+        made.append((trainer, train_with_stops(trainer, name)))
+        return made[-1][1]
 
-    monkeypatch.setattr(MetaTrainer, "train", train)
+    monkeypatch.setattr(starts, "train_with_stops", train)
+    return made
+
+
+def chosen(summary: Summary, start: str, stops: list[Start]) -> Start:
+    """The one that the validation tasks chose for the number of steps that is compared."""
+    (found,) = summary.of_start(start)
+    how = found.how[found.steps.index(summary.at)].removesuffix("Adam on all weights").removesuffix(", ")
+    return next(stop for stop in stops if stop.how == how)
+
+
+def test_one_classifier_of_all_labels_whose_head_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    made = training_of(monkeypatch)
     summary = of_classes(tmp_path, {"starts": ["plain", "multitask", "classifier", "meta"]})
-    (_, _, _), (algorithm, names, trained), (_, none, _) = made
-    assert (algorithm, "".join(names), none) == ("multitask", "abcdefghi", ())
+    (multitask, _), (classifier, stops) = made
+    names, none = (trainer.encoding.facts.label_names for trainer in (classifier, multitask))
+    assert (classifier.args.algorithm, "".join(names), none) == ("multitask", "abcdefghi", ())
+    trained = chosen(summary, "classifier", stops).adapter
     saved = load_file(tmp_path / "out" / "starts" / "seed0-classifier" / "adapter_model.safetensors")
     head = next(name for name in saved if "score" in name)
     assert trained[head].shape[0] == 9
@@ -150,26 +229,19 @@ def test_one_classifier_of_all_labels_whose_head_is_replaced(tmp_path: Path, mon
 
 
 def test_a_head_for_each_training_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    made = []
-    real = TaskHeadsTrainer.train
-
-    def train(trainer: TaskHeadsTrainer) -> object:
-        done = real(trainer)
-        made.append(trainer)
-        return done
-
-    monkeypatch.setattr(TaskHeadsTrainer, "train", train)
+    made = training_of(monkeypatch)
     summary = of_classes(tmp_path, {"starts": ["plain", "multitask", "task_heads", "meta"]})
-    (trainer,) = made
+    (trainer, stops) = made[-1]
+    assert isinstance(trainer, TaskHeadsTrainer)
     assert set(trainer.heads) == {"abc", "def", "ghi"}
     heads = [head for by_name in trainer.heads.values() for head in by_name.values()]
     assert [tuple(head.shape) for head in heads] == [(3, 64)] * 3, "classes of a task are numbered within it"
     assert len({head.sum().item() for head in heads}) == 3, "each learned by itself"
     saved = load_file(tmp_path / "out" / "starts" / "seed0-task_heads" / "adapter_model.safetensors")
-    trained = trainer.start("trained").adapter
+    trained = chosen(summary, "task_heads", stops).adapter
     for name, value in saved.items():
         assert torch.equal(value, trained[name]), "the head that adapts is a new one, as the model's was all the time"
-        assert bool(value.any()) == ("score" not in name)
+        assert bool(stops[0].adapter[name].any()) == ("score" not in name)
     cost = {start: summary.cost(start)["outer_steps"] for start in summary.starts}
     assert cost["task_heads"] == cost["multitask"]
     assert any("a head for each task" in said for said in verdict(summary))

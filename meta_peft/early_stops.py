@@ -1,0 +1,46 @@
+"""What is compared with, as it was before its training ended.
+
+For the compute of a meta-learned start, another one may be trained for longer than it gets better on new tasks. To be ahead
+of that one proves nothing, so it may stop early, as anyone would have it who looks at validation tasks (Prechelt 1998,
+"Early stopping - but when?", LNCS 1524).
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from transformers import TrainerCallback
+
+from meta_peft.evaluate import Start
+from meta_peft.trainer import MetaTrainer
+
+PARTS = {"a quarter of its training": 0.25, "half of its training": 0.5}
+"""After which parts of the outer steps it may stop, as tables call them."""
+
+
+def train_with_stops(trainer: MetaTrainer, name: str) -> list[Start]:
+    """Train it whole (`MetaTrainer.train_whole`); what it is then called `name`, and what it was after each of `PARTS`.
+
+    All come from one run, whose learning rate goes down to its end: a run that was planned to be shorter may do better.
+    Of a part that is no outer step there is none.
+    """
+    looks = _Looks(trainer, name)
+    trainer.add_callback(looks)
+    trainer.train_whole()
+    return [trainer.start(name), *looks.starts]
+
+
+class _Looks(TrainerCallback):
+    """Keeps the start that a trainer holds after some of its outer steps."""
+
+    def __init__(self, trainer: MetaTrainer, name: str):
+        self._trainer, self._name = trainer, name
+        last = trainer.args.max_steps
+        self._how = {step: how for how, part in PARTS.items() if 0 < (step := round(part * last)) < last}
+        self.starts: list[Start] = []
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step in self._how:
+            start = self._trainer.start(self._name)
+            self.starts.append(replace(start, how=self._how[state.global_step]))
