@@ -55,8 +55,8 @@ class ProtocolArguments:
     def __post_init__(self) -> None:
         for start in self.starts or ():
             one_of("starts", start, TITLES)
-        if self.starts is not None and len(self.starts) < 2:
-            raise MetaPeftError(f"starts must be two or more, to be compared; got {self.starts}.")
+        if self.starts == []:
+            raise MetaPeftError("starts must name at least one, or be left out for all that there are; got none.")
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise MetaPeftError(f"seeds must be one or more different numbers; got {self.seeds}.")
         for option in ("seeds", "shots_curve", "task_counts"):

@@ -24,8 +24,9 @@ def verdict(summary: Summary) -> list[str]:
     best = max(scores, key=lambda start: sign * scores[start])
     shown = metric.shown(scores[best])
     after = "" if best == IN_CONTEXT else f" after {summary.at} steps"
+    which = "Best on these tasks" if len(scores) > 1 else "Nothing to compare with yet"
     said = [
-        f"Best on these tasks: {TITLES[best]}, {' '.join(filter(None, (shown, metric.unit, metric.title)))}{after} on"
+        f"{which}: {TITLES[best]}, {' '.join(filter(None, (shown, metric.unit, metric.title)))}{after} on"
         f" {summary.shots} examples{of_classes(summary.ways)}."
     ]
     at = {d.other: d for d in summary.differences() if d.steps == summary.at}

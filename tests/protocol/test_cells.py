@@ -45,7 +45,7 @@ def test_every_seed_has_every_start_and_numbers_of_tasks_are_of_trained_ones():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"starts": ["plain"]}, "two or more"),
+        ({"starts": []}, "at least one"),
         ({"starts": ["plain", "mete"]}, "Did you mean 'meta'"),
         ({"seeds": []}, "one or more different"),
         ({"seeds": [1, 1]}, "one or more different"),
