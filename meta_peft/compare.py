@@ -129,8 +129,8 @@ def with_peft_rule(args: MetaLoraConfig) -> MetaLoraConfig:
 
 
 def by_all_rules(trainer: MetaTrainer, stops: list[Start]) -> list[Start]:
-    """A start that was learned without an inner loop by the run's own rule, and as users adapt it: by Adam on all weights
-    (`PEFT_RULE`), if the run's own rule, which is that of what is meta-learned, is another.
+    """A start by the run's own rule, and as users adapt LoRA: by Adam on all weights (`PEFT_RULE`), if the run's own rule,
+    which is that of what is meta-learned, is another.
 
     Args:
         stops: the start at one or several points of its training.

@@ -10,7 +10,7 @@ from surface import config, letter_tasks, peft_model, tiny_tokenizer
 from transformers import TrainerCallback
 
 from meta_peft import MetaTrainer, TaskSet
-from meta_peft.early_stops import PARTS, train_with_stops
+from meta_peft.early_stops import PARTS, stops_of, train_with_stops
 from meta_peft.evaluate import Start
 
 
@@ -49,6 +49,13 @@ def test_it_is_what_a_run_holds_after_these_outer_steps(tmp_path: Path, algorith
 def test_a_part_that_is_no_outer_step(tmp_path: Path, last: int, parts: list[str]):
     starts = train_with_stops(trainer_of(tmp_path, algorithm="multitask", max_steps=last), "short")
     assert [start.how for start in starts] == ["", *parts]
+
+
+def test_parts_are_counted_from_the_end_of_a_warm_up(tmp_path: Path):
+    quarter, half = PARTS
+    options = {"max_steps": 10, "multitask_warmup_steps": 2}
+    found = {name: stops_of(config(tmp_path, algorithm=name, **options)) for name in ("fomaml", "multitask")}
+    assert found == {"fomaml": {4: quarter, 6: half}, "multitask": {2: quarter, 5: half}}
 
 
 def test_a_trainer_takes_back_what_it_was(tmp_path: Path):

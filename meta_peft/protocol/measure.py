@@ -14,7 +14,7 @@ from meta_peft.compare import by_all_rules, held_out_episodes, start_curve
 from meta_peft.evaluate import Curve, Start, curve
 from meta_peft.in_context import in_context_scores
 from meta_peft.inner_loop import adapt
-from meta_peft.protocol.arguments import IN_CONTEXT, PLAIN, WITHOUT_INNER_LOOP
+from meta_peft.protocol.arguments import IN_CONTEXT
 from meta_peft.protocol.cells import Cell, Found
 from meta_peft.protocol.setting import Setting
 from meta_peft.protocol.starts import trained
@@ -26,8 +26,8 @@ from meta_peft.types import Episode
 
 
 def measured(cell: Cell, setting: Setting, options: str) -> Found:
-    """What is found in a cell. Its adapter, if it is trained, is saved in the folder ``starts``: that which was chosen for
-    the number of steps that is compared, where it may stop early."""
+    """What is found in a cell. Its adapter, if it is trained, is saved in the folder ``starts``: as it was when
+    it was best for the number of steps that is compared."""
     trainer, stops, cost = trained(cell, setting)
     validation = held_out_episodes(trainer, setting.tasks["validation"], setting.comparison.max_validation_tasks)
     test = held_out_episodes(trainer, setting.tasks["test"], setting.comparison.max_test_tasks)
@@ -43,8 +43,7 @@ def measured(cell: Cell, setting: Setting, options: str) -> Found:
         return Found(**common, **rows, steps=[0], factors=[None], calibration=counts, shots=shots, cost=cost)
 
     batches = trainer.batches(test)
-    starts = by_all_rules(trainer, stops) if cell.start in (PLAIN, *WITHOUT_INNER_LOOP) else stops
-    first, *others = starts
+    first, *others = starts = by_all_rules(trainer, stops)
     factors = setting.comparison.rate_factors
     found = start_curve(trainer, first, trainer.batches(validation), batches, setting.steps, factors, *others)
     column = found.steps.index(setting.at)

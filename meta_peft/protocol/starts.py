@@ -43,11 +43,8 @@ PEFT_LORA: dict[str, Any] = {
 
 
 def trained(cell: Cell, setting: Setting) -> tuple[MetaTrainer, list[Start], dict[str, float]]:
-    """A trainer whose adapter is the start of the cell; that start, and what it was earlier in its training, if it may
-    stop early; and what its training cost.
-
-    How long the meta-learned start trains is for the run's options to say. What it is compared with has as much compute,
-    and may use less of it.
+    """A trainer whose adapter is the start of the cell; that start, and what it was earlier in its training; and what its
+    training cost.
     """
     by_default = cell.start == DEFAULTS
     model = new_model(replace(setting.model, **PEFT_LORA) if by_default else setting.model, cell.seed)
@@ -60,7 +57,7 @@ def trained(cell: Cell, setting: Setting) -> tuple[MetaTrainer, list[Start], dic
         starts = [_with_features(starts[0], of) for of in learned]
         trainer.take(starts[0])
     elif cell.trained:
-        starts, cost = _train(trainer, title, stops=cell.start != META)
+        starts, cost = _train(trainer, title)
     if cell.trained:
         trainer.save_model()
     return trainer, starts, cost
@@ -77,10 +74,7 @@ def _options(cell: Cell, setting: Setting, model: PeftModel) -> MetaLoraConfig:
         changes["algorithm"] = MULTITASK if cell.start in NEW_HEAD else cell.start
     if cell.start == REPTILE:
         changes["fast_weights"] = None  # it has no gradient for others
-    own = at_equal_compute(args, layers, _tasks(cell, setting), **changes)
-    if cell.start == META and args.load_best_model_at_end:  # which evaluates and saves on its way
-        own.eval_strategy, own.save_strategy = args.eval_strategy, args.save_strategy
-    return own
+    return at_equal_compute(args, layers, _tasks(cell, setting), **changes)
 
 
 def _trainer(model: PeftModel, args: MetaLoraConfig, cell: Cell, setting: Setting) -> MetaTrainer:
@@ -96,14 +90,10 @@ def _tasks(cell: Cell, setting: Setting) -> TaskSet:
     return train if cell.task_count is None else first_tasks(train, cell.task_count, cell.seed)
 
 
-def _train(trainer: MetaTrainer, title: str, *, stops: bool = True) -> tuple[list[Start], dict[str, float]]:
+def _train(trainer: MetaTrainer, title: str) -> tuple[list[Start], dict[str, float]]:
     """What was learned, and what it cost."""
     began = time.monotonic()
-    if stops:
-        starts = train_with_stops(trainer, title)
-    else:
-        trainer.train_whole()
-        starts = [trainer.start(title)]
+    starts = train_with_stops(trainer, title)
     return starts, {"outer_steps": trainer.args.max_steps, "training_seconds": round(time.monotonic() - began, 1)}
 
 

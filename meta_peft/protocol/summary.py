@@ -6,6 +6,7 @@ they are compared task by task: the interval of a difference is that of the mean
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -178,7 +179,7 @@ class Summary:
         cells = self.of_start(start)
         factors = tuple(f[0] if len(set(f)) == 1 else None for f in zip(*(c.factors for c in cells), strict=True))
         rules = [c.how or [""] * len(c.steps) for c in cells]
-        how = tuple(" or ".join(sorted({h for h in of if h})) for of in zip(*rules, strict=True))
+        how = tuple(map(_in_seeds, zip(*rules, strict=True)))
         loss, score = (self._values(cells, key) for key in ("loss", "score"))
         return Curve(tuple(cells[0].steps), loss, score, factors, cells[0].metric, how=how)
 
@@ -209,6 +210,14 @@ class Summary:
             more = ahead - sign * (before[0] - before[1])
             gains = float(more.mean()), interval(more)
         return Difference(other, steps, float(ahead.mean()), interval(ahead), tuple(by_seed), gains)
+
+
+def _in_seeds(how: Sequence[str]) -> str:
+    """What is not the same in all seeds, with the number of seeds."""
+    counts = Counter(each for each in how if each)
+    return ", ".join(
+        each if n == len(how) else f"{each} ({n} of {len(how)} seeds)" for each, n in sorted(counts.items())
+    )
 
 
 def _ordered(found: Found, by_task: Sequence[Any], tasks: Sequence[str]) -> np.ndarray:

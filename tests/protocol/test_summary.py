@@ -168,8 +168,11 @@ def test_the_table_says_by_which_rule_a_start_did_best():
     other = "Adam on all weights"
     plain = [cell("plain", (0.1, 0.2), how=["", other]), cell("plain", (0.1, 0.3), seed=1)]
     summary = summary_of(*plain, cell("meta", (0.1, 0.6)), cell("meta", (0.1, 0.6), seed=1))
-    assert summary.report.curves["plain LoRA"].how == ("", other)
-    assert [row["rate_factor"] for row in summary.report.texts()] == ["", f"0.5, {other}", "", "0.5"]
+    counted = f"{other} (1 of 2 seeds)"
+    assert summary.report.curves["plain LoRA"].how == ("", counted)
+    assert [row["rate_factor"] for row in summary.report.texts()] == ["", f"0.5, {counted}", "", "0.5"]
+    same = summary_of(*(cell("plain", (0.1, 0.2), seed=seed, how=["", other]) for seed in (0, 1)))
+    assert same.report.curves["plain LoRA"].how == ("", other)
 
 
 def test_the_verdict_says_where_the_best_rate_may_not_have_been_tried():
