@@ -63,7 +63,8 @@ class Report:
         metric, found = self.metric, []
         for row in self.rows():
             score, low, high = (metric.shown(v) for v in (row[metric.name], *row[f"{metric.name}_interval"]))
-            factor = row["rate_factor"]
+            factor = None if row["steps"] == 0 else row["rate_factor"]
+            rate = "" if factor is None else f"{factor:g}"
             found.append(
                 {
                     "start": row["start"],
@@ -72,9 +73,7 @@ class Report:
                     "worst_loss": f"{row['worst_loss']:.2f}",
                     "score": f"{score} ({low} to {high})",
                     "worst_score": metric.shown(row[f"worst_{metric.name}"]),
-                    "rate_factor": ""
-                    if factor is None or row["steps"] == 0
-                    else ", ".join(filter(None, (f"{factor:g}", row["how"]))),
+                    "rate_factor": ", ".join(filter(None, (rate, row["how"]))),
                 }
             )
         return found

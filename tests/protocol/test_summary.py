@@ -171,6 +171,9 @@ def test_the_table_says_by_which_rule_a_start_did_best():
     counted = f"{other} (1 of 2 seeds)"
     assert summary.report.curves["plain LoRA"].how == ("", counted)
     assert [row["rate_factor"] for row in summary.report.texts()] == ["", f"0.5, {counted}", "", "0.5"]
+    curve = replace(summary.report.curves["plain LoRA"], factors=(1.0, None), how=("a quarter of its training", other))
+    texts = replace(summary.report, curves={"plain LoRA": curve}).texts()
+    assert [row["rate_factor"] for row in texts] == ["a quarter of its training", other], "seeds had other factors"
     same = summary_of(*(cell("plain", (0.1, 0.2), seed=seed, how=["", other]) for seed in (0, 1)))
     assert same.report.curves["plain LoRA"].how == ("", other)
 
