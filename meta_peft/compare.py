@@ -89,7 +89,7 @@ def compare(
     steps = sorted(set(arguments.adaptation_steps))
     starts = [*(by_all_rules(trainer, stops) for stops in baselines), [learned]]
     factors = arguments.rate_factors
-    curves = {s.name: start_curve(trainer, s, validation, test, steps, factors, *others) for s, *others in starts}
+    curves = {of_one[0].name: start_curve(trainer, of_one, validation, test, steps, factors) for of_one in starts}
     in_context = None
     if arguments.compare == "full" and trainer.scorer.loss_fn.causal:  # others read no other rows' answers
         found = in_context_scores(
@@ -139,15 +139,12 @@ def by_all_rules(trainer: MetaTrainer, stops: list[Start]) -> list[Start]:
     if own.inner_optimizer == PEFT_RULE["inner_optimizer"] and own.fast_weights is None:
         return stops
     rule = replace(with_peft_rule(own).inner_rule(), learn_rates=False)
-    others = [
-        replace(stop, rule=rule, hyper=rule.initial_rates(stop.adapter), how=_with(stop.how, "Adam on all weights"))
-        for stop in stops
-    ]
-    return [*stops, *others]
 
+    def by_adam(stop: Start) -> Start:
+        how = ", ".join(filter(None, (stop.how, "Adam on all weights")))
+        return replace(stop, rule=rule, hyper=rule.initial_rates(stop.adapter), how=how)
 
-def _with(*how: str) -> str:
-    return ", ".join(filter(None, how))
+    return [*stops, *map(by_adam, stops)]
 
 
 def held_out_episodes(trainer: MetaTrainer, tasks: TaskSet, n: int) -> list[Episode]:
@@ -158,22 +155,20 @@ def held_out_episodes(trainer: MetaTrainer, tasks: TaskSet, n: int) -> list[Epis
 
 def start_curve(
     trainer: MetaTrainer,
-    start: Start,
+    starts: list[Start],
     validation: list[EpisodeBatch],
     test: list[EpisodeBatch],
     steps: list[int],
     factors: list[float],
-    *others: Start,
 ) -> Curve:
     """The curve of one start on the test tasks, its rate for each number of steps chosen on the validation tasks.
 
-    `others` are the same start by other rules or at other points of its training: for each number of steps these, too, are
-    chosen on the validation tasks.
+    `starts` are that one start by one or several rules and at one or several points of its training, of which the
+    validation tasks choose as well, the first one where all do the same.
     """
-    starts = [start, *others]
     n_validation, n_test = (sum(batch.n_tasks for batch in batches) for batches in (validation, test))
     to_tune = n_validation * len(factors) * len(starts)
-    with tqdm(total=to_tune + n_test, desc=start.name, unit="task", dynamic_ncols=True) as bar:
+    with tqdm(total=to_tune + n_test, desc=starts[0].name, unit="task", dynamic_ncols=True) as bar:
         loss_fn, steps = trainer.scorer.loss_fn, sorted(steps)
         loss_VFS = np.stack(
             [losses_by_factor(loss_fn, s, validation, steps, factors, progress=bar.update) for s in starts]

@@ -43,9 +43,9 @@ def measured(cell: Cell, setting: Setting, options: str) -> Found:
         return Found(**common, **rows, steps=[0], factors=[None], calibration=counts, shots=shots, cost=cost)
 
     batches = trainer.batches(test)
-    first, *others = starts = by_all_rules(trainer, stops)
+    starts = by_all_rules(trainer, stops)
     factors = setting.comparison.rate_factors
-    found = start_curve(trainer, first, trainer.batches(validation), batches, setting.steps, factors, *others)
+    found = start_curve(trainer, starts, trainer.batches(validation), batches, setting.steps, factors)
     column = found.steps.index(setting.at)
     factor = found.factors[column]
     start = next(s for s in starts if s.how == found.how[column])
