@@ -16,6 +16,9 @@ from meta_peft.protocol.arguments import DEFAULTS, IN_CONTEXT, PLAIN, ProtocolAr
 
 FOLDER = "cells"
 UNTRAINED = (DEFAULTS, PLAIN, IN_CONTEXT)
+PROTOCOL = 2
+"""How trained starts are measured. 1: at the end of their training, the meta-learned one by the run's own rule alone. 2: at
+the point of it, and by the rule, that the validation tasks choose."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,7 @@ class Found:
         at: the number of steps that is compared along shots and numbers of tasks.
         cost: outer steps and seconds of training, support tokens and seconds of adaptation (see `measure`).
         options: a digest of what the cell depends on.
+        protocol: see `PROTOCOL`; 1 where a cell does not say.
     """
 
     cell: Cell
@@ -62,6 +66,7 @@ class Found:
     shots: dict[str, dict[str, list[float]]] = field(default_factory=dict)
     cost: dict[str, float] = field(default_factory=dict)
     options: str = ""
+    protocol: int = 1
 
     def write(self, folder: Path) -> None:
         write_file(path_of(self.cell, folder), json.dumps(asdict(self)) + "\n")

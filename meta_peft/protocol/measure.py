@@ -15,7 +15,7 @@ from meta_peft.evaluate import Curve, Start, curve
 from meta_peft.in_context import in_context_scores
 from meta_peft.inner_loop import adapt
 from meta_peft.protocol.arguments import IN_CONTEXT
-from meta_peft.protocol.cells import Cell, Found
+from meta_peft.protocol.cells import PROTOCOL, Cell, Found
 from meta_peft.protocol.setting import Setting
 from meta_peft.protocol.starts import trained
 from meta_peft.run_episodes import RunEpisodes
@@ -33,7 +33,7 @@ def measured(cell: Cell, setting: Setting, options: str) -> Found:
     test = held_out_episodes(trainer, setting.tasks["test"], setting.comparison.max_test_tasks)
     more = {n: _with_shots(trainer, setting, test, n) for n in setting.shots_curve if n != trainer.args.shots}
     common: dict[str, Any] = {"cell": cell, "metric": trainer.scorer.metric.name, "tasks": [e.task for e in test]}
-    common |= {"at": setting.at, "options": options}
+    common |= {"at": setting.at, "options": options, "protocol": PROTOCOL}
     cost["support_tokens"] = float(np.mean([sum(map(row_length, e.support)) for e in test]))
     if cell.start == IN_CONTEXT:
         scores = _in_context(trainer, test)

@@ -18,7 +18,7 @@ from meta_peft.errors import MetaPeftError
 from meta_peft.evaluate import Curve, calibration_error, interval
 from meta_peft.metrics import Metric
 from meta_peft.protocol.arguments import IN_CONTEXT, META, TITLES
-from meta_peft.protocol.cells import Found
+from meta_peft.protocol.cells import PROTOCOL, Found
 from meta_peft.report import Report
 
 
@@ -169,6 +169,11 @@ class Summary:
                 if steps and 2 * sum(cell.factors[column] == factor for cell in cells) > len(cells):
                     found.setdefault(edge, []).append(steps)
         return found
+
+    @property
+    def by_earlier_protocols(self) -> dict[str, int]:
+        """Trained starts, and in how many seeds they were measured as one does no longer (`cells.PROTOCOL`)."""
+        return dict(Counter(f.cell.start for f in self.found if f.cell.trained and f.protocol < PROTOCOL))
 
     def cost(self, start: str) -> dict[str, float]:
         """Means over seeds."""

@@ -40,6 +40,12 @@ def verdict(summary: Summary) -> list[str]:
     if META in summary.starts and rival is None:
         said.append(UNKNOWN[summary.renames_classes])
     said += [_more_rates(start, *of) for start in summary.starts for of in summary.at_the_edge(start).items()]
+    if earlier := summary.by_earlier_protocols:
+        cells = ", ".join(f"{TITLES[start]} ({n})" for start, n in earlier.items())
+        said.append(
+            f"Measured at the end of their training, where others may stop early, by an earlier version: {cells}. To have"
+            " them measured again, remove their cells."
+        )
     if len(summary.seeds) < 3:
         said.append(
             f"Seeds: {len(summary.seeds)}. Another training seed may move all numbers; three or more would tell."

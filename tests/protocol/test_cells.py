@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +20,16 @@ def test_a_cell_is_read_as_it_was_written(tmp_path: Path):
     FOUND.write(tmp_path)
     assert all_found(tmp_path) == [FOUND]
     assert [path.name for path in (tmp_path / "cells").iterdir()] == ["seed1-meta.json"]
+
+
+def test_a_cell_that_does_not_say_its_protocol_is_of_the_first(tmp_path: Path):
+    """Those that were measured before there were two: they stay readable, and are told apart."""
+    replace(FOUND, protocol=2).write(tmp_path)
+    file = path_of(FOUND.cell, tmp_path)
+    said = json.loads(file.read_text())
+    assert said.pop("protocol") == 2
+    file.write_text(json.dumps(said))
+    assert [found.protocol for found in all_found(tmp_path)] == [1]
 
 
 def test_cells_of_other_options_are_refused(tmp_path: Path):

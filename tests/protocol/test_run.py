@@ -56,6 +56,7 @@ def test_every_start_is_measured_for_every_seed(whole: tuple[Path, Summary]):
         *(f"seed{seed}-{start}" for seed in (0, 1) for start in STARTS),
         *(f"seed{seed}-{start}-4tasks" for seed in (0, 1) for start in trained),
     }
+    assert not summary.by_earlier_protocols
     curves = summary.report.curves
     assert {tuple(curve.steps) for curve in curves.values()} == {(0, 3)}
     before, after = ({name: curve.loss[:, i].mean() for name, curve in curves.items()} for i in (0, 1))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from meta_peft import MetaPeftError
-from meta_peft.protocol.cells import Cell, Found
+from meta_peft.protocol.cells import PROTOCOL, Cell, Found
 from meta_peft.protocol.page import tables
 from meta_peft.protocol.summary import Summary
 from meta_peft.protocol.verdict import verdict
@@ -199,6 +199,15 @@ def test_the_verdict_says_where_the_best_rate_may_not_have_been_tried():
     ]
     one = {**ABOUT, "comparison": {"rate_factors": [0.25]}}
     assert not any("rate_factors" in sentence for sentence in verdict(Summary.of(found, one)))
+
+
+def test_the_verdict_says_what_an_earlier_version_measured_otherwise():
+    found = [cell(start, (0.1, 0.5), seed, protocol=1) for start in ("plain", "multitask") for seed in (0, 1)]
+    found += [cell("meta", (0.1, 0.5), seed, protocol=PROTOCOL - seed) for seed in (0, 1)]
+    (said,) = [sentence for sentence in verdict(summary_of(*found)) if "by an earlier version" in sentence]
+    assert "multi-task LoRA (2), meta-learned LoRA (1). " in said, "plain LoRA is not trained"
+    present = [replace(each, protocol=PROTOCOL) for each in found]
+    assert not any("by an earlier version" in sentence for sentence in verdict(summary_of(*present)))
 
 
 def test_of_one_start_nothing_is_said_to_be_best():
