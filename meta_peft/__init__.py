@@ -68,6 +68,10 @@ _HOMES = {
 __all__ = sorted(_HOMES)
 
 
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]
+
+
 def __getattr__(name: str) -> Any:
     """Import what is asked for when it is asked for: the core does not need the Trainer."""
     if name in _HOMES:

@@ -20,12 +20,13 @@ from torch import Tensor
 from meta_peft import hub, inner_loop
 from meta_peft.adapter_loss import AdapterLoss
 from meta_peft.card import adapted_card
-from meta_peft.checked import is_number
+from meta_peft.checked import is_number, whole
 from meta_peft.errors import MetaPeftError
 from meta_peft.inner_optimizers.rule import RATES, scaled
 from meta_peft.memory import or_out_of_memory
 from meta_peft.params import per_task, take_task
 from meta_peft.tasks.collate import row_length
+from meta_peft.tasks.sources import rows_of_task
 from meta_peft.types import Params, Rows
 
 logger = logging.getLogger("meta_peft")
@@ -80,7 +81,7 @@ def encoded_support(learned: hub.MetaLearned, name: str, support: Examples, hold
     Raises:
         MetaPeftError: there are no rows, or too few to hold any back; or one cannot be read.
     """
-    rows = list(support)
+    rows = rows_of_task(support)
     if not rows:
         raise MetaPeftError(f"Task {name!r} has no support rows.")
     n_held = max(1, round(hold_back * len(rows))) if 0 < hold_back < 1 else int(hold_back)
@@ -104,6 +105,8 @@ def check_hold_back(hold_back: float) -> None:
         )
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()  # whatever the caller runs in: a server runs in neither
 def adapted_stacks(
     model: PeftModel,
     supports: Mapping[str, Support],
@@ -123,8 +126,8 @@ def adapted_stacks(
     """
     learned = hub.meta_learned(model)
     steps = learned.sidecar.inner.steps if steps is None else steps
-    if steps < 0:
-        raise MetaPeftError(f"steps must be 0 or more, got {steps}.")
+    whole("steps", steps, 0, 10**6)
+    whole("tasks_per_forward", tasks_per_forward, 1, 10**6)
     active = list(model.active_adapters)
     model.set_adapter(learned.adapter)
     try:

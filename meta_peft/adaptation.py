@@ -4,13 +4,25 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from peft import PeftModel
+from torch import nn
 
 from meta_peft import hub
 from meta_peft.adapt_stacks import Adapted, Examples, adapted_stacks, check_hold_back, encoded_support
 from meta_peft.errors import MetaPeftError
 from meta_peft.fast_weights import FastWeights
+
+# What PEFT or a file changes of a config without another result.
+NOT_OF_THE_PLACEMENT = (
+    "inference_mode",
+    "modules_to_save",
+    "base_model_name_or_path",
+    "revision",
+    "auto_mapping",
+    "peft_version",
+)
 
 
 def adapt(
@@ -33,12 +45,29 @@ def adapt(
     learned = hub.meta_learned(model)
     if name in ("", learned.adapter) or "." in name:
         raise MetaPeftError(f"name={name!r} is empty, taken by the meta-learned adapter or has a dot: choose another.")
+    if hasattr(nn.ModuleDict, name):
+        raise MetaPeftError(f"name={name!r} is taken by torch, which keeps adapters in a ModuleDict: choose another.")
     result = adapt_many(model, {name: support}, steps=steps, hold_back=hold_back)[name]
     if name not in model.peft_config:
         model.add_adapter(name, copy.deepcopy(result.config))  # PEFT changes its list of heads
+    elif _placement(model.peft_config[name]) != _placement(result.config):
+        raise MetaPeftError(
+            f"The model has an adapter {name!r} already, with another LoRA config than the meta-learned one: choose another"
+            " name, or remove it with model.delete_adapter."
+        )
     FastWeights(model, name).load_(result.weights)
     model.set_adapter(name)
     return model, result.metrics
+
+
+def _placement(config: Any) -> dict[str, Any]:
+    """Where an adapter's matrices are and what they are multiplied by."""
+    own = {**config.to_dict(), "target_modules": sorted(_texts(config.target_modules))}
+    return {key: value for key, value in own.items() if key not in NOT_OF_THE_PLACEMENT}
+
+
+def _texts(names: Any) -> list[str]:
+    return [names] if isinstance(names, str) else list(names or ())
 
 
 def adapt_many(

@@ -28,6 +28,7 @@ TASK_TYPES = (None, "CAUSAL_LM", "SEQ_2_SEQ_LM", "FEATURE_EXTRACTION", *WITH_HEA
 INITS = (True, False, "true", "false", "gaussian", "orthogonal")
 FLAGS = ("use_rslora", "use_dora", "fan_in_fan_out", "inference_mode")
 TEXTS = ("base_model_name_or_path", "revision", "peft_version")
+USUAL_RANK = 1024
 MOST, LONGEST = 100_000, 2000  # names in a list, characters of a name
 # Names of modules to import. PEFT's own AutoPeftModel uses one, Megatron's layers the other; here nothing does.
 LEFT_OUT = ("auto_mapping", "megatron_core", "runtime_config")
@@ -96,8 +97,10 @@ def read_config(folder: Path, shapes: dict[str, list[int]]) -> LoraConfig:
     for key, value in given.items():
         option = f"{path}: {key}"
         if key in ("r", "rank_pattern"):
+            # With a pattern each matrix may have a smaller one than r.
+            most = max(largest, USUAL_RANK) if key == "r" and values.get("rank_pattern") else largest
             for rank in _values(option, value) if key == "rank_pattern" else [value]:
-                whole(option, rank, 1, largest)
+                whole(option, rank, 1, most)
         elif key in ("lora_alpha", "alpha_pattern"):
             for alpha in _values(option, value) if key == "alpha_pattern" else [value]:
                 _expect(option, alpha, is_number(alpha), "a finite number")

@@ -68,7 +68,7 @@ class AdapterRecord:
 
     def attach(self) -> None:
         """Make the model carry what `meta_peft.adapt` needs."""
-        hub.attach(self.loss_fn.model, self.sidecar(), self.processor)
+        hub.attach(self.loss_fn.model, self.sidecar(), self.processor, self.loss_fn.weights.adapter)
 
     def save(self, folder: str, repo_id: str | None) -> None:
         """The adapter with its sidecar and its card, as it is now."""
@@ -76,7 +76,7 @@ class AdapterRecord:
         options = {name: getattr(self.args, name) for name in (*ON_THE_CARD, *of_classes)}
         sidecar = self.sidecar()
         card = model_card(sidecar, repo_id, self.results, options, ask_hub=self.args.push_to_hub)
-        hub.save(self.loss_fn.model, sidecar, folder, card=card)
+        hub.save(self.loss_fn.model, sidecar, folder, card=card, adapter=self.loss_fn.weights.adapter)
 
     def restore(self, folder: Path) -> None:
         """Put the adapter and the rates of a checkpoint in place.
@@ -92,7 +92,13 @@ class AdapterRecord:
                 f" {list(self.rates.log_rates.shape)}: resume with the same inner_steps, inner_lr_per_step,"
                 " inner_lr_per_entry and fast_weights."
             )
-        tensor_shapes(folder, tuple(self.loss_fn.weights.parameters()))
+        weights = self.loss_fn.weights.parameters()
+        for name, shape in tensor_shapes(folder, tuple(weights)).items():
+            if shape != list(weights[name].shape):
+                raise MetaPeftError(
+                    f"The checkpoint's {name} is {shape}, with these options it is {list(weights[name].shape)}: resume with"
+                    " the same lora_r and lora_target_modules."
+                )
         self.loss_fn.weights.load_(load_file(folder / WEIGHTS))
         with torch.no_grad():
             self.rates.log_rates.copy_(sidecar.log_rates)

@@ -51,9 +51,14 @@ class MetaLearned:
         return self.sidecar.encoding(self.tokenizer)
 
 
-def save(model: PeftModel, sidecar: Sidecar, folder: str | Path, *, card: str | None = None) -> None:
-    """Write the active adapter, its sidecar and, if given, a model card; each file is whole or not there."""
-    adapter = active_adapter(model)
+def save(
+    model: PeftModel, sidecar: Sidecar, folder: str | Path, *, card: str | None = None, adapter: str | None = None
+) -> None:
+    """Write an adapter, by default the active one, its sidecar and, if given, a model card.
+
+    Each file is whole or not there.
+    """
+    adapter = adapter or active_adapter(model)
     weights: Params = {n: p.detach() for n, p in FastWeights(model, adapter).parameters().items()}
     with _replacing_files(Path(folder)) as partial:
         write_adapter(weights, model.peft_config[adapter], sidecar.base.name, partial)
@@ -72,6 +77,10 @@ def save_adapted(
     card: str | None = None,
 ) -> None:
     """Write adapted weights as an ordinary PEFT adapter, and names of classes beside it as `transformers` calls them."""
+    if (Path(folder) / JSON).is_file():
+        raise MetaPeftError(
+            f"{folder} holds a meta-learned adapter, which an adapted one would replace: choose another folder."
+        )
     with _replacing_files(Path(folder)) as partial:
         write_adapter(weights, config, base_name, partial)
         if card is not None:
@@ -148,21 +157,22 @@ def load(
     return model
 
 
-def attach(model: PeftModel, sidecar: Sidecar, tokenizer: Any) -> None:
-    """Mark the active adapter of `model` as meta-learned, with what `adapt` needs."""
-    names = tuple(FastWeights(model).parameters())
+def attach(model: PeftModel, sidecar: Sidecar, tokenizer: Any, adapter: str | None = None) -> None:
+    """Mark an adapter of `model`, by default the active one, as meta-learned, with what `adapt` needs."""
+    weights = FastWeights(model, adapter)
+    names = tuple(weights.parameters())
     if names != sidecar.names:
         raise MetaPeftError(
             f"The sidecar has rates for {len(sidecar.names)} LoRA matrices, the adapter has {len(names)} (first"
             f" {sidecar.names[:1]} and {names[:1]}): they do not belong together."
         )
-    expected = sidecar.inner.initial_rates(dict(FastWeights(model).parameters()))[RATES].shape[1]
+    expected = sidecar.inner.initial_rates(dict(weights.parameters()))[RATES].shape[1]
     if sidecar.log_rates.shape[1] != expected:
         raise MetaPeftError(
             f"The sidecar has {sidecar.log_rates.shape[1]} rates, the adapter's fast weights need {expected}: they do not"
             " belong together."
         )
-    model.meta_peft = MetaLearned(sidecar, tokenizer, active_adapter(model))
+    model.meta_peft = MetaLearned(sidecar, tokenizer, weights.adapter)
 
 
 def meta_learned(model: Any) -> MetaLearned:

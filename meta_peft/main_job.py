@@ -12,9 +12,10 @@ from meta_peft.base_model import new_model, tokenizer_for
 from meta_peft.card import CardResults
 from meta_peft.compare import CompareArguments, compare, multitask_starts
 from meta_peft.config import MetaLoraConfig, ModelArguments, TaskArguments
-from meta_peft.report import Report
+from meta_peft.report import Report, check_plots
 from meta_peft.sharding import asked_for, check_sharding
 from meta_peft.task_loading import run_tasks
+from meta_peft.tasks import TaskSet
 from meta_peft.tasks.labelling import of_classes
 from meta_peft.trainer import MetaTrainer
 
@@ -25,6 +26,9 @@ def run(
     """Train, save to `args.output_dir`, compare, and write table and plot there."""
     _check_base(model_args, args)
     tasks, leakage = run_tasks(task_args, args)
+    compared = comparison.compare != "none" and {"validation", "test"} <= set(tasks)
+    if compared:
+        check_plots()
     tokenizer = tokenizer_for(model_args)
     trainer = MetaTrainer(
         new_model(model_args, args.seed),
@@ -39,9 +43,12 @@ def run(
     seconds = time.monotonic() - began
     trainer.save_model()
     if trainer.interrupted is not None:
-        print(f"Stopped by a signal. To go on: --output_dir {args.output_dir} --resume_from_checkpoint True")
+        last = Path(str(args.output_dir)) / f"checkpoint-{trainer.state.global_step}"
+        print(f"Stopped by a signal. To go on: --output_dir {args.output_dir} --resume_from_checkpoint {last}")
         raise SystemExit(128 + trainer.interrupted)
-    if comparison.compare == "none" or "validation" not in tasks or "test" not in tasks:
+    if not compared:
+        if not args.process_index:
+            print(f"The adapter is in {args.output_dir}.{_not_compared(comparison, tasks)}")
         return None
 
     learned = trainer.start("meta-learned LoRA")
@@ -76,6 +83,16 @@ def run(
     print(f"\nHeld-out tasks: {len(report.tasks)}, {examples}.\n\n{report.markdown()}\n")
     print(f"Adapter, table and plot are in {args.output_dir}.")
     return report
+
+
+def _not_compared(comparison: CompareArguments, tasks: dict[str, TaskSet]) -> str:
+    missing = [split for split in ("validation", "test") if split not in tasks]
+    if comparison.compare == "none" or len(missing) != 1:  # who gives neither asks for no table
+        return ""
+    return (
+        " There is no table: rates are chosen on validation tasks and judged on test tasks, and there are no"
+        f" {missing[0]} tasks."
+    )
 
 
 def _check_base(model_args: ModelArguments, args: MetaLoraConfig) -> None:

@@ -76,6 +76,10 @@ def _check_adapter(model: PeftModel, adapter: str) -> None:
             " that PEFT turns target_modules='all-linear' into; only linear layers and embeddings are supported: name"
             " those to adapt in target_modules."
         )
+    if getattr(config, "layer_replication", None):
+        raise MetaPeftError(
+            "layer_replication makes another base model of the base, which load would not find again: leave it out."
+        )
     if getattr(config, "ensure_weight_tying", False):
         raise MetaPeftError(
             "ensure_weight_tying lets two layers share their LoRA matrices, which would be adapted as if they did not:"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +128,14 @@ class Report:
             write_file(folder / "results.md", self.markdown() + "\n"),
             write_file(folder / "results.png", self.plot),
         ]
+
+
+def check_plots() -> None:
+    """Raise if figures cannot be drawn, before anything is trained that they would show."""
+    if find_spec("matplotlib") is None:
+        raise MetaPeftError(
+            "The plot of a comparison needs matplotlib: pip install 'meta-peft[demo]', or train with --compare none."
+        )
 
 
 def _row(

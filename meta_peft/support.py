@@ -15,6 +15,7 @@ from meta_peft.hub import meta_learned
 from meta_peft.objectives.labelled_tokens import IGNORED
 from meta_peft.tasks.encoding import Encoding
 from meta_peft.tasks.prompt import INPUT_TARGET, example_columns
+from meta_peft.tasks.sources import rows_of_task
 from meta_peft.tasks.support_selection import (
     NEED_THE_BASE,
     SupportSelection,
@@ -44,7 +45,7 @@ def select_support(model: Any, pool: Sequence[Row], shots: int, how: str = "dive
     """
     check_selection(how)
     whole("shots", shots, 1, 10**6)
-    pool = list(pool)
+    pool = rows_of_task(pool)
     if len(pool) < shots:
         raise MetaPeftError(f"The pool has {len(pool)} rows, and {shots} are to be chosen: lower shots, or add rows.")
     if how == "random":

@@ -20,17 +20,19 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 from transformers.trainer_callback import ProgressCallback
+from transformers.trainer_utils import set_seed
 
 from meta_peft.adapter_loss import AdapterLoss
 from meta_peft.adapter_record import AdapterRecord
 from meta_peft.base_identity import BaseIdentity
-from meta_peft.base_model import agree_on_padding, load_base, load_tokenizer, with_adapter
+from meta_peft.base_model import agree_on_padding, load_base, load_tokenizer, objective_of, with_adapter
 from meta_peft.card import CardResults
 from meta_peft.config import MetaLoraConfig, ModelArguments
 from meta_peft.errors import MetaPeftError
 from meta_peft.evaluate import Start, curve
 from meta_peft.frozen_cache import FrozenCache
 from meta_peft.inner_optimizers.rule import RATES
+from meta_peft.model_kinds import KINDS
 from meta_peft.objectives import objective_name
 from meta_peft.outer_loop import LearnedRates, assign_gradient, bind
 from meta_peft.outer_step import OuterStep
@@ -103,7 +105,7 @@ class MetaTrainer(PushingTrainer):
             episodes_of(tasks, args.labelling()).check_rows(args.shots, args.query_size)
             if eval_tasks is not None:
                 tasks.check_disjoint(eval_tasks)
-        peft_model = _peft_model(model, peft_config)
+        peft_model = _peft_model(model, peft_config, args.seed)
         self.algorithm = args.algorithm_object()
         shares = args.world_size * args.gradient_accumulation_steps
         sharded = shard_as_asked(peft_model, self.algorithm, tasks_per_step=args.tasks_in_a_step, shares=shares)
@@ -231,17 +233,23 @@ class MetaTrainer(PushingTrainer):
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """The adapter's initialisation and the learned rates, each with a learning rate of its own."""
+        rates_learn = self.rates.log_rates.requires_grad
         if self.optimizer is None:
             kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
             groups: list[dict[str, Any]] = [
                 {"params": list(self.loss_fn.weights.parameters().values()), "weight_decay": self.args.weight_decay}
             ]
-            if self.rates.log_rates.requires_grad:
+            if rates_learn:
                 rate = self.args.inner_lr_learning_rate
                 groups.append({"params": [self.rates.log_rates], "lr": rate, "weight_decay": 0.0})
             self.optimizer = kind(groups, **options)
-        # After a step the Trainer clears the gradients of its model, of which the rates are no part.
-        self.optimizer.register_step_post_hook(lambda *_: self.rates.zero_grad())
+        elif rates_learn and all(
+            p is not self.rates.log_rates for g in self.optimizer.param_groups for p in g["params"]
+        ):
+            raise MetaPeftError(
+                "The optimizer given in optimizers does not hold the inner learning rates, so they would never be learned:"
+                " set learn_inner_lr=False, or choose the optimizer with optim and optim_args."
+            )
         return self.optimizer
 
     def _wrap_model(self, model: nn.Module, training: bool = True, dataloader: Any = None) -> nn.Module:
@@ -258,6 +266,7 @@ class MetaTrainer(PushingTrainer):
             return torch.zeros((), device=self.args.device)
         total, wrong = self.outer_step.total(stop=self._signal.received is not None)
         self.run_log.count(total.gradient.n_tasks, total.diverged)
+        self.rates.zero_grad()  # which the Trainer does not: they are no part of its model
         if wrong:
             self._skip_update(wrong)
         else:
@@ -314,6 +323,13 @@ class MetaTrainer(PushingTrainer):
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def predict(self, *args: Any, **kwargs: Any) -> Any:
+        """There is none: what is predicted depends on the examples that it was adapted to."""
+        raise MetaPeftError(
+            "A meta-learned adapter predicts nothing before it is adapted: meta_peft.adapt gives a model for one task, and"
+            " evaluate scores held-out tasks."
+        )
 
     def start(self, name: str = "meta-learned") -> Start:
         """The adapter as it is now, with its rule and rates, to evaluate adaptation from."""
@@ -429,11 +445,20 @@ class MetaTrainer(PushingTrainer):
         self.adapter_record.restore(Path(resume_from_checkpoint))
 
 
-def _peft_model(model: Any, peft_config: LoraConfig | None) -> PeftModel:
+def _peft_model(model: Any, peft_config: LoraConfig | None, seed: int) -> PeftModel:
     if isinstance(model, PeftModel):
         if peft_config is not None:
             raise MetaPeftError("The model is a PeftModel already: leave peft_config out, or give the base model.")
         return model
     if peft_config is None:
         raise MetaPeftError("Where LoRA goes is not said: give peft_config=LoraConfig(...), or a PeftModel.")
-    return with_adapter(load_base(ModelArguments(model)) if isinstance(model, str) else model, peft_config)
+    named = ModelArguments(str(model)) if isinstance(model, (str, Path)) else None
+    objective = objective_of(named) if named else objective_name(model)
+    task_type = getattr(peft_config.task_type, "value", peft_config.task_type)
+    if task_type in {kind.task_type for kind in KINDS.values()} - {None, KINDS[objective].task_type}:
+        raise MetaPeftError(
+            f"task_type={task_type!r} does not fit {model if named else 'the model'}, which is for {objective}: load"
+            f" the model with the class that fits, or set task_type={KINDS[objective].task_type!r}."
+        )
+    set_seed(seed)  # of the LoRA A matrices, and of a head
+    return with_adapter(load_base(named) if named else model, peft_config)

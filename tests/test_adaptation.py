@@ -1,17 +1,20 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from datasets import ClassLabel, Dataset, Features, Value
 from peft import PeftModel
 from surface import (
     base_model,
     bits,
     letter_rows,
     logits_of_stock_peft,
+    lora,
     peft_model,
     stock_logits,
     tiny_folder,
@@ -282,9 +285,14 @@ def test_bad_names(model: PeftModel, name: str):
         adapt(model, SUPPORT, name=name)
 
 
+def test_a_name_that_torch_has(model: PeftModel):
+    with pytest.raises(MetaPeftError, match="name='keys' is taken by torch"):
+        adapt(model, SUPPORT, name="keys")
+
+
 @pytest.mark.parametrize("steps", [-1, -10])
 def test_negative_steps(model: PeftModel, steps: int):
-    with pytest.raises(MetaPeftError, match=f"steps must be 0 or more, got {steps}"):
+    with pytest.raises(MetaPeftError, match=f"steps must be a whole number from 0 to 1000000; got {steps}"):
         adapt(model, SUPPORT, steps=steps)
 
 
@@ -312,3 +320,59 @@ def test_an_error_while_adapting_leaves_the_model_as_it_was(model: PeftModel):
         adapt_many(model, MANY, progress=fails)
     assert model.active_adapters == ["adapted"]
     AdapterLoss(model, second_order=False)  # still a model that passes every check
+
+
+# ---- rows as they come
+
+
+def test_classes_of_a_dataset_are_adapted_on_by_their_names():
+    """As they are learned; once their numbers were."""
+    names = ["z", "a"]
+    rows = [{"text": row["input"], "label": i % 2} for i, row in enumerate(SUPPORT)]
+    features = Features({"text": Value("string"), "label": ClassLabel(names=names)})
+    named = [{**row, "label": names[row["label"]]} for row in rows]
+    dataset = Dataset.from_list(rows, features=features)
+    want = adapt_many(load(None, trained_folder()), {"t": named})["t"]
+    for given in (dataset, dataset.to_iterable_dataset()):
+        got = adapt_many(load(None, trained_folder()), {"t": given})["t"]
+        assert bits(got.weights) == bits(want.weights)
+
+
+@pytest.mark.parametrize("support", [SUPPORT[0], "rows.jsonl", ["ab", "cd"], [("ab", "cd")], 3])
+def test_what_is_no_list_of_rows_is_said_to_be_none(model: PeftModel, support):
+    with pytest.raises(MetaPeftError, match=r"rows of a task|do not make a table|Expected tasks"):
+        adapt(model, support)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_adapting_where_no_gradients_are_kept(model: PeftModel, mode):
+    """As servers run."""
+    want = adapt_many(load(None, trained_folder()), {"t": SUPPORT})["t"]
+    with mode():
+        got = adapt_many(model, {"t": SUPPORT})["t"]
+        _, metrics = adapt(model, SUPPORT)
+    assert bits(got.weights) == bits(want.weights)
+    assert metrics == want.metrics
+
+
+def test_an_adapter_of_somebody_else_is_not_written_over(model: PeftModel):
+    """One with another scale would get matrices that mean something else in it."""
+    model.add_adapter("german", lora(lora_alpha=64))
+    with pytest.raises(MetaPeftError, match="an adapter 'german' already, with another LoRA config"):
+        adapt(model, SUPPORT, name="german")
+    adapt(model, SUPPORT, name="mine")
+    adapt(model, SUPPORT, name="mine")  # its own it may
+
+
+@pytest.mark.parametrize("options", [{"steps": 2.5}, {"steps": "2"}, {"tasks_per_forward": 0}, {"steps": -1}])
+def test_numbers_that_are_none(model: PeftModel, options: dict):
+    with pytest.raises(MetaPeftError, match="must be a whole number from"):
+        adapt_many(model, {"t": SUPPORT}, **options)
+
+
+def test_a_folder_of_a_meta_learned_adapter_is_not_written_over(model: PeftModel, tmp_path: Path):
+    shutil.copytree(trained_folder(), tmp_path / "mine")
+    before = (tmp_path / "mine" / "adapter_model.safetensors").read_bytes()
+    with pytest.raises(MetaPeftError, match="holds a meta-learned adapter"):
+        adapt_many(model, {"t": SUPPORT})["t"].save(tmp_path / "mine")
+    assert (tmp_path / "mine" / "adapter_model.safetensors").read_bytes() == before

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from surface import base_model, tiny_folder, tiny_tokenizer, trained_folder
+from surface import base_model, peft_model, tiny_folder, tiny_tokenizer, trained_folder, trainer
 from tiny_models import fingerprint
 
 from meta_peft import MetaPeftError, load, patterns
@@ -98,6 +98,16 @@ def test_tensors_of_another_shape(folder: Path):
     tensors[f"{Q_PROJ}.lora_A.weight"] = torch.zeros(4, 63)
     save_file(tensors, folder / WEIGHTS)
     refused(folder, "PEFT cannot load the adapter")
+
+
+def test_a_rank_that_no_matrix_has(tmp_path: Path):
+    """By a pattern each may have a smaller one."""
+    model = peft_model(r=16, rank_pattern=dict.fromkeys(["q_proj", "v_proj", "o_proj", "down_proj"], 4))
+    learned = trainer(tmp_path, model=model, max_steps=1)
+    learned.train()
+    learned.save_model()
+    found = load(None, tmp_path)
+    assert found.peft_config["default"].r == 16
 
 
 @pytest.mark.parametrize("size", [0, 7, 100, -1])

@@ -31,6 +31,7 @@ FLOORS = [
         "atomic_files",
         "hub_errors",
         "padding",
+        "rotary_length",
     ],
     [
         "base_identity",

@@ -395,8 +395,8 @@ def test_train_stopped_by_a_signal_says_how_to_go_on(tmp_path: Path):
         run.send_signal(signal.SIGTERM)
         rest = run.stdout.read()
     assert run.returncode == 143, seen + rest
-    assert f"To go on: --output_dir {tmp_path}/out --resume_from_checkpoint True" in rest
-    assert list((tmp_path / "out").glob("checkpoint-*"))
+    (checkpoint,) = (tmp_path / "out").glob("checkpoint-*")
+    assert f"To go on: --output_dir {tmp_path}/out --resume_from_checkpoint {checkpoint}\n" in rest
 
 
 def test_stopped_by_ctrl_c(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
@@ -455,7 +455,7 @@ def test_words_that_cannot_be_used(words: list[str], expected: str, capsys: pyte
     ("change", "expected"),
     [
         ({"--support": "nothing.jsonl"}, "There is no file 'nothing.jsonl'."),
-        ({"--steps": "-1"}, "steps must be 0 or more, got -1."),
+        ({"--steps": "-1"}, "steps must be a whole number from 0 to 1000000; got -1."),
         ({"--hold-back": "2.5"}, "or a whole number of them; got 2.5"),
         ({"--hold-back": "some"}, "Argument --hold-back:"),
         ({"--steps": "many"}, "Argument --steps: invalid int value: 'many'"),
@@ -516,3 +516,10 @@ def test_adapters_that_cannot_be_used(
     words = ["adapt", "--adapter", str(folder), "--support", str(support), "--output", str(tmp_path / "x")]
     assert main(words) == 2
     assert expected in capsys.readouterr().err
+
+
+def test_adapting_to_rows_of_several_tasks_asks_which_column_names_them(tmp_path: Path, capsys):
+    rows = write_jsonl(tmp_path / "rows.jsonl", letter_tasks("pq", 3))
+    words = ["adapt", "--adapter", meta(), "--support", str(rows), "--output", str(tmp_path / "adapted")]
+    assert "The rows are of 2 tasks by their column 'task'" in message(capsys, words)
+    assert not (tmp_path / "adapted").exists()

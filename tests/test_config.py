@@ -55,9 +55,13 @@ from meta_peft.schedule import Schedule
         ),
         ({"algorithm": "x"}, "got 'x'.$"),
         ({"inner_optimizer": "adamw"}, "inner_optimizer must be one of sgd, adam; got 'adamw'. Did you mean 'adam'?"),
+        ({"bf16": True}, "bf16 is refused: it would change nothing.*dtype: bfloat16"),
+        ({"num_train_epochs": 5}, "num_train_epochs is refused.*Set max_steps"),
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor and neftune_noise_alpha are refused"),
+        ({"neftune_noise_alpha": 5.0}, "label_smoothing_factor and neftune_noise_alpha are refused"),
         (
             {"fp16": True},
-            "fp16 is refused: gradient scaling does not reach the inner loop.*Use bf16, or plain precision",
+            "fp16 is refused: gradient scaling does not reach the inner loop.*Load the base in bfloat16",
         ),
         (
             {"remove_unused_columns": True},

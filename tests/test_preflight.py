@@ -365,3 +365,10 @@ def test_layers_are_not_repacked_afterwards(model_of):
     with torch.no_grad():
         model(**random_rows().inputs)
     assert fingerprint(model) == before
+
+
+def test_layers_that_are_repeated():
+    """The adapter would not be found to fit its base again."""
+    model = with_lora(tiny_base())
+    model.peft_config["default"].layer_replication = [[0, 1], [0, 1]]
+    refused(model, "layer_replication makes another base model of the base")

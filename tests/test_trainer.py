@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
 from surface import (
     EVAL,
@@ -698,3 +699,76 @@ def test_a_checkpoint_is_an_adapter_too(tmp_path: Path):
     names = {path.name for path in (tmp_path / "checkpoint-1").iterdir()}
     assert names >= {"adapter_model.safetensors", "meta_peft.json", "state.safetensors", "trainer_state.json"}
     load(str(tiny_folder()), tmp_path / "checkpoint-1")
+
+
+# ---- what a notebook does
+
+
+def test_what_was_trained_is_saved_though_another_adapter_is_active(tmp_path: Path):
+    """Once the weights that `adapt` had made for one task were saved as the meta-learned ones."""
+    learned = trainer(tmp_path)
+    learned.train()
+    learned.save_model(str(tmp_path / "before"))
+    adapt(learned.model, letter_rows("m", 3))
+    assert learned.model.active_adapters == ["adapted"]
+    learned.save_model(str(tmp_path / "after"))
+    before, after = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("before", "after"))
+    assert bits(before) == bits(after)
+    assert learned.model.meta_peft.adapter == "default"
+
+
+def test_training_twice_is_training_on(tmp_path: Path):
+    learned = trainer(tmp_path, learning_rate=0.01)
+    learned.train()
+    once = learned.start()
+    learned.train()
+    twice = learned.start()
+    assert bits(once.adapter) != bits(twice.adapter)
+    assert not torch.equal(once.hyper["log_rates"], twice.hyper["log_rates"])
+
+
+def test_the_seed_decides_where_lora_starts(tmp_path: Path):
+    def start(seed: int) -> dict[str, bytes]:
+        torch.manual_seed(time.monotonic_ns() % 2**31)  # whatever came before
+        args = config(tmp_path, seed=seed)
+        return bits(
+            MetaTrainer(base_model(), args, processing_class=tiny_tokenizer(), peft_config=lora()).start().adapter
+        )
+
+    assert start(1) == start(1) != start(2)
+
+
+def test_an_optimizer_without_the_rates_is_refused(tmp_path: Path):
+    """They would never be learned."""
+
+    def given(**options) -> MetaTrainer:
+        model = peft_model()
+        tasks, args = letter_tasks(TRAIN), config(tmp_path, **options)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        return MetaTrainer(model, args, tasks, processing_class=tiny_tokenizer(), optimizers=(optimizer, None))
+
+    with pytest.raises(MetaPeftError, match="does not hold the inner learning rates"):
+        given().train()
+    learned = given(learn_inner_lr=False)
+    before = learned.start()
+    learned.train()
+    assert bits(before.adapter) != bits(learned.start().adapter)
+
+
+@pytest.mark.parametrize("model", ["a name", "a model"])
+def test_a_task_type_of_another_kind_of_model_is_refused(tmp_path: Path, model: str):
+    """A causal model would be trained, and never loaded again."""
+    given = tiny_folder() if model == "a name" else base_model()
+    with pytest.raises(MetaPeftError, match="task_type='SEQ_CLS' does not fit"):
+        MetaTrainer(given, config(tmp_path), letter_tasks(TRAIN), peft_config=LoraConfig(task_type="SEQ_CLS"))
+
+
+def test_there_is_no_predict(tmp_path: Path):
+    with pytest.raises(MetaPeftError, match=r"meta_peft\.adapt gives a model for one task"):
+        trainer(tmp_path).predict(letter_tasks(EVAL))
+
+
+def test_a_checkpoint_of_another_rank_is_refused(tmp_path: Path):
+    trainer(tmp_path, max_steps=1, save_strategy="steps", save_steps=1).train()
+    with pytest.raises(MetaPeftError, match=r"lora_A.weight is \[4, .*resume with the same lora_r"):
+        trainer(tmp_path, model=peft_model(r=2)).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))

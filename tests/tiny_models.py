@@ -33,9 +33,8 @@ def tiny_base(kind: str = "llama", dtype: torch.dtype = torch.float64, *, layers
         sizes = {"hidden_size": width, "intermediate_size": width, "num_hidden_layers": layers, "head_dim": width // 2}
         sizes |= {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 32}
     special = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
-    config = AutoConfig.for_model(
-        kind, vocab_size=VOCAB, initializer_range=0.6 * width**-0.5, **sizes, **special, **options
-    )
+    sizes |= {"vocab_size": VOCAB, "initializer_range": 0.6 * width**-0.5}
+    config = AutoConfig.for_model(kind, **{**sizes, **special, **options})
     model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     if dtype == torch.float64:
         in_float64(model)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from meta_peft.commands.model_options import add_model_options, load_model
+from meta_peft.errors import MetaPeftError
 
 ABOUT = "Adapt to one task, or to each task of a file."
 USAGE = "--adapter DIR_OR_ID --support FILE --output DIR [options]"
@@ -44,13 +45,25 @@ def run(options: argparse.Namespace) -> int:
 
 def _one(options: argparse.Namespace) -> int:
     from meta_peft.adaptation import adapt_many
+    from meta_peft.hub import meta_learned
     from meta_peft.tasks.sources import read_rows
 
     rows, model = read_rows(options.support), load_model(options)
+    _check_one_task(rows, meta_learned(model).sidecar.judged.task_column)
     result = adapt_many(model, {"task": rows}, steps=options.steps, hold_back=options.hold_back)["task"]
     result.save(options.output)
     _say("task", options.output, result.metrics)
     return 0
+
+
+def _check_one_task(rows: list[dict[str, Any]], task_column: tuple[str, ...]) -> None:
+    """Rows of several tasks, by the column that named them in training, are no examples of one."""
+    found = {tuple(str(row.get(column)) for column in task_column) for row in rows}
+    if len(found) > 1 and all(column in row for row in rows for column in task_column):
+        raise MetaPeftError(
+            f"The rows are of {len(found)} tasks by their column {' and '.join(task_column)!r}, which named tasks in"
+            " training: give it as --task-column to adapt to each, or remove it to take them all for one task."
+        )
 
 
 def _each(options: argparse.Namespace) -> int:

@@ -73,7 +73,20 @@ def _of_the_trainer(options: Any) -> Iterator[tuple[Any, str]]:
     yield (
         options.fp16,
         "fp16 is refused: gradient scaling does not reach the inner loop, so small gradients would be lost."
-        " Use bf16, or plain precision.",
+        " Load the base in bfloat16 (dtype), or in plain precision.",
+    )
+    yield (
+        options.bf16,
+        "bf16 is refused: it would change nothing, since what is computed in is the base's own type. Load the base in"
+        " bfloat16 (dtype: bfloat16).",
+    )
+    yield (
+        options.num_train_epochs != 3.0,  # the default of TrainingArguments
+        "num_train_epochs is refused: episodes are drawn anew and have no epochs. Set max_steps.",
+    )
+    yield (
+        options.label_smoothing_factor or options.neftune_noise_alpha,
+        "label_smoothing_factor and neftune_noise_alpha are refused: the inner loop would not have them. Leave them out.",
     )
     yield (
         options.remove_unused_columns,

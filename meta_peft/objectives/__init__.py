@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
 from meta_peft.errors import MetaPeftError, did_you_mean
 from meta_peft.objectives.causal_lm import CAUSAL_LM
 from meta_peft.objectives.labelled_tokens import LabelledTokens
@@ -67,6 +69,13 @@ def objective_for(base: Any, name: str | None = None) -> LabelledTokens:
 
 
 def _looks_ahead(base: Any) -> bool:
-    """Whether this is an encoder, like BERT's, under a head for next tokens."""
-    encoder = getattr(base.config, "is_decoder", None) is False
+    """Whether this is an encoder, like BERT's, under a head for next tokens, or a decoder that was made one."""
+    config = base.config
+    if getattr(config, "use_bidirectional_attention", False):
+        return True
+    if getattr(config, "is_decoder", False) or getattr(config, "causal", False):
+        return False
+    if config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
+        return True
+    encoder = getattr(config, "is_decoder", None) is False
     return encoder and any(getattr(module, "is_causal", True) is False for module in base.modules())

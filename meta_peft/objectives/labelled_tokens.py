@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from meta_peft.errors import MetaPeftError
 from meta_peft.objectives.last_layer import last_layer_at
 from meta_peft.ops.cross_entropy import cross_entropy
 from meta_peft.types import Rows
@@ -100,6 +101,7 @@ class LabelledTokens:
         """
         targets_BL = self.targets(rows.labels_BL)
         row_N, position_N = (targets_BL != IGNORED).nonzero(as_tuple=True)
+        _check_every_task_has_labels(row_N, rows)
         inputs = in_precision_of(model, rows.inputs)
         with ExitStack() as stack:
             if self.causal:
@@ -126,6 +128,17 @@ def _up_to(length: int, inputs: dict[str, Tensor], shape: torch.Size) -> dict[st
     if any(tensor.shape != shape for tensor in inputs.values()):
         return inputs
     return {name: tensor[:, :length] for name, tensor in inputs.items()}
+
+
+def _check_every_task_has_labels(row_N: Tensor, rows: Rows) -> None:
+    """Its loss would be the mean of nothing, which is no number, and its gradient 0."""
+    task_N = row_N // (rows.labels_BL.shape[0] // rows.n_tasks)
+    without = (torch.bincount(task_N, minlength=rows.n_tasks) == 0).nonzero().flatten().tolist()
+    if without:
+        raise MetaPeftError(
+            f"Task {without[0]} of a stack of {rows.n_tasks} has no label that a token before it could predict: give each"
+            " task a row with an answer."
+        )
 
 
 def _mean_per_task(loss_N: Tensor, row_N: Tensor, rows: Rows) -> Tensor:

@@ -7,6 +7,8 @@ the saved adapter answers in stock PEFT, which knows of no mask: adapting pushes
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -18,8 +20,17 @@ class SequenceClassification(LabelledTokens):
     """Logits ``[B, C]`` are those of the model's own head, one row of them for each row."""
 
     def labelled_logits(self, model: nn.Module, head: nn.Module | None, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
-        logits_BC: Tensor = model(**in_precision_of(model, rows.inputs), **without_cache(model)).logits
+        inputs = _padded_as_it_expects(model, in_precision_of(model, rows.inputs))
+        logits_BC: Tensor = model(**inputs, **without_cache(model)).logits
         return logits_BC, rows.labels_BL[:, 0], torch.arange(len(logits_BC), device=logits_BC.device)
+
+
+def _padded_as_it_expects(model: Any, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Whatever rows were padded with: a decoder reads its class off the last token that is not the model's padding."""
+    filling = getattr(model.config, "pad_token_id", None)
+    if filling is None or "attention_mask" not in inputs or "input_ids" not in inputs:
+        return inputs
+    return {**inputs, "input_ids": inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, filling)}
 
 
 SEQUENCE_CLASSIFICATION = SequenceClassification()

@@ -50,6 +50,7 @@ class Found:
         at: the number of steps that is compared along shots and numbers of tasks.
         cost: outer steps and seconds of training, support tokens and seconds of adaptation (see `measure`).
         options: a digest of what the cell depends on.
+        inputs: a digest of all options of the training and of the rows; empty in cells of before there was one.
         protocol: see `PROTOCOL`; 1 where a cell does not say.
     """
 
@@ -66,6 +67,7 @@ class Found:
     shots: dict[str, dict[str, list[float]]] = field(default_factory=dict)
     cost: dict[str, float] = field(default_factory=dict)
     options: str = ""
+    inputs: str = ""
     protocol: int = 1
 
     def write(self, folder: Path) -> None:
@@ -94,15 +96,16 @@ def cells_of(arguments: ProtocolArguments, starts: Sequence[str]) -> Iterator[Ce
                     yield Cell(seed, start, count)
 
 
-def all_found(folder: Path, options: str | None = None) -> list[Found]:
+def all_found(folder: Path, options: str | None = None, inputs: str = "") -> list[Found]:
     """What was measured so far, in the order of names.
 
     Raises:
-        MetaPeftError: a cell was measured with other `options`.
+        MetaPeftError: a cell was measured with other `options` or `inputs`.
     """
     found = [Found.read(file) for file in sorted((folder / FOLDER).glob("*.json"))]
     for each in found:
-        if options is not None and each.options != options:
+        others = options is not None and each.options != options
+        if others or (inputs and each.inputs and each.inputs != inputs):
             raise MetaPeftError(
                 f"{path_of(each.cell, folder)} was measured with other options or other data. Give the options it was"
                 " measured with, another output_dir, or remove it to have it measured again."

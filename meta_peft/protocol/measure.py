@@ -25,7 +25,7 @@ from meta_peft.trainer import MetaTrainer
 from meta_peft.types import Episode
 
 
-def measured(cell: Cell, setting: Setting, options: str) -> Found:
+def measured(cell: Cell, setting: Setting, options: str, inputs: str) -> Found:
     """What is found in a cell. Its adapter, if it is trained, is saved in the folder ``starts``: as it was when
     it was best for the number of steps that is compared."""
     trainer, stops, cost = trained(cell, setting)
@@ -33,7 +33,7 @@ def measured(cell: Cell, setting: Setting, options: str) -> Found:
     test = held_out_episodes(trainer, setting.tasks["test"], setting.comparison.max_test_tasks)
     more = {n: _with_shots(trainer, setting, test, n) for n in setting.shots_curve if n != trainer.args.shots}
     common: dict[str, Any] = {"cell": cell, "metric": trainer.scorer.metric.name, "tasks": [e.task for e in test]}
-    common |= {"at": setting.at, "options": options, "protocol": PROTOCOL}
+    common |= {"at": setting.at, "options": options, "inputs": inputs, "protocol": PROTOCOL}
     cost["support_tokens"] = float(np.mean([sum(map(row_length, e.support)) for e in test]))
     if cell.start == IN_CONTEXT:
         scores = _in_context(trainer, test)

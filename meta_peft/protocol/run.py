@@ -19,10 +19,21 @@ from meta_peft.protocol.measure import measured
 from meta_peft.protocol.page import write_page
 from meta_peft.protocol.setting import Setting
 from meta_peft.protocol.summary import Summary
+from meta_peft.report import check_plots
 from meta_peft.task_loading import run_tasks
+from meta_peft.tasks import TaskSet
 
 logger = logging.getLogger("meta_peft")
 NOT_OF_A_CELL = ("seed", "world_size", "memory")  # of what `about_run` tells
+# Options of `MetaLoraConfig` that say how a run is done, which changes nothing of what comes out.
+HOW_IT_RUNS = (
+    *("output_dir", "memory", "memory_budget_gb", "frozen_cache_gb", "tasks_per_forward", "per_device_eval_batch_size"),
+    *("deterministic_reduction", "max_skipped_updates", "task_leakage", "dataset_num_proc", "logging_steps"),
+)
+OF_THE_TRAINER = (  # options of `TrainingArguments` that change it
+    *("optim", "optim_args", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "gradient_accumulation_steps"),
+    *("warmup_steps", "lr_scheduler_kwargs"),
+)
 
 
 def run(
@@ -44,6 +55,7 @@ def run(
             " the same output_dir."
         )
     tasks_are_classes = args.ways is not None and args.task_columns == (args.label_column,)
+    check_plots()
     starts = protocol.starts_of(objective_of(model_args), args.label_words, tasks_are_classes=tasks_are_classes)
     tasks, leakage = run_tasks(task_args, args)
     missing = [split for split in ("validation", "test") if split not in tasks]
@@ -55,7 +67,8 @@ def run(
     folder = Path(str(args.output_dir))
     curve = tuple(sorted(set(protocol.shots_curve or ())))
     options = _options_of_a_cell(about, curve)
-    found = all_found(folder, options)  # what is there may be of other options: known before anything is trained
+    inputs = _inputs_of_a_cell(args, tasks)
+    found = all_found(folder, options, inputs)  # what is there may be of others: known before anything is trained
     if protocol.measure:
         processor = tokenizer_for(model_args)
         frozen = FrozenCache(args.frozen_cache_gb * 1e9)
@@ -65,13 +78,20 @@ def run(
             if path_of(cell, folder).is_file():
                 continue
             logger.info("Cell %d of %d: %s", i, len(cells), cell.name)
-            measured(cell, setting, options).write(folder)
-        found = all_found(folder, options)  # other processes may have measured some
+            measured(cell, setting, options, inputs).write(folder)
+        found = all_found(folder, options, inputs)  # other processes may have measured some
     if not found:
         raise MetaPeftError(f"There is nothing measured in {folder} yet: leave measure=false out.")
     summary = Summary.of(found, about)
     write_page(summary, folder)
     return summary
+
+
+def _inputs_of_a_cell(args: MetaLoraConfig, tasks: dict[str, TaskSet]) -> str:
+    """A digest of all options of the training but its seed, and of all rows."""
+    names = sorted({*MetaLoraConfig.__annotations__, *OF_THE_TRAINER} - {*HOW_IT_RUNS})
+    rows = {split: digest(*(found.rows(task) for task in found.names)) for split, found in tasks.items()}
+    return digest({name: getattr(args, name) for name in names}, rows)
 
 
 def _compared(comparison: CompareArguments) -> dict[str, Any]:

@@ -71,16 +71,21 @@ class Labelling:
             )
         if tasks.task_columns == (self.column,):
             return Classes(self, dict(tasks.rows_of), within={})
-        return Classes(self, {}, within=_by_label(tasks, self.column))
+        kind = getattr(tasks.table.features[self.column], "dtype", "")
+        return Classes(self, {}, within=_by_label(tasks, self.column), numbers="int" in kind)
 
 
 @dataclass(frozen=True)
 class Classes:
-    """Row numbers by class: of all tasks together (`everywhere`), or by task (`within`)."""
+    """Row numbers by class: of all tasks together (`everywhere`), or by task (`within`).
+
+    `numbers` says that labels are whole numbers, whose order is not that of their digits.
+    """
 
     labelling: Labelling
     everywhere: Mapping[str, np.ndarray]
     within: Mapping[str, Mapping[str, np.ndarray]]
+    numbers: bool = False
 
     def enough(self, shots: int, query_size: int) -> list[str]:
         """The tasks that an episode can be drawn of."""
@@ -137,7 +142,10 @@ class Classes:
             rows = self.within[task]
             able = [label for label in rows if len(rows[label]) >= rows_each]
             chosen = [able[i] for i in rng.choice(len(able), labelling.ways, replace=False)]
-        chosen = sorted(chosen) if labelling.words == "given" else [chosen[i] for i in rng.permutation(len(chosen))]
+        if labelling.words == "given":
+            chosen = sorted(chosen, key=int if self.numbers else str)
+        else:
+            chosen = [chosen[i] for i in rng.permutation(len(chosen))]
         if getattr(encoding, "objective", None) in HEADS:
             labels: list[Any] = list(range(len(chosen)))
         elif labelling.words == "letters":

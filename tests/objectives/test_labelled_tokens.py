@@ -3,8 +3,9 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny_models import VOCAB, random_rows, tiny_base
+from tiny_models import VOCAB, random_rows, tiny, tiny_base
 
+from meta_peft import AdapterLoss, MetaPeftError
 from meta_peft.objectives import labelled_tokens
 from meta_peft.objectives.causal_lm import CAUSAL_LM
 from meta_peft.types import Rows
@@ -77,3 +78,14 @@ def test_predicted_tokens_stand_where_the_labels_do(model, head):
     expected = torch.full_like(rows.labels_BL, -100)
     expected[:, 1:] = likeliest[:, :-1].where(labelled[:, 1:], -100)
     assert torch.equal(predicted, expected)
+
+
+def test_a_task_without_labels_is_refused():
+    """Its loss would be no number, its gradient 0, and its rows would count as right."""
+    model, rows = tiny(), random_rows(n_tasks=2, per_task=2)
+    rows.labels_BL[2:] = -100
+    with pytest.raises(MetaPeftError, match="Task 1 of a stack of 2 has no label"):
+        AdapterLoss(model)(dict(AdapterLoss(model).weights.parameters()), rows)
+    rows.labels_BL[2:, 0] = 3  # which no token comes before
+    with pytest.raises(MetaPeftError, match="Task 1 of a stack of 2 has no label"):
+        AdapterLoss(model).scores(dict(AdapterLoss(model).weights.parameters()), rows)

@@ -49,3 +49,22 @@ def test_an_encoder_under_a_head_for_next_tokens(kind: str):
         objective_for(model(is_decoder=False))
     assert objective_for(model(is_decoder=True)) is OBJECTIVES["causal_lm"]
     assert objective_for(model(is_decoder=False), "masked_lm") is OBJECTIVES["masked_lm"]
+
+
+@pytest.mark.parametrize("kind", ["rembert", "roformer", "megatron-bert", "xlm"])
+def test_an_encoder_whose_attention_does_not_say_what_it_sees(kind: str):
+    sizes = {"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1, "intermediate_size": 16}
+    small = {"emb_dim": 16, "n_heads": 2, "n_layers": 1} if kind == "xlm" else sizes
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, vocab_size=10, **small))
+    with pytest.raises(MetaPeftError, match="sees the tokens that it is to predict"):
+        objective_for(model, "causal_lm")
+
+
+def test_a_decoder_that_was_made_to_see_ahead():
+    base = base_of("llama")
+    base.config.use_bidirectional_attention = True
+    try:
+        with pytest.raises(MetaPeftError, match="sees the tokens that it is to predict"):
+            objective_for(base)
+    finally:
+        del base.config.use_bidirectional_attention

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from test_heads import model_of, rows_of
@@ -34,3 +36,16 @@ def test_a_decoder_remembers_no_keys():
     assert without_cache(tiny_base()) == {"use_cache": False}
     config = AutoConfig.for_model("bert", hidden_size=8, num_attention_heads=1, num_hidden_layers=1)
     assert without_cache(AutoModelForSequenceClassification.from_config(config)) == {}
+
+
+@pytest.mark.parametrize("filling", [0, 5])
+def test_whatever_rows_are_padded_with_a_decoder_reads_their_last_token(filling: int):
+    """It looks for the last token that is not its own padding, whatever the mask says."""
+    model, rows = model_of("llama").get_base_model().eval(), rows_of("llama")
+    assert model.config.pad_token_id != filling
+    expected = SEQUENCE_CLASSIFICATION.loss_per_task(model, None, rows)
+    n = len(rows.labels_BL)
+    more = {"input_ids": torch.full((n, 3), filling), "attention_mask": torch.zeros(n, 3, dtype=torch.long)}
+    padded = {name: torch.cat([rows.inputs[name], more[name]], 1) for name in more}
+    found = SEQUENCE_CLASSIFICATION.loss_per_task(model, None, replace(rows, inputs=padded))
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=0)

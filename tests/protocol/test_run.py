@@ -310,6 +310,30 @@ def test_what_is_there_is_not_measured_again(tmp_path: Path, whole: tuple[Path, 
         compared(folder, protocol={"starts": ["plain", "meta"]}, inner_steps=2)
 
 
+@pytest.mark.parametrize("other", ["answers", "an option"])
+def test_what_is_there_of_other_rows_or_options_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, other: str):
+    """Once as many rows with other answers, or another outer optimizer, went into one verdict with it."""
+    compared(tmp_path, protocol={"starts": ["plain"]})
+    options = {}
+    if other == "an option":
+        options["weight_decay"] = 0.5
+    else:
+        real = letter_rows
+        monkeypatch.setattr(
+            "surface.letter_rows", lambda letter, n=8: [row | {"target": "z"} for row in real(letter, n)]
+        )
+    with pytest.raises(MetaPeftError, match="was measured with other options or other data"):
+        compared(tmp_path, protocol={"starts": ["plain", "meta"]}, **options)
+
+
+def test_what_cannot_be_drawn_is_not_trained_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Without matplotlib the whole training was done, and then its tuned rates were lost."""
+    monkeypatch.setattr("meta_peft.report.find_spec", lambda name: None)
+    with pytest.raises(MetaPeftError, match="needs matplotlib"):
+        compared(tmp_path, protocol={"starts": ["plain"]})
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_report_without_measuring(tmp_path: Path):
     with pytest.raises(MetaPeftError, match="nothing measured"):
         compared(tmp_path, protocol={"measure": False})

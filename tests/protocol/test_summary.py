@@ -30,6 +30,7 @@ def cell(start: str, score: tuple[float, float], seed: int = 0, task_count: int 
         "score": rows,
         "at": 10,
         "cost": COST,
+        "protocol": PROTOCOL,
     }
     values |= {"loss": (1 - np.array(rows)).tolist(), "calibration": [COUNTS] * len(steps), "metric": "exact_match"}
     return Found(Cell(seed, start, task_count), **(values | changes))

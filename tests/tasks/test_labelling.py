@@ -175,3 +175,15 @@ def test_labels_numbered_within_each_task():
     tasks = numbered_within(TaskSet.from_rows(rows))
     assert {t: [row["label"] for row in tasks.rows(t)] for t in tasks.names} == {"a": [1, 2, 2, 0], "b": [1, 2, 2, 0]}
     assert [row["text"] for row in tasks.rows("b")] == ["b0", "b1", "b2", "b3"]
+
+
+def test_numbers_for_a_head_are_in_the_order_of_whole_numbers():
+    """Not of their digits, by which 10 comes before 2: a head is adapted to the numbers as they are."""
+    letters = "abcdefghijkl"
+    rows = [{"text": c + other, "label": i, "domain": "one"} for i, c in enumerate(letters) for other in "mno"]
+    head = Encoding("sequence_classification", PromptFormat(), tiny_tokenizer(), 32, Facts(num_labels=12))
+    drawn = episodes("given", TaskSet.from_rows(rows, "domain").encoded(head), ways=12, length=3)
+    for episode in (drawn[i] for i in range(3)):
+        for row in episode.support + episode.query:
+            text = head.tokenizer.decode(row["input_ids"], skip_special_tokens=True)
+            assert row["labels"] == [letters.index(text[0])]

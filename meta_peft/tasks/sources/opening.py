@@ -57,6 +57,18 @@ def from_rows(rows: Iterable[Mapping[str, Any]]) -> Dataset:
     return Dataset(table) if len(table) else uncached([])
 
 
+def rows_of_task(rows: Any) -> list[Mapping[str, Any]]:
+    """The rows of one task as they are learned: classes that a dataset keeps as numbers by their names.
+
+    Raises:
+        MetaPeftError: these are no rows.
+    """
+    if isinstance(rows, (str, Mapping)):
+        raise MetaPeftError(f"Expected the rows of a task, got {shown(rows)}: give a list of rows, or a dataset.")
+    named = name_classes(rows.features if isinstance(rows, (Dataset, IterableDataset)) else None)
+    return [named(dict(row)) for row in _objects(_first_seen(rows))]
+
+
 def streamed(stream: IterableDataset, max_rows: int | None = None) -> Dataset:
     """The rows of a stream, at most `max_rows` of them, written to disk once."""
     for column, kind in (stream.features or {}).items():
@@ -194,13 +206,19 @@ def _from_mapping(tasks: Mapping[str, Any], task_column: str) -> Dataset:
     if tasks and all(isinstance(table, Dataset) for table in tasks.values()):
         tables = []
         for name, table in tasks.items():
+            inside = table.unique(task_column) if task_column in table.column_names else []
+            if len(inside) > 1:
+                raise MetaPeftError(
+                    f"The dataset {str(name)!r} holds several tasks of its own ({shown(inside[:5])}), and in a mapping each"
+                    " dataset is one task: give one dataset of all rows, or rename or remove its task column."
+                )
             table = table.remove_columns([c for c in table.column_names if c == task_column])
             tables.append(table.add_column(task_column, [str(name)] * len(table)))
         try:
             return concatenate_datasets(tables)
         except (ValueError, TypeError) as error:
             raise no_table(f"the datasets of the tasks differ: {shown(str(error))}") from error
-    return from_rows([{**row, task_column: name} for name, rows in tasks.items() for row in rows])
+    return from_rows([{**row, task_column: name} for name, rows in tasks.items() for row in rows_of_task(rows)])
 
 
 def _first_seen(rows: Any) -> Any:

@@ -150,3 +150,11 @@ def test_sounds_are_beside_the_file_that_names_them(tmp_path: Path):
     rows = [{"audio": "clips/a.wav", "text": "x"}, {"audio": "elsewhere.wav", "text": "y"}]
     found = opened(jsonl(tmp_path / "x.jsonl", rows))["audio"]
     assert list(found) == [str((tmp_path / "clips" / "a.wav").resolve()), "elsewhere.wav"]
+
+
+def test_a_mapping_of_datasets_that_hold_tasks_of_their_own_is_refused():
+    """As a trainer's sets to evaluate on: each would become one task, of rows that contradict each other."""
+    table = Dataset.from_list([{"task": t, "input": f"{t}{n}", "target": t} for t in "ab" for n in range(2)])
+    with pytest.raises(MetaPeftError, match="'seen' holds several tasks of its own"):
+        opened({"seen": table})
+    assert len(opened({"a": table.filter(lambda row: row["task"] == "a")})) == 2
