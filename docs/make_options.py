@@ -59,7 +59,8 @@ INHERITED = """### What is inherited
 | `push_to_hub`, `hub_model_id` | Push the adapter to the hub. |
 | `use_cpu` | Stay on the CPU where there is a GPU. |
 
-`fp16`, `torch_compile`, `remove_unused_columns`, `fsdp` and `deepspeed` are refused: see
+`fp16`, `bf16`, `num_train_epochs`, `label_smoothing_factor`, `neftune_noise_alpha`, `torch_compile`,
+`remove_unused_columns`, `fsdp` and `deepspeed` are refused: see
 [limits](limits.md).
 """
 
