@@ -11,18 +11,12 @@ from torch import nn
 
 from meta_peft import hub
 from meta_peft.adapt_stacks import Adapted, Examples, adapted_stacks, check_hold_back, encoded_support
+from meta_peft.adapter_files import TEXTS
 from meta_peft.errors import MetaPeftError
 from meta_peft.fast_weights import FastWeights
 
 # What PEFT or a file changes of a config without another result.
-NOT_OF_THE_PLACEMENT = (
-    "inference_mode",
-    "modules_to_save",
-    "base_model_name_or_path",
-    "revision",
-    "auto_mapping",
-    "peft_version",
-)
+NOT_OF_THE_PLACEMENT = (*TEXTS, "inference_mode", "modules_to_save", "auto_mapping")
 
 
 def adapt(
@@ -62,12 +56,7 @@ def adapt(
 
 def _placement(config: Any) -> dict[str, Any]:
     """Where an adapter's matrices are and what they are multiplied by."""
-    own = {**config.to_dict(), "target_modules": sorted(_texts(config.target_modules))}
-    return {key: value for key, value in own.items() if key not in NOT_OF_THE_PLACEMENT}
-
-
-def _texts(names: Any) -> list[str]:
-    return [names] if isinstance(names, str) else list(names or ())
+    return {key: value for key, value in config.to_dict().items() if key not in NOT_OF_THE_PLACEMENT}
 
 
 def adapt_many(

@@ -32,7 +32,7 @@ from meta_peft.objectives import objective_for, objective_name
 from meta_peft.objectives.labelled_tokens import TaskScores, without_cache
 from meta_peft.ops.lora_linear import is_plain
 from meta_peft.padding import TokenPositions
-from meta_peft.rotary_length import check_length
+from meta_peft.rotary_length import check_length, longest
 from meta_peft.shared_prompt import SharedPrompt, reads_on
 from meta_peft.slow_prefix import AboveSlow, below_first
 from meta_peft.task_rows import RowsRearrangedError, TasksApart, rows_in_place
@@ -74,6 +74,7 @@ class AdapterLoss:
         adapter = self.weights.adapter
         self._positions = TokenPositions()
         self._one_input = base.config.model_type in ONE_INPUT
+        self._longest = longest(base.config)
         self._forwards = fast_forwards(model, adapter, self._positions)
         self._checkpoint = checkpoint
         below_head = [name for name in self.weights.parameters() if is_lora(name)]
@@ -133,9 +134,9 @@ class AdapterLoss:
         For scores and likelihoods at the same weights, without gradients. A row's first label needs a token of the row in
         front of it. No tokens change nothing.
         """
-        own = self.weights.parameters()
-        assert all(value.dim() == own[name].dim() for name, value in adapter.items()), "a prompt is read for one task"
         if tokens:
+            own = self.weights.parameters()
+            assert all(value.dim() == own[name].dim() for name, value in adapter.items()), "a prompt is for one task"
             with self._forwards_in_place(adapter, False):
                 self._behind = SharedPrompt(self._base, tokens, next(iter(adapter.values())).device)
         try:
@@ -232,7 +233,7 @@ class AdapterLoss:
         self, measure: Callable[[Rows], Measured], adapter: Params, rows: Rows, *, all_layers: bool = False
     ) -> list[Measured]:
         """What `measure` returns for all tasks at once, or for one after the other."""
-        check_length(self._base, rows)
+        check_length(*self._longest, rows)
         own = self.weights.parameters()
         stacked = {name for name, value in adapter.items() if value.dim() > own[name].dim()}
         if not stacked or (self._at_once and rows.n_tasks > 1):

@@ -264,6 +264,32 @@ def new_model(args: ModelArguments, seed: int) -> PeftModel:
     return with_adapter(base, lora_config(args, objective_name(base)))
 
 
+def peft_model_of(model: Any, peft_config: LoraConfig | None, seed: int) -> PeftModel:
+    """What a user gives as a model: a `PeftModel` as it is; another model, or the name of one, with a new adapter.
+
+    Raises:
+        MetaPeftError: where LoRA goes is said twice or not at all, or for another kind of model.
+    """
+    from transformers.trainer_utils import set_seed
+
+    if isinstance(model, PeftModel):
+        if peft_config is not None:
+            raise MetaPeftError("The model is a PeftModel already: leave peft_config out, or give the base model.")
+        return model
+    if peft_config is None:
+        raise MetaPeftError("Where LoRA goes is not said: give peft_config=LoraConfig(...), or a PeftModel.")
+    named = ModelArguments(str(model)) if isinstance(model, (str, Path)) else None
+    objective = objective_of(named) if named else objective_name(model)
+    task_type = getattr(peft_config.task_type, "value", peft_config.task_type)
+    if task_type in {kind.task_type for kind in KINDS.values()} - {None, KINDS[objective].task_type}:
+        raise MetaPeftError(
+            f"task_type={task_type!r} does not fit {model if named else 'the model'}, which is for {objective}: load"
+            f" the model with the class that fits, or set task_type={KINDS[objective].task_type!r}."
+        )
+    set_seed(seed)  # of the LoRA A matrices, and of a head
+    return with_adapter(load_base(named) if named else model, peft_config)
+
+
 def _materialise(model: PeftModel, config: LoraConfig) -> None:
     """PEFT puts the LoRA matrices of an offloaded layer where its weight is, which is nowhere: start them anew, here."""
     for _, layer in lora_layers(model, "default"):

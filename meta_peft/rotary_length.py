@@ -13,9 +13,8 @@ from meta_peft.errors import MetaPeftError
 from meta_peft.types import Rows
 
 
-def check_length(base: Any, rows: Rows) -> None:
-    """Raise if rows are so long that what one costs depends on others."""
-    most, kind = longest(base.config)
+def check_length(most: int | None, kind: str, rows: Rows) -> None:
+    """Raise if rows are so long that what one costs depends on others; `most` and `kind` are from `longest`."""
     length = rows.labels_BL.shape[-1] if "input_ids" not in rows.inputs else rows.inputs["input_ids"].shape[-1]
     if most is not None and length > most:
         raise MetaPeftError(

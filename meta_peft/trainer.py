@@ -15,24 +15,22 @@ from typing import Any
 
 import numpy as np
 import torch
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 from transformers.trainer_callback import ProgressCallback
-from transformers.trainer_utils import set_seed
 
 from meta_peft.adapter_loss import AdapterLoss
 from meta_peft.adapter_record import AdapterRecord
 from meta_peft.base_identity import BaseIdentity
-from meta_peft.base_model import agree_on_padding, load_base, load_tokenizer, objective_of, with_adapter
+from meta_peft.base_model import agree_on_padding, load_tokenizer, peft_model_of
 from meta_peft.card import CardResults
-from meta_peft.config import MetaLoraConfig, ModelArguments
+from meta_peft.config import MetaLoraConfig
 from meta_peft.errors import MetaPeftError
 from meta_peft.evaluate import Start, curve
 from meta_peft.frozen_cache import FrozenCache
 from meta_peft.inner_optimizers.rule import RATES
-from meta_peft.model_kinds import KINDS
 from meta_peft.objectives import objective_name
 from meta_peft.outer_loop import LearnedRates, assign_gradient, bind
 from meta_peft.outer_step import OuterStep
@@ -105,7 +103,7 @@ class MetaTrainer(PushingTrainer):
             episodes_of(tasks, args.labelling()).check_rows(args.shots, args.query_size)
             if eval_tasks is not None:
                 tasks.check_disjoint(eval_tasks)
-        peft_model = _peft_model(model, peft_config, args.seed)
+        peft_model = peft_model_of(model, peft_config, args.seed)
         self.algorithm = args.algorithm_object()
         shares = args.world_size * args.gradient_accumulation_steps
         sharded = shard_as_asked(peft_model, self.algorithm, tasks_per_step=args.tasks_in_a_step, shares=shares)
@@ -443,22 +441,3 @@ class MetaTrainer(PushingTrainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         self.adapter_record.restore(Path(resume_from_checkpoint))
-
-
-def _peft_model(model: Any, peft_config: LoraConfig | None, seed: int) -> PeftModel:
-    if isinstance(model, PeftModel):
-        if peft_config is not None:
-            raise MetaPeftError("The model is a PeftModel already: leave peft_config out, or give the base model.")
-        return model
-    if peft_config is None:
-        raise MetaPeftError("Where LoRA goes is not said: give peft_config=LoraConfig(...), or a PeftModel.")
-    named = ModelArguments(str(model)) if isinstance(model, (str, Path)) else None
-    objective = objective_of(named) if named else objective_name(model)
-    task_type = getattr(peft_config.task_type, "value", peft_config.task_type)
-    if task_type in {kind.task_type for kind in KINDS.values()} - {None, KINDS[objective].task_type}:
-        raise MetaPeftError(
-            f"task_type={task_type!r} does not fit {model if named else 'the model'}, which is for {objective}: load"
-            f" the model with the class that fits, or set task_type={KINDS[objective].task_type!r}."
-        )
-    set_seed(seed)  # of the LoRA A matrices, and of a head
-    return with_adapter(load_base(named) if named else model, peft_config)
