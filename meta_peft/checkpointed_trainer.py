@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from abc import ABC, abstractmethod
 from functools import partial
 from pathlib import Path
@@ -24,6 +25,7 @@ class CheckpointedTrainer(Trainer, ABC):
     optimizer: Any  # a torch optimizer, None until training starts
     lr_scheduler: Any
     control: Any
+    started = 0.0  # when the run began, in seconds since 1970; one that is gone on with began when it first did
 
     @abstractmethod
     def _trained(self) -> list[Tensor]:
@@ -36,6 +38,10 @@ class CheckpointedTrainer(Trainer, ABC):
     @abstractmethod
     def _go_on(self, progress: dict[str, Any]) -> None:
         """Take up what `_progress` gave."""
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        self.started = time.time()
+        return super().train(*args, **kwargs)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         random = group.gathered_objects(training_state.random_numbers())
@@ -51,7 +57,7 @@ class CheckpointedTrainer(Trainer, ABC):
                 output_dir=str(parent),
                 save_total_limit=self.args.save_total_limit,
                 best_model_checkpoint=self.state.best_model_checkpoint,
-                use_mtime=False,
+                use_mtime=True,  # a checkpoint of an earlier run may have a higher step, and would outlive ours
             )
         group.gathered_objects(None)  # until it is there for all of them
         if self.args.push_to_hub:
@@ -64,6 +70,7 @@ class CheckpointedTrainer(Trainer, ABC):
                 "optimizer": self.optimizer.state_dict(),
                 "schedule": self.lr_scheduler.state_dict(),
                 "random": random,
+                "started": self.started,
                 **self._progress(),
             }
             training_state.save(folder, values)
@@ -80,6 +87,7 @@ class CheckpointedTrainer(Trainer, ABC):
         if checkpoint is None:
             return
         values = training_state.load(Path(checkpoint))
+        self.started = training_state.started(Path(checkpoint))
         self.optimizer.load_state_dict(values["optimizer"])
         self.lr_scheduler.load_state_dict(values["schedule"])
         self._go_on(values)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import sys
@@ -431,6 +432,23 @@ def test_a_checkpoint_of_another_base_is_refused(tmp_path: Path):
     checkpoints.seal(sidecar.parent)
     with pytest.raises(MetaPeftError, match="load the base model the adapter belongs to"):
         trainer(tmp_path, max_steps=2).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+
+
+def test_another_run_in_the_folder_with_a_higher_step(tmp_path: Path):
+    """Once it was resumed instead of the run that was stopped, whose checkpoints `save_total_limit` removed."""
+    saves = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 1}
+    earlier, kept = tmp_path / "checkpoint-4", tmp_path / "kept"
+    trainer(tmp_path, max_steps=4, learning_rate=0.1, **saves).train()
+    shutil.copytree(earlier, kept)
+    os.utime(earlier, (1, 1))
+    trainer(tmp_path, max_steps=1, **saves).train()
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-1"]
+
+    shutil.copytree(kept, earlier)
+    resumed, whole = trainer(tmp_path, max_steps=3), trainer(tmp_path, max_steps=3)
+    resumed.train(resume_from_checkpoint=True)
+    whole.train()
+    assert bits(weights(resumed)) == bits(weights(whole))
 
 
 def test_the_best_checkpoint_comes_back(tmp_path: Path):

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from meta_peft import digests
 from meta_peft.errors import MetaPeftError
+from meta_peft.survival import training_state
 
 logger = logging.getLogger("meta_peft")
 
@@ -105,9 +106,12 @@ def to_resume(asked: str | bool | None, parent: Path, *, restarted: bool) -> Pat
 
 
 def newest_whole(parent: Path) -> Path | None:
-    """The checkpoint of the highest step in `parent` that is whole; the log says which newer ones are not."""
+    """The whole checkpoint of the highest step, of the run in `parent` that began last.
+
+    The log says which newer ones are not whole.
+    """
     named = [(int(match[1]), path) for path in _folders(parent) if (match := NAME.fullmatch(path.name))]
-    for _, folder in sorted(named, reverse=True):
+    for _, _, folder in sorted(((training_state.started(path), step, path) for step, path in named), reverse=True):
         try:
             check(folder)
         except MetaPeftError as error:

@@ -47,6 +47,14 @@ def load(folder: Path) -> dict[str, Any]:
     return values
 
 
+def started(folder: Path) -> float:
+    """When the run of a checkpoint began, in seconds since 1970; 0 where it does not say."""
+    try:
+        return float(dict(json.loads((folder / JSON).read_text(encoding="utf-8"))["dict"])["started"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0.0
+
+
 def random_numbers() -> dict[str, Any]:
     """The state of every generator that a process draws from."""
     version, numbers, gauss = random.getstate()
