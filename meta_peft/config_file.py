@@ -95,7 +95,7 @@ def _read(path: str, known: set[str]) -> dict[str, Any]:
     if not Path(path).is_file():
         raise MetaPeftError(f"There is no config file {path!r}.")
     try:
-        values = yaml.load(Path(path).read_text(encoding="utf-8"), _WithoutAliases) or {}
+        values = yaml.load(Path(path).read_text(encoding="utf-8"), _Strict) or {}
     except Exception as error:  # a tag such as !!int raises whatever Python makes of its value
         raise MetaPeftError(f"{path} is not YAML: {error}") from error
     if not isinstance(values, dict):
@@ -109,13 +109,21 @@ def _read(path: str, known: set[str]) -> dict[str, Any]:
     return values
 
 
-class _WithoutAliases(yaml.SafeLoader):
-    """A few lines of aliases of aliases stand for more values than any memory holds, and options need none."""
+class _Strict(yaml.SafeLoader):
+    """No aliases: a few lines of aliases of aliases stand for more values than any memory holds, and options need none. No
+    key twice, of which the last one would count without a word."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
             raise yaml.YAMLError("aliases (*name) are not read here")
         return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for i, key in enumerate(keys):
+            if key in keys[:i]:
+                raise yaml.YAMLError(f"the key {shown(key)} is there twice")
+        return super().construct_mapping(node, deep=deep)
 
 
 def _as_words(key: str, value: Any) -> list[str]:

@@ -13,7 +13,7 @@ from meta_peft.config import MetaLoraConfig, TaskArguments
 from meta_peft.errors import MetaPeftError, did_you_mean
 from meta_peft.processes import group
 from meta_peft.tasks import TaskSet, translation
-from meta_peft.tasks.labelling import episodes_of
+from meta_peft.tasks.labelling import large_enough
 from meta_peft.tasks.leakage import check_leakage
 from meta_peft.tasks.self_supervised import self_supervised
 from meta_peft.tasks.sources import opened, opened_splits
@@ -69,10 +69,7 @@ def with_enough_rows(tasks: dict[str, TaskSet], task_args: TaskArguments, args: 
     labels, checked = args.labelling(), {}
     for split, of_split in tasks.items():
         query_size = args.query_size if split == "train" else 1
-        if task_args.small_tasks == "leave_out":
-            of_split = of_split.only(episodes_of(of_split, labels).enough(args.shots, query_size))
-        episodes_of(of_split, labels).check_rows(args.shots, query_size)
-        checked[split] = of_split
+        checked[split] = of_split = large_enough(of_split, labels, args.shots, query_size, task_args.small_tasks)
         said = [f"{n} {WORDS[name]}" for name, n in of_split.found.items() if n and name in WORDS]
         if said:
             logger.info("%s: %s.", split, ", ".join(said))

@@ -150,6 +150,29 @@ def test_a_task_that_fails_is_reported_by_the_exit_code(tmp_path: Path, capsys: 
     assert "small" in json.loads((output / "failed.json").read_text())
 
 
+def test_rows_and_tasks_that_are_of_no_use(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """What the messages advise, the commands take."""
+    empty = [{"input": "a", "target": ""}]
+    rows = {"good": letter_rows("p") + empty, "small": letter_rows("m")[:1]}
+    file, output = str(write_jsonl(tmp_path / "tasks.jsonl", rows)), tmp_path / "adapted"
+    adapting = ["adapt", "--adapter", meta(), "--support", file, "--output", str(output), "--task-column", "task"]
+    assert "leave such rows out with empty_rows: leave_out" in message(capsys, adapting)
+    assert main([*adapting, "--empty-rows", "leave_out"]) == 0
+    assert {path.name for path in output.iterdir()} == {"good", "small"}
+    capsys.readouterr()
+    evaluating = ["evaluate", "--adapter", meta(), "--tasks", file, "--steps", "1"]
+    assert "leave such rows out with empty_rows: leave_out" in message(capsys, evaluating)
+    evaluating += ["--empty-rows", "leave_out"]
+    assert "leave the task out (small_tasks: leave_out)" in message(capsys, evaluating)
+    capsys.readouterr()
+    shown = []
+    for seed in ("0", "0", "1"):
+        assert main([*evaluating, "--small-tasks", "leave_out", "--seed", seed]) == 0
+        shown.append(capsys.readouterr().out)
+    assert "Tasks: 1, 2 examples and 6 questions each." in shown[0]
+    assert shown[0] == shown[1] != shown[2]
+
+
 @pytest.mark.parametrize("option", ["--load-in-4bit", "--load-in-8bit", "--dtype=bfloat16"])
 def test_adapt_on_a_base_of_another_precision(tmp_path: Path, support: Path, option: str, capsys):
     words = ["--adapter", meta(), "--support", str(support), "--output", str(tmp_path / "a")]
@@ -458,6 +481,7 @@ def test_words_that_cannot_be_used(words: list[str], expected: str, capsys: pyte
         ({"--steps": "-1"}, "steps must be a whole number from 0 to 1000000; got -1."),
         ({"--hold-back": "2.5"}, "or a whole number of them; got 2.5"),
         ({"--hold-back": "some"}, "Argument --hold-back:"),
+        ({"--empty-rows": "leave_out"}, "--empty-rows goes with --task-column"),
         ({"--steps": "many"}, "Argument --steps: invalid int value: 'many'"),
         ({"--task-column": "family"}, "Expected a column 'family' that names the task of each row"),
         ({"--dtype": "float16"}, "dtype=float16 is refused"),
@@ -483,6 +507,8 @@ def test_adapt_errors(tmp_path: Path, support: Path, change: dict[str, str], exp
         (["--steps", "0", "-1"], "--steps must be 0 or more; got -1."),
         (["--tasks-per-forward", "0"], "--tasks-per-forward must be 1 or more; got 0."),
         (["--max-new-tokens", "0"], "--max-new-tokens must be 1 or more; got 0."),
+        (["--seed", "-1"], "--seed must be 0 or more; got -1."),
+        (["--small-tasks", "leave"], "--small-tasks must be one of error, leave_out; got 'leave'."),
         (["--metric", "acuracy"], "got 'acuracy'. Did you mean 'accuracy'?"),
         (["--choice-score", "max"], "--choice-score must be one of sum, mean; got 'max'."),
         (["--task-column", "family"], "Expected a column 'family'"),

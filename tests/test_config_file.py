@@ -156,6 +156,7 @@ def test_the_recipe_s_configs_are_good():
         ("count: [", r"options.yaml is not YAML: (?s:.*)line 1"),
         ("\tcount: 3", "is not YAML"),
         ("count: &a [*a]", r"aliases \(\*name\) are not read here"),
+        ("count: 3\ntext: a\ncount: 4", "is not YAML: the key 'count' is there twice"),
         ("count: 2024-13-45", "is not YAML: month must be in 1..12"),
         ("count: !!int x", "is not YAML: invalid literal"),
         ("count: !!timestamp x", "is not YAML"),

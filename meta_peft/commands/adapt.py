@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from meta_peft.commands.model_options import add_model_options, load_model
+from meta_peft.commands.model_options import add_empty_rows, add_model_options, load_model
 from meta_peft.errors import MetaPeftError
 
 ABOUT = "Adapt to one task, or to each task of a file."
@@ -31,13 +31,18 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, metavar="N", help="gradient steps (as in meta-training)")
     held = "examples that tell when to stop: a share of them, or how many (0)"
     parser.add_argument("--hold-back", type=_share_or_rows, default=0.0, metavar="X", help=held)
+    add_empty_rows(parser)
     parser.add_argument("--tasks-per-forward", type=int, default=8, metavar="N", help="tasks adapted to at once (8)")
 
 
 def run(options: argparse.Namespace) -> int:
     from meta_peft.adapt_stacks import check_hold_back
-    from meta_peft.checked import at_least
+    from meta_peft.checked import at_least, one_of
+    from meta_peft.tasks.row_index import LEAVE_OUT, LEFT_OUT_OR_NOT
 
+    one_of("--empty-rows", options.empty_rows, LEFT_OUT_OR_NOT)
+    if options.empty_rows == LEAVE_OUT and options.task_column is None:
+        raise MetaPeftError("--empty-rows goes with --task-column: of one task, remove what is empty from its file.")
     at_least("--tasks-per-forward", options.tasks_per_forward, 1)
     check_hold_back(options.hold_back)
     return _one(options) if options.task_column is None else _each(options)
@@ -72,7 +77,7 @@ def _each(options: argparse.Namespace) -> int:
     from meta_peft.folder_of_adapters import FAILED, Made, adapt_folder
     from meta_peft.tasks import TaskSet
 
-    tasks = TaskSet.of(options.support, options.task_column)
+    tasks = TaskSet.of(options.support, options.task_column, empty_rows=options.empty_rows)
     model = load_model(options)
     with tqdm(total=len(tasks), desc="adapting", unit="task", disable=None) as bar:
 

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from meta_peft.commands.model_options import add_model_options, load_model
+from meta_peft.commands.model_options import add_empty_rows, add_model_options, load_model
 from meta_peft.commands.run_options import run_options, show_help
 from meta_peft.errors import MetaPeftError
 
@@ -48,6 +48,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-new-tokens", type=int, metavar="N", help="where a generated answer is cut")
     parser.add_argument("--choice-score", default="sum", metavar="HOW", help="choices rank by sum or mean (sum)")
     parser.add_argument("--tasks-per-forward", type=int, default=8, metavar="N", help="tasks evaluated at once (8)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="which rows are support rows (0)")
+    add_empty_rows(parser)
+    small = "tasks with too few rows: error or leave_out (error)"
+    parser.add_argument("--small-tasks", default="error", metavar="HOW", help=small)
     parser.add_argument("--output", metavar="DIR", help="also write table and plot here")
 
 
@@ -63,21 +67,24 @@ def run(options: argparse.Namespace) -> int:
     from meta_peft.scoring import CHOICE_SCORES, scorer_for
     from meta_peft.tasks import TaskSet
     from meta_peft.tasks.held_out import held_out
-    from meta_peft.tasks.labelling import episodes_of, of_classes
+    from meta_peft.tasks.labelling import large_enough, of_classes
+    from meta_peft.tasks.row_index import LEFT_OUT_OR_NOT
 
     _check_numbers(options)
+    for option in ("empty_rows", "small_tasks"):
+        one_of(f"--{option}".replace("_", "-"), getattr(options, option), LEFT_OUT_OR_NOT)
     one_of("--choice-score", options.choice_score, CHOICE_SCORES)
     if options.metric is not None:
         metric_named(options.metric)
     if options.task_column is not None:  # what is wrong with the file is known before the model is loaded
-        TaskSet.of(options.tasks, options.task_column)
+        TaskSet.of(options.tasks, options.task_column, empty_rows=options.empty_rows)
     model = load_model(options)
     learned = meta_learned(model)
     sidecar = learned.sidecar
     judged, shots = sidecar.judged, sidecar.shots if options.shots is None else options.shots
-    tasks = TaskSet.of(options.tasks, options.task_column or judged.task_column)
-    episodes_of(tasks, judged.labelling).check_rows(shots, 1)
-    episodes = held_out(tasks.encoded(learned.encoding), shots=shots, labels=judged.labelling)
+    tasks = TaskSet.of(options.tasks, options.task_column or judged.task_column, empty_rows=options.empty_rows)
+    tasks = large_enough(tasks, judged.labelling, shots, 1, options.small_tasks)
+    episodes = held_out(tasks.encoded(learned.encoding), shots=shots, seed=options.seed, labels=judged.labelling)
     collate = learned.encoding.collator()
     loss_fn = AdapterLoss(model, second_order=False)
     scorer = scorer_for(
@@ -119,6 +126,7 @@ def _check_numbers(options: argparse.Namespace) -> None:
     for option, values, least in (
         ("--shots", [] if options.shots is None else [options.shots], 1),
         ("--steps", options.steps, 0),
+        ("--seed", [options.seed], 0),
         ("--tasks-per-forward", [options.tasks_per_forward], 1),
         ("--max-new-tokens", [] if options.max_new_tokens is None else [options.max_new_tokens], 1),
     ):

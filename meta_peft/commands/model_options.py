@@ -1,4 +1,4 @@
-"""The options of commands that load an adapter with its base model."""
+"""The options of commands that load an adapter with its base model, and read tasks."""
 
 from __future__ import annotations
 
@@ -12,6 +12,11 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--load-in-4bit", action="store_true", help="quantise the base to 4 bits")
     parser.add_argument("--load-in-8bit", action="store_true", help="quantise the base to 8 bits")
     parser.add_argument("--dtype", default="float32", metavar="NAME", help="of the base: float32 or bfloat16 (float32)")
+
+
+def add_empty_rows(parser: argparse.ArgumentParser) -> None:
+    empty = "rows without input, answer or task: error or leave_out (error)"
+    parser.add_argument("--empty-rows", default="error", metavar="HOW", help=empty)
 
 
 def load_model(options: argparse.Namespace) -> Any:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from meta_peft.checked import at_least, is_number, one_of
 from meta_peft.errors import MetaPeftError
+from meta_peft.tasks.row_index import LEFT_OUT_OR_NOT
 from meta_peft.tasks.self_supervised import KINDS as SELF_SUPERVISED
 
 
@@ -87,7 +88,7 @@ class TaskArguments:
             if isinstance(given, list) and len(given) == 1:
                 setattr(self, option, given[0])  # one path is a path, as it is written in Python
         for option in ("empty_rows", "small_tasks"):
-            one_of(option, getattr(self, option), ("error", "leave_out"))
+            one_of(option, getattr(self, option), LEFT_OUT_OR_NOT)
         if self.self_supervised is not None:
             one_of("self_supervised", self.self_supervised, SELF_SUPERVISED)
             if self.source_lang or self.target_lang:

@@ -20,6 +20,7 @@ import numpy as np
 from meta_peft.checked import one_of
 from meta_peft.errors import MetaPeftError
 from meta_peft.tasks.prompt import INPUT_TARGET, example_columns
+from meta_peft.tasks.row_index import LEAVE_OUT
 from meta_peft.tasks.task_set import TaskSet
 
 LABEL_WORDS = ("given", "permuted", "letters")
@@ -160,6 +161,20 @@ class Classes:
 def episodes_of(tasks: TaskSet, labels: Labelling | None) -> TaskSet | Classes:
     """What episodes are drawn of: tasks, or with `labels` classes. Both say which are large enough for an episode."""
     return tasks if labels is None else labels.classes(tasks)
+
+
+def large_enough(
+    tasks: TaskSet, labels: Labelling | None, shots: int, query_size: int, small_tasks: str = "error"
+) -> TaskSet:
+    """The tasks, of all of which an episode can be drawn.
+
+    Raises:
+        MetaPeftError: one is too small, and ``small_tasks="leave_out"`` does not leave it out.
+    """
+    if small_tasks == LEAVE_OUT:
+        tasks = tasks.only(episodes_of(tasks, labels).enough(shots, query_size))
+    episodes_of(tasks, labels).check_rows(shots, query_size)
+    return tasks
 
 
 def numbered_within(tasks: TaskSet) -> TaskSet:

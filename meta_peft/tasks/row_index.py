@@ -20,7 +20,7 @@ from meta_peft.checked import shown
 from meta_peft.errors import MetaPeftError
 
 ROWS_AT_ONCE = 10_000
-LEAVE_OUT = "leave_out"
+ERROR, LEAVE_OUT = LEFT_OUT_OR_NOT = ("error", "leave_out")  # what becomes of rows, and tasks, that are of no use
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ def index_rows(
     example_columns: Sequence[str],
     needed: Sequence[str],
     *,
-    empty_rows: str = "error",
+    empty_rows: str = ERROR,
 ) -> RowIndex:
     """Group rows by the values of `task_columns`; repetitions of `example_columns` in a task are left out.
 

@@ -6,6 +6,7 @@ into a number and "NA" into nothing.
 
 from __future__ import annotations
 
+import codecs
 import csv
 import json
 from collections.abc import Iterator
@@ -51,11 +52,11 @@ def existing(path: str | Path) -> Path:
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
     """Numbered lines, which end at newlines only: `str.splitlines` would split at U+2028 inside a string too."""
-    start = 0
+    start, mark = 0, codecs.BOM_UTF8  # which some editors put at the beginning
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             try:
-                yield number, line.decode("utf-8")
+                yield number, (line.removeprefix(mark) if number == 1 else line).decode("utf-8")
             except UnicodeDecodeError as error:
                 at = start + error.start
                 raise MetaPeftError(
@@ -78,7 +79,7 @@ def _jsonl(path: Path) -> Iterator[Row]:
 def _json(path: Path) -> Iterator[Row]:
     """A list of objects, which is read as a whole; or, as is common too, an object a line."""
     with path.open("rb") as file:
-        first = file.read(1024).lstrip()[:1]
+        first = file.read(1024).removeprefix(codecs.BOM_UTF8).lstrip()[:1]
     if first != b"[":
         yield from _jsonl(path)
         return
@@ -99,8 +100,7 @@ def _checked(row: Any, where: str) -> Row:
 
 def _csv(path: Path, delimiter: str = ",") -> Iterator[Row]:
     """Every value is text, as it stands there."""
-    lines = (line.removeprefix("\ufeff") if number == 1 else line for number, line in _lines(path))
-    reader = csv.reader(lines, delimiter=delimiter, strict=True)
+    reader = csv.reader((line for _, line in _lines(path)), delimiter=delimiter, strict=True)
     header: list[str] = []
     try:
         for values in reader:

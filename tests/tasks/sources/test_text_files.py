@@ -24,6 +24,8 @@ def written(tmp_path: Path, name: str, content: str | bytes) -> Path:
         ("x.jsonl", "".join(json.dumps(row) + "\n" for row in ROWS)),
         ("x.json", json.dumps(ROWS, indent=1)),
         ("x.json", "".join(json.dumps(row) + "\n" for row in ROWS)),
+        ("x.jsonl", "\ufeff" + "".join(json.dumps(row) + "\n" for row in ROWS)),
+        ("x.json", "\ufeff" + json.dumps(ROWS)),
         ("x.csv", '\ufeffinput,target\r\n007,2024-03-05\r\n\r\nNA,"a, b"\r\n'),
         ("x.TSV", "input\ttarget\n007\t2024-03-05\nNA\ta, b\n"),
     ],
@@ -34,7 +36,7 @@ def test_every_value_is_what_stands_there(tmp_path: Path, name: str, content: st
 
 
 def test_text_has_a_row_for_each_line(tmp_path: Path):
-    assert list(rows_of_file(written(tmp_path, "x.txt", " one \n\ntwo\u2028three\n"))) == [
+    assert list(rows_of_file(written(tmp_path, "x.txt", "\ufeff one \n\ntwo\u2028three\n"))) == [
         {"text": "one"},
         {"text": "two\u2028three"},
     ]
