@@ -21,7 +21,7 @@ from meta_peft.checkpointing import checkpointed
 from meta_peft.errors import MetaPeftError
 from meta_peft.fast_attention import twice_differentiable_attention
 from meta_peft.fast_forwards import fast_forwards
-from meta_peft.fast_weights import FastWeights, head_modules, is_lora, lora_layers
+from meta_peft.fast_weights import FastWeights, alone_active, head_modules, is_lora, lora_layers
 from meta_peft.forwards import replaced_forwards
 from meta_peft.frozen_cache import FrozenCache
 from meta_peft.frozen_linear import dense_copies, quantised_layers
@@ -83,9 +83,9 @@ class AdapterLoss:
         self._cache: FrozenCache | None = None
         self._behind: SharedPrompt | None = None
         self._held: dict[Rows, Callable[[], AbstractContextManager[None]]] = {}
-        layers, heads = list(lora_layers(model, adapter)), list(head_modules(model, adapter))
-        self._adapted: list[tuple[str, nn.Module]] = [*layers, *heads]
-        self._pooled = frozenset([p for p, layer in layers if is_plain(layer, adapter)] + [p for p, _ in heads])
+        self._lora, heads = list(lora_layers(model, adapter)), list(head_modules(model, adapter))
+        self._adapted: list[tuple[str, nn.Module]] = [*self._lora, *heads]
+        self._pooled = frozenset([p for p, layer in self._lora if is_plain(layer, adapter)] + [p for p, _ in heads])
         self._at_once = all(map(_is_stackable, (head for _, head in heads)))
         self._apart = TasksApart()
 
@@ -286,8 +286,11 @@ class AdapterLoss:
 
     @contextmanager
     def _forwards_in_place(self, adapter: Params, second_order: bool) -> Iterator[None]:
+        for path, layer in self._lora:
+            preflight.check_in_use(path, layer)
         with ExitStack() as stack:
             stack.enter_context(evaluation_mode(self.model))
+            stack.enter_context(alone_active(self.model, self.weights.adapter))
             stack.enter_context(self.weights.installed(adapter))
             stack.enter_context(replaced_forwards(self._forwards))
             if second_order and torch.is_grad_enabled():

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -140,6 +140,27 @@ def head_modules(model: nn.Module, adapter: str) -> Iterator[tuple[str, nn.Modul
 def is_lora(name: str) -> bool:
     """Whether this is the name of a LoRA matrix (or of the magnitudes of DoRA), not of a head's weight."""
     return "lora_" in name.removesuffix(".weight").rpartition(".")[2]
+
+
+@contextmanager
+def alone_active(model: PeftModel, adapter: str) -> Iterator[None]:
+    """Inside this context PEFT's own forwards know `adapter` alone, whichever is the active one.
+
+    Unlike `set_adapter` it leaves alone what requires a gradient.
+    """
+    if list(model.active_adapters) == [adapter]:
+        yield
+        return
+    carry = [module for module in model.modules() if isinstance(module, (LoraLayer, ModulesToSaveWrapper))]
+    was: list[Any] = [module._active_adapter for module in carry]
+    try:
+        for module in carry:
+            heads = isinstance(module, ModulesToSaveWrapper)
+            module._active_adapter = [] if heads and adapter not in module.modules_to_save else [adapter]
+        yield
+    finally:
+        for module, names in zip(carry, was, strict=True):
+            module._active_adapter = names
 
 
 def active_adapter(model: PeftModel) -> str:

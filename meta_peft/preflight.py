@@ -11,6 +11,7 @@ from typing import Any
 import bitsandbytes as bnb
 import torch
 from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -44,6 +45,17 @@ def check_model(model: Any, *, second_order: bool) -> None:
     _check_head(model, adapter)
     _check_base(model.get_base_model(), second_order=second_order)
     _check_quantised(model)
+
+
+def check_in_use(path: str, layer: LoraLayer) -> None:
+    """Raise `MetaPeftError` if a LoRA layer is one in name alone: merged into its base, or switched off."""
+    if layer.merged:
+        raise MetaPeftError(f"The adapter is merged into {path}: call model.unmerge_adapter() first.")
+    if layer.disable_adapters:
+        raise MetaPeftError(
+            f"Adapters are switched off in {path}: call this outside of model.disable_adapter(), or switch them on with"
+            " model.base_model.enable_adapter_layers()."
+        )
 
 
 def say_once(message: str) -> None:
@@ -106,8 +118,7 @@ def _check_layers(model: PeftModel, adapter: str) -> None:
                 f"{path} has DoRA on an 8-bit layer, whose scales PEFT's own forward loses, so that the adapter could not"
                 " be used: load the base model in 4-bit or unquantised, or set use_dora=False."
             )
-        if layer.merged:
-            raise MetaPeftError(f"The adapter is merged into {path}: call model.unmerge_adapter() first.")
+        check_in_use(path, layer)
         if not isinstance(layer.get_base_layer(), ADAPTABLE):
             kind = type(layer.get_base_layer()).__name__
             raise MetaPeftError(

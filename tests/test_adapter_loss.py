@@ -5,6 +5,7 @@ import logging
 import pytest
 import torch
 from architectures import ARCHITECTURES, base_of, lora, rows_for
+from peft import LoraConfig
 from tiny_models import (
     QUANTISED,
     assert_equal,
@@ -14,7 +15,9 @@ from tiny_models import (
     random_rows,
     reference_model,
     tiny,
+    tiny_base,
     tolerance,
+    with_lora,
 )
 
 from meta_peft import preflight
@@ -140,6 +143,49 @@ def test_model_can_be_used_as_ever_afterwards():
     loss_fn = AdapterLoss(model)
     loss_fn(stack_of(loss_fn), rows)
     assert torch.equal(model(**rows.inputs).logits, before)
+
+
+# Where an adapter is, where another one is, and options of both: layers of the other alone, and ones that PEFT runs itself.
+TWO_ADAPTERS = {
+    "layers of the other": (["q_proj"], ["q_proj", "down_proj"], {}),
+    "an embedding": (["embed_tokens", "q_proj"], ["embed_tokens", "q_proj"], {}),
+    "DoRA": (["q_proj"], ["q_proj", "down_proj"], {"use_dora": True}),
+}
+
+
+@pytest.mark.parametrize("place", TWO_ADAPTERS)
+def test_another_adapter_is_active(place: str):
+    """Once the layers that PEFT runs itself ran with the other one, without a word."""
+    own, others, options = TWO_ADAPTERS[place]
+    model, rows = with_lora(tiny_base(layers=2), target_modules=own, **options), random_rows()
+    loss_fn = AdapterLoss(model)
+    stack = leaves(loss_fn.own())
+    expected = loss_fn(stack, rows)
+    gradient = gradients(expected.sum(), stack)
+    model.add_adapter("other", LoraConfig(r=3, target_modules=others, **options))
+    for name, parameter in model.named_parameters():
+        if "other" in name:
+            torch.nn.init.normal_(parameter)
+    model.set_adapter("other")
+    of_the_other = model(**rows.inputs).logits
+    losses = loss_fn(stack, rows)
+    assert_equal({"loss": losses, **gradients(losses.sum(), stack)}, {"loss": expected, **gradient}, 0)
+    assert model.active_adapters == ["other"]
+    assert torch.equal(model(**rows.inputs).logits, of_the_other)
+
+
+def test_an_adapter_that_is_merged_or_switched_off_is_refused():
+    """The base would be another one, or some layers run without the adapter and others with it."""
+    model, rows = tiny(), random_rows()
+    loss_fn = AdapterLoss(model)
+    expected = loss_fn(loss_fn.own(), rows)
+    with model.disable_adapter(), pytest.raises(MetaPeftError, match="switched off in .*disable_adapter"):
+        loss_fn(loss_fn.own(), rows)
+    model.merge_adapter()
+    with pytest.raises(MetaPeftError, match=r"merged into .*unmerge_adapter\(\)"):
+        loss_fn(loss_fn.own(), rows)
+    model.unmerge_adapter()
+    torch.testing.assert_close(loss_fn(loss_fn.own(), rows), expected, rtol=1e-12, atol=0)
 
 
 def runs_of(loss_fn: AdapterLoss) -> list[int]:

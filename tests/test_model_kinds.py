@@ -81,6 +81,19 @@ def test_names_of_classes_lie_beside_the_adapter(kind: str, tmp_path: Path):
     assert names["label2id"] == {name: i for i, name in enumerate(expected)}
 
 
+@pytest.mark.parametrize("kind", [name for name, kind in KINDS.items() if kind.objective == HEAD])
+def test_a_head_goes_with_its_adapter(kind: str, tmp_path: Path):
+    """Once the adapter that `adapt` leaves active lent its head to what was evaluated and trained afterwards."""
+    learned = trainer(kind, tmp_path, max_steps=2)
+    learned.train()
+    rows_of_a_task = learned.batches([learned.train_dataset[0]])[0].support
+    weights = learned.loss_fn.own()
+    before = learned.loss_fn(weights, rows_of_a_task)
+    meta_peft.adapt(learned.model, rows(kind, "a"))
+    assert learned.model.active_adapters == ["adapted"]
+    assert torch.equal(learned.loss_fn(weights, rows_of_a_task), before)
+
+
 def test_the_main_job(tmp_path: Path):
     """From a config's options to the table, with all three starts; each has the same numbers for the same classes."""
     files = {
