@@ -179,7 +179,7 @@ def test_an_adapter_that_is_merged_or_switched_off_is_refused():
     model, rows = tiny(), random_rows()
     loss_fn = AdapterLoss(model)
     expected = loss_fn(loss_fn.own(), rows)
-    with model.disable_adapter(), pytest.raises(MetaPeftError, match="switched off in .*disable_adapter"):
+    with model.disable_adapter(), pytest.raises(MetaPeftError, match=r"switched off in .*disable_adapter"):
         loss_fn(loss_fn.own(), rows)
     model.merge_adapter()
     with pytest.raises(MetaPeftError, match=r"merged into .*unmerge_adapter\(\)"):
