@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
+from meta_peft import preflight
 from meta_peft.config import ModelArguments
 from meta_peft.errors import MetaPeftError
 from meta_peft.fast_weights import HEADS, lora_layers
@@ -218,6 +219,7 @@ def lora_config(args: ModelArguments, objective: str | None = None) -> LoraConfi
 
 def with_adapter(base: Any, config: LoraConfig) -> PeftModel:
     """`get_peft_model`, with an error that names the layers there are if the targets match none."""
+    preflight.check_bare(base)
     try:
         model: Any = get_peft_model(base, config)
     except ValueError as error:

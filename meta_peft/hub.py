@@ -140,6 +140,7 @@ def load(
         base = load_base(ModelArguments(model_name_or_path=name, **{**made, **model_options}))
     elif model_options:
         raise MetaPeftError(f"{sorted(model_options)} say how to load a base model, but a loaded one was given.")
+    preflight.check_bare(base)
     sidecar.base.check(BaseIdentity.of(base))
     if objective_name(base) != sidecar.objective:
         raise MetaPeftError(

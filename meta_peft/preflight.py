@@ -12,6 +12,7 @@ import bitsandbytes as bnb
 import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
+from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -45,6 +46,17 @@ def check_model(model: Any, *, second_order: bool) -> None:
     _check_head(model, adapter)
     _check_base(model.get_base_model(), second_order=second_order)
     _check_quantised(model)
+
+
+def check_bare(base: nn.Module) -> None:
+    """Raise `MetaPeftError` if `base` carries an adapter already, whose weights a new one of its name would replace."""
+    for path, module in base.named_modules():
+        if isinstance(module, (LoraLayer, ModulesToSaveWrapper)):
+            raise MetaPeftError(
+                f"{path} of {type(base).__name__} belongs to an adapter that was loaded or made before: PEFT puts adapters"
+                " into the base itself. Give a base of its own to each, or take the other one off first, with"
+                " base = peft_model.unload()."
+            )
 
 
 def check_in_use(path: str, layer: LoraLayer) -> None:

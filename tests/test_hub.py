@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file
 from surface import (
     base_model,
@@ -24,7 +25,7 @@ from surface import (
 )
 from tiny_models import fingerprint, randomise
 
-from meta_peft import MetaPeftError, adapt, hub, load, save
+from meta_peft import MetaPeftError, MetaTrainer, adapt, hub, load, save
 from meta_peft.fast_weights import FastWeights
 from meta_peft.sidecar import Sidecar
 
@@ -217,3 +218,16 @@ def test_killed_while_files_are_replaced(tmp_path: Path, monkeypatch: pytest.Mon
     else:
         save(run.loss_fn.model, new, tmp_path / "adapter")
         assert Sidecar.read(tmp_path / "adapter").shots == 7
+
+
+def test_a_base_that_carries_an_adapter_is_refused():
+    """Once a second `load` into one base replaced the weights of the first one."""
+    base = base_model()
+    first = load(base, trained_folder())
+    before = adapter_of(first)
+    with pytest.raises(MetaPeftError, match=r"belongs to an adapter that was loaded or made before: .*unload\(\)"):
+        load(base, trained_folder())
+    with pytest.raises(MetaPeftError, match="belongs to an adapter that was loaded or made before"):
+        MetaTrainer(base, processing_class=tiny_tokenizer(), peft_config=lora())
+    assert adapter_of(first) == before
+    assert isinstance(load(first.unload(), trained_folder()), PeftModel)
