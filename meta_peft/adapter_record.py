@@ -19,6 +19,7 @@ from meta_peft.errors import MetaPeftError
 from meta_peft.outer_loop import LearnedRates
 from meta_peft.sidecar import Judged, Sidecar
 from meta_peft.tasks import Encoding
+from meta_peft.tokenizer_identity import TokenizerIdentity
 
 ON_THE_CARD = (
     *("max_steps", "tasks_in_a_step", "learning_rate", "inner_lr_learning_rate", "lr_scheduler_type", "shots"),
@@ -64,6 +65,7 @@ class AdapterRecord:
             objective=self.encoding.objective,
             facts=self.encoding.facts,
             judged=Judged(self.args.metric, self.args.task_columns, self.args.labelling()),
+            tokenizer=TokenizerIdentity.of(self.encoding.tokenizer),
         )
 
     def attach(self) -> None:
@@ -86,6 +88,8 @@ class AdapterRecord:
         """
         sidecar = Sidecar.read(folder)
         sidecar.base.check(self.base)
+        if sidecar.tokenizer is not None:
+            sidecar.tokenizer.check(TokenizerIdentity.of(self.encoding.tokenizer))
         if sidecar.log_rates.shape != self.rates.log_rates.shape:
             raise MetaPeftError(
                 f"The checkpoint has inner rates of shape {list(sidecar.log_rates.shape)}, these options make"

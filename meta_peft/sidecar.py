@@ -28,6 +28,7 @@ from meta_peft.objectives import CLASSIFYING, OBJECTIVES
 from meta_peft.tasks.encoding import Encoding, Facts
 from meta_peft.tasks.labelling import Labelling
 from meta_peft.tasks.prompt import PromptFormat
+from meta_peft.tokenizer_identity import TokenizerIdentity
 
 JSON, TENSORS = "meta_peft.json", "meta_peft.safetensors"
 FORMAT, OLDEST = 2, 1  # before 2, all models were causal language models
@@ -76,7 +77,7 @@ class Sidecar:
     `names` are all LoRA matrices, and behind them the weights of a classification head; those of them that are fast
     weights have the columns of `log_rates` ``[S, n]``, one each or one for each entry. `rate_factors` holds, for numbers of
     adaptation steps, what the rates are best multiplied by, as found on validation tasks. `judged` is how tasks were drawn
-    and judged in training.
+    and judged in training. `tokenizer` is which one it was, where that is known.
     """
 
     algorithm: str
@@ -91,6 +92,7 @@ class Sidecar:
     objective: str = "causal_lm"
     facts: Facts = field(default_factory=Facts)
     judged: Judged = field(default_factory=Judged)
+    tokenizer: TokenizerIdentity | None = None
 
     def encoding(self, processor: Any) -> Encoding:
         """How rows are encoded, with the base's tokenizer, or its processor for speech."""
@@ -115,6 +117,8 @@ class Sidecar:
             "rate_factors": {str(steps): factor for steps, factor in self.rate_factors.items()},
             "judged": asdict(self.judged),
         }
+        if self.tokenizer is not None:
+            values["tokenizer"] = asdict(self.tokenizer)
         if self.objective != "causal_lm":
             values |= {"objective": self.objective, "facts": asdict(self.facts)}
         (folder / JSON).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
@@ -155,6 +159,7 @@ class Sidecar:
                 objective=values["objective"] if values["format"] == FORMAT else "causal_lm",
                 facts=_facts(values["facts"]) if values["format"] == FORMAT else Facts(),
                 judged=Judged.of(values.get("judged") or {}),
+                tokenizer=_tokenizer(values.get("tokenizer")),
             )
             sidecar._check_values()
         except (KeyError, TypeError, AttributeError, ValueError, SafetensorError, OSError) as error:
@@ -191,6 +196,10 @@ class Sidecar:
             whole("rate_factors", steps, 0, LARGEST)
             if not (is_number(factor) and 0 < factor <= LARGEST):
                 raise MetaPeftError(f"rate_factors must be positive numbers; got {shown(factor)} for {steps} steps.")
+
+
+def _tokenizer(values: dict[str, Any] | None) -> TokenizerIdentity | None:
+    return None if values is None else TokenizerIdentity(**{**values, "tokens": tuple(values["tokens"])})
 
 
 def _facts(values: dict[str, Any]) -> Facts:

@@ -35,6 +35,7 @@ FLOORS = [
     ],
     [
         "base_identity",
+        "tokenizer_identity",
         "live_memory",
         "config_file",
         "fast_weights",
