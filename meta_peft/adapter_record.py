@@ -64,7 +64,7 @@ class AdapterRecord:
             rate_factors=self.rate_factors,
             objective=self.encoding.objective,
             facts=self.encoding.facts,
-            judged=Judged(self.args.metric, self.args.task_columns, self.args.labelling()),
+            judged=Judged(self.args.metric, self.args.task_columns, self.args.labelling(), self.args.held_out_seed),
             tokenizer=TokenizerIdentity.of(self.encoding.tokenizer),
         )
 

@@ -43,7 +43,7 @@ class RunEpisodes:
         """One fixed episode of each task, with as many query rows as its rows and `eval_query_size` allow."""
         args = self.args
         encoded = self._encoded(tasks, len(tasks), args.eval_query_size)
-        sizes = {"shots": args.shots, "query_size": args.eval_query_size, "seed": args.seed + 1}
+        sizes: dict[str, Any] = {"shots": args.shots, "query_size": args.eval_query_size, "seed": args.held_out_seed}
         return held_out(encoded, **sizes, **self._drawing())
 
     def _encoded(self, tasks: TaskSet, episodes: int, query_size: int) -> TaskSet:

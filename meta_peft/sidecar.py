@@ -48,11 +48,13 @@ class Judged:
         metric: its name; None is the default of the model's objective.
         task_column: the columns that name a row's task.
         labelling: how classes are drawn and called, if episodes are of classes.
+        seed: of the episodes of held-out tasks.
     """
 
     metric: str | None = None
     task_column: tuple[str, ...] = ("task",)
     labelling: Labelling | None = None
+    seed: int = 0
 
     @classmethod
     def of(cls, values: dict[str, Any]) -> Judged:
@@ -67,7 +69,7 @@ class Judged:
                 labelling["words"],
                 text("label_column", labelling["column"], 1000),
             )
-        return cls(metric, columns, labelling)
+        return cls(metric, columns, labelling, whole("seed", values.get("seed", 0), 0, 2**63))
 
 
 @dataclass(frozen=True)

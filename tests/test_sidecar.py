@@ -87,7 +87,7 @@ def test_a_sidecar_from_before_there_were_fast_weights(folder: Path):
     assert Sidecar.read(folder).inner == SIDECAR.inner
 
 
-JUDGED = Judged("chrf", ("customer", "product"), Labelling(3, "letters", "kind"))
+JUDGED = Judged("chrf", ("customer", "product"), Labelling(3, "letters", "kind"), 8)
 
 
 def test_how_tasks_were_judged(tmp_path: Path):

@@ -18,8 +18,7 @@ EXAMPLES = """examples:
   meta-peft adapt --adapter outputs/mine --support customers.jsonl \\
       --task-column customer --hold-back 2 --output adapters
 
-With --task-column, what is in DIR already is not made again; what failed, and
-why, is in DIR/failed.json (exit code 3)."""
+What is in DIR is not made again; DIR/failed.json: what failed (exit code 3)."""
 SOME_FAILED = 3  # exit code
 
 
@@ -29,7 +28,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", required=True, metavar="DIR", help="where the adapted PEFT adapter goes")
     parser.add_argument("--task-column", metavar="NAME", help="adapt to each task it names, a folder each")
     parser.add_argument("--steps", type=int, metavar="N", help="gradient steps (as in meta-training)")
-    held = "examples that tell when to stop: a share of them, or how many (0)"
+    held = "share or number of examples that tell when to stop (0)"
     parser.add_argument("--hold-back", type=_share_or_rows, default=0.0, metavar="X", help=held)
     add_empty_rows(parser)
     parser.add_argument("--tasks-per-forward", type=int, default=8, metavar="N", help="tasks adapted to at once (8)")

@@ -38,9 +38,7 @@ example:
 def add_options(parser: argparse.ArgumentParser) -> None:
     add_model_options(parser)
     parser.add_argument("--tasks", required=True, metavar="FILE", help="rows with a column that names their task")
-    parser.add_argument(
-        "--task-column", nargs="+", metavar="NAME", help="that column, or several (as in meta-training)"
-    )
+    parser.add_argument("--task-column", nargs="+", metavar="C", help="that column, or several (as in meta-training)")
     parser.add_argument("--shots", type=int, metavar="N", help="support rows of a task (as in meta-training)")
     steps = {"type": int, "nargs": "+", "default": [0, 1, 3, 10], "metavar": "N"}
     parser.add_argument("--steps", **steps, help="adaptation steps (0 1 3 10)")  # type: ignore[arg-type]
@@ -48,10 +46,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-new-tokens", type=int, metavar="N", help="where a generated answer is cut")
     parser.add_argument("--choice-score", default="sum", metavar="HOW", help="choices rank by sum or mean (sum)")
     parser.add_argument("--tasks-per-forward", type=int, default=8, metavar="N", help="tasks evaluated at once (8)")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="which rows are support rows (0)")
     add_empty_rows(parser)
-    small = "tasks with too few rows: error or leave_out (error)"
-    parser.add_argument("--small-tasks", default="error", metavar="HOW", help=small)
+    parser.add_argument(
+        "--small-tasks", default="error", metavar="HOW", help="with too few rows: error or leave_out (error)"
+    )
     parser.add_argument("--output", metavar="DIR", help="also write table and plot here")
 
 
@@ -84,7 +82,7 @@ def run(options: argparse.Namespace) -> int:
     judged, shots = sidecar.judged, sidecar.shots if options.shots is None else options.shots
     tasks = TaskSet.of(options.tasks, options.task_column or judged.task_column, empty_rows=options.empty_rows)
     tasks = large_enough(tasks, judged.labelling, shots, 1, options.small_tasks)
-    episodes = held_out(tasks.encoded(learned.encoding), shots=shots, seed=options.seed, labels=judged.labelling)
+    episodes = held_out(tasks.encoded(learned.encoding), shots=shots, seed=judged.seed, labels=judged.labelling)
     collate = learned.encoding.collator()
     loss_fn = AdapterLoss(model, second_order=False)
     scorer = scorer_for(
@@ -126,7 +124,6 @@ def _check_numbers(options: argparse.Namespace) -> None:
     for option, values, least in (
         ("--shots", [] if options.shots is None else [options.shots], 1),
         ("--steps", options.steps, 0),
-        ("--seed", [options.seed], 0),
         ("--tasks-per-forward", [options.tasks_per_forward], 1),
         ("--max-new-tokens", [] if options.max_new_tokens is None else [options.max_new_tokens], 1),
     ):

@@ -15,8 +15,9 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_empty_rows(parser: argparse.ArgumentParser) -> None:
-    empty = "rows without input, answer or task: error or leave_out (error)"
-    parser.add_argument("--empty-rows", default="error", metavar="HOW", help=empty)
+    parser.add_argument(
+        "--empty-rows", default="error", metavar="HOW", help="with nothing in them: error or leave_out (error)"
+    )
 
 
 def load_model(options: argparse.Namespace) -> Any:

@@ -247,6 +247,11 @@ class MetaLoraConfig(TrainingArguments):
         per_process = self.train_batch_size * self.gradient_accumulation_steps
         return self.tasks_per_step or per_process * self.world_size
 
+    @property
+    def held_out_seed(self) -> int:
+        """Of the episodes of held-out tasks, which are none of the training's."""
+        return int(self.seed) + 1
+
     def sampling(self, sizes: Sequence[int]) -> TaskSampling:
         """Which task an episode is of, for tasks of so many rows each."""
         return task_sampling(
