@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError
 
 from meta_peft import preflight
 from meta_peft.config import ModelArguments
@@ -119,7 +120,7 @@ def load_base(args: ModelArguments) -> Any:
             use_safetensors=True,  # weights in other files are pickles
             **options,
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise MetaPeftError(f"The base model {args.model_name_or_path!r} cannot be loaded: {error}") from error
     absent = _absent_parts(model, found)
     _check_complete(model, objective, absent)

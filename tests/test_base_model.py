@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -65,6 +66,14 @@ def test_a_base_that_is_not_there(name: str):
         load_base(ModelArguments(name))
     with pytest.raises(MetaPeftError, match=f"The tokenizer of '{name}' cannot be loaded: "):
         load_tokenizer(name)
+
+
+def test_a_base_whose_weights_are_cut_short(tmp_path: Path):
+    folder = Path(shutil.copytree(tiny_folder(), tmp_path / "base"))
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(MetaPeftError, match=r"The base model '.*base' cannot be loaded: "):
+        load_base(ModelArguments(str(folder)))
 
 
 # ---- the adapter

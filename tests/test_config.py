@@ -58,6 +58,8 @@ from meta_peft.schedule import Schedule
         ({"bf16": True}, "bf16 is refused: it would change nothing.*dtype: bfloat16"),
         ({"num_train_epochs": 5}, "num_train_epochs is refused.*Set max_steps"),
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor and neftune_noise_alpha are refused"),
+        ({"report_to": "tensorbord"}, "report_to must be one of .*; got 'tensorbord'. Did you mean 'tensorboard'"),
+        ({"report_to": ["tensorboard", "clearml"]}, "report_to names clearml, which is not installed: install it, or"),
         ({"neftune_noise_alpha": 5.0}, "label_smoothing_factor and neftune_noise_alpha are refused"),
         (
             {"fp16": True},

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from meta_peft.algorithms.implicit import SOLVERS
@@ -66,6 +66,17 @@ def check_together(options: Any) -> None:
     for refused, why in (*_of_the_trainer(options), *_of_pairs(options)):
         if refused:
             raise MetaPeftError(why)
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """Raise `MetaPeftError` for a tracker that transformers does not know, or that is not installed."""
+    from transformers.integrations import get_available_reporting_integrations
+    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
+    for name in names:
+        one_of("report_to", name, [*sorted(INTEGRATION_TO_CALLBACK), "all", "none"])
+        if name not in get_available_reporting_integrations():
+            raise MetaPeftError(f"report_to names {name}, which is not installed: install it, or set report_to: none.")
 
 
 def _of_the_trainer(options: Any) -> Iterator[tuple[Any, str]]:

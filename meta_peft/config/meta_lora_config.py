@@ -11,7 +11,7 @@ from transformers import TrainingArguments
 
 from meta_peft.algorithms import MAML, ImplicitMAML, MultiTask, Reptile
 from meta_peft.checked import one_of
-from meta_peft.config.checks import check_together, check_values
+from meta_peft.config.checks import check_together, check_trackers, check_values
 from meta_peft.errors import MetaPeftError
 from meta_peft.inner_optimizers import SGD, Adam, InnerRule
 from meta_peft.inner_path import check_memory
@@ -239,6 +239,7 @@ class MetaLoraConfig(TrainingArguments):
             self.dataloader_pin_memory = False  # there is no memory to pin, and torch would warn
         join(self.ddp_timeout)
         super().__post_init__()
+        check_trackers(inherited.report_to)
         check_launch(self.world_size)
 
     @property
