@@ -7,6 +7,8 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 
+from safetensors import SafetensorError
+
 from meta_peft import __version__
 from meta_peft.allocator import keep_freed_memory
 from meta_peft.commands import adapt, estimate, evaluate, inspect, push, tasks, train
@@ -36,7 +38,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         keep_freed_memory()
     try:
         return _main(words)
-    except (MetaPeftError, OSError) as error:  # what was given, or a file that cannot be read or written
+    except (
+        MetaPeftError,
+        OSError,
+        SafetensorError,
+    ) as error:  # what was given, or a file that cannot be read or written
         print(f"meta-peft: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -33,8 +33,12 @@ def write(folder: Path, fill: Callable[[Path], None]) -> None:
     clear_remains(parent)
     partial, replaced = parent / f"{PARTIAL}{folder.name}", parent / f"{REPLACED}{folder.name}"
     partial.mkdir()
-    fill(partial)
-    seal(partial)
+    try:
+        fill(partial)
+        seal(partial)
+    except Exception:  # most likely the disk is full, and would stay so
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
     if folder.exists():
         os.replace(folder, replaced)
     os.replace(partial, folder)

@@ -48,6 +48,7 @@ def test_an_error_while_writing_leaves_the_old_one(tmp_path: Path):
     with pytest.raises(OSError, match="no space left"):
         checkpoints.write(folder, fails)
     assert (folder / "adapter.bin").read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-3"], "what was half written takes no room"
     assert checkpoints.newest_whole(tmp_path) == folder
 
 
