@@ -21,9 +21,9 @@ Which start is best for these tasks, at equal compute: train each, adapt it to
 held-out tasks, write a report. Takes every option of `meta-peft train`, and:
 
   --starts NAME [NAME ...]      of peft_defaults, plain, multitask, classifier,
-                                task_heads, reptile, fomaml, meta (what the
-                                other options say) and in_context; by default
-                                all that there can be
+                                task_heads, reptile, fomaml, imaml, in_context
+                                and meta (what the other options say); by
+                                default all that there can be
   --seeds N [N ...]             each start is trained once for each (0 1 2)
   --shots_curve N [N ...]       also compare with so many support rows
   --task_counts N [N ...]       also train on so many of the training tasks

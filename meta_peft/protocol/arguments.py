@@ -10,7 +10,7 @@ from meta_peft.objectives import CLASSIFYING
 
 META, DEFAULTS, IN_CONTEXT = "meta", "peft_defaults", "in_context"
 PLAIN, MULTITASK, CLASSIFIER, TASK_HEADS = "plain", "multitask", "classifier", "task_heads"
-REPTILE = "reptile"
+REPTILE, IMPLICIT = "reptile", "imaml"
 TITLES = {
     DEFAULTS: "PEFT's defaults",
     PLAIN: "plain LoRA",
@@ -19,6 +19,7 @@ TITLES = {
     TASK_HEADS: "a head for each task, new head",
     REPTILE: "Reptile",
     "fomaml": "first-order MAML",
+    IMPLICIT: "implicit MAML",
     META: "meta-learned LoRA",
     IN_CONTEXT: "in-context examples",
 }

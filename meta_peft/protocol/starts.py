@@ -19,6 +19,7 @@ from meta_peft.evaluate import Start
 from meta_peft.fast_weights import is_lora
 from meta_peft.protocol.arguments import (
     DEFAULTS,
+    IMPLICIT,
     META,
     MULTITASK,
     NEW_HEAD,
@@ -40,6 +41,8 @@ PEFT_LORA: dict[str, Any] = {
     **{"lora_r": 8, "lora_alpha": 8, "lora_dropout": 0.0, "use_rslora": False},
     **{"lora_target_modules": None, "lora_layers": None},
 }
+
+PROXIMAL = 1.0  # the pull of implicit MAML towards the start, where the run's own options have none
 
 
 def trained(cell: Cell, setting: Setting) -> tuple[MetaTrainer, list[Start], dict[str, float]]:
@@ -74,6 +77,8 @@ def _options(cell: Cell, setting: Setting, model: PeftModel) -> MetaLoraConfig:
         changes["algorithm"] = MULTITASK if cell.start in NEW_HEAD else cell.start
     if cell.start == REPTILE:
         changes["fast_weights"] = None  # it has no gradient for others
+    if cell.start == IMPLICIT:  # what it is the gradient of
+        changes |= {"proximal": args.proximal or PROXIMAL, "inner_weight_decay": 0.0}
     return at_equal_compute(args, layers, _tasks(cell, setting), **changes)
 
 

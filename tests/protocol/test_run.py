@@ -27,7 +27,7 @@ from meta_peft.protocol.task_heads import TaskHeadsTrainer
 from meta_peft.protocol.verdict import verdict
 from meta_peft.trainer import MetaTrainer
 
-STARTS = ["peft_defaults", "plain", "multitask", "reptile", "fomaml", "meta", "in_context"]
+STARTS = ["peft_defaults", "plain", "multitask", "reptile", "fomaml", "imaml", "meta", "in_context"]
 
 
 def compared(
@@ -50,7 +50,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Summary]:
 def test_every_start_is_measured_for_every_seed(whole: tuple[Path, Summary]):
     folder, summary = whole
     assert (summary.seeds, summary.starts, summary.at) == ((0, 1), STARTS, 3)
-    trained = ["multitask", "reptile", "fomaml", "meta"]
+    trained = ["multitask", "reptile", "fomaml", "imaml", "meta"]
     names = {found.cell.name for found in all_found(folder / "out")}
     assert names == {
         *(f"seed{seed}-{start}" for seed in (0, 1) for start in STARTS),
@@ -277,7 +277,7 @@ def test_the_report_stands_alone(whole: tuple[Path, Summary]):
         assert title in text
     values = json.loads((folder / "out" / "summary.json").read_text())
     assert values["seeds"] == [0, 1]
-    assert len(values["rows"]) == 2 * 6 + 1
+    assert len(values["rows"]) == 2 * (len(STARTS) - 1) + 1
     assert {d["other"] for d in values["differences"]} == set(STARTS) - {"meta"}
     assert len(values["along_shots"]["meta"]["1"]) == len(summary.tasks) == 4
 
