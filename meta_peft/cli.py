@@ -38,11 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         keep_freed_memory()
     try:
         return _main(words)
-    except (
-        MetaPeftError,
-        OSError,
-        SafetensorError,
-    ) as error:  # what was given, or a file that cannot be read or written
+    except (MetaPeftError, OSError, SafetensorError) as error:
+        # What was given, or a file that cannot be read or written.
         print(f"meta-peft: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -30,8 +30,8 @@ class TokenizerIdentity:
     chat_template: str | None
 
     def __post_init__(self) -> None:
-        if not 0 < len(self.tokens) <= LONGEST:
-            raise MetaPeftError(f"tokenizer.tokens must be some tokens; got {len(self.tokens)}.")
+        if len(self.tokens) > LONGEST:
+            raise MetaPeftError(f"tokenizer.tokens must be at most {LONGEST} tokens; got {len(self.tokens)}.")
         for token in (*self.tokens, *(() if self.end is None else (self.end,))):
             whole("tokenizer", token, 0, 2**31)
         if self.chat_template is not None:
@@ -39,7 +39,7 @@ class TokenizerIdentity:
 
     @classmethod
     def of(cls, tokenizer: Any) -> TokenizerIdentity:
-        template = tokenizer.chat_template  # several by name, with some tokenizers
+        template = getattr(tokenizer, "chat_template", None)  # several by name, with some tokenizers
         return cls(
             tuple(tokenizer(SAMPLE, add_special_tokens=False)["input_ids"]),
             tokenizer.eos_token_id,

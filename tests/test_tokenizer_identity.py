@@ -76,7 +76,6 @@ def test_adapters_from_before_it_was_kept_load(tmp_path: Path):
 @pytest.mark.parametrize(
     "written",
     [
-        {"tokens": [], "end": 1, "chat_template": None},
         {"tokens": [1, -1], "end": 1, "chat_template": None},
         {"tokens": [1] * 2000, "end": 1, "chat_template": None},
         {"tokens": [1], "end": "x", "chat_template": None},

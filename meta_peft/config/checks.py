@@ -24,6 +24,7 @@ NOT_NEGATIVE = (
     *("inner_weight_decay", "first_order_until", "multi_step_until", "learning_rate", "weight_decay", "max_grad_norm"),
     *("frozen_cache_gb", "seed"),
 )
+NOT_LOOKED_FOR = ("flyte", "kubeflow")  # trackers of platforms, of which transformers knows only there
 
 
 def check_values(options: Any) -> None:
@@ -75,7 +76,7 @@ def check_trackers(names: Sequence[str]) -> None:
 
     for name in names:
         one_of("report_to", name, [*sorted(INTEGRATION_TO_CALLBACK), "all", "none"])
-        if name not in get_available_reporting_integrations():
+        if name not in (*get_available_reporting_integrations(), *NOT_LOOKED_FOR):
             raise MetaPeftError(f"report_to names {name}, which is not installed: install it, or set report_to: none.")
 
 
