@@ -88,8 +88,7 @@ class AdapterRecord:
         """
         sidecar = Sidecar.read(folder)
         sidecar.base.check(self.base)
-        if sidecar.tokenizer is not None:
-            sidecar.tokenizer.check(TokenizerIdentity.of(self.encoding.tokenizer))
+        sidecar.check_tokenizer(self.encoding.tokenizer)
         if sidecar.log_rates.shape != self.rates.log_rates.shape:
             raise MetaPeftError(
                 f"The checkpoint has inner rates of shape {list(sidecar.log_rates.shape)}, these options make"

@@ -87,7 +87,7 @@ class CheckpointedTrainer(Trainer, ABC):
         if checkpoint is None:
             return
         values = training_state.load(Path(checkpoint))
-        self.started = training_state.started(Path(checkpoint))
+        self.started = values.get("started", 0.0)  # checkpoints from before it was kept have none
         self.optimizer.load_state_dict(values["optimizer"])
         self.lr_scheduler.load_state_dict(values["schedule"])
         self._go_on(values)

@@ -28,7 +28,6 @@ from meta_peft.inner_optimizers.rule import RATES
 from meta_peft.objectives import CLASSIFYING, objective_name
 from meta_peft.sidecar import JSON, TENSORS, Sidecar
 from meta_peft.tasks.encoding import Encoding, tokenizer_of
-from meta_peft.tokenizer_identity import TokenizerIdentity
 from meta_peft.types import Params
 
 LABELS = "label_names.json"  # names of classes, which neither PEFT nor transformers reads by itself
@@ -149,8 +148,7 @@ def load(
             f" {objective_name(base)}: load the base with the class that fits, or name it."
         )
     tokenizer = tokenizer or load_tokenizer(base.name_or_path, objective=sidecar.objective)
-    if sidecar.tokenizer is not None:
-        sidecar.tokenizer.check(TokenizerIdentity.of(tokenizer_of(tokenizer)))
+    sidecar.check_tokenizer(tokenizer_of(tokenizer))
     agree_on_padding(base, sidecar.objective, tokenizer_of(tokenizer))
     training = base.training
     with undone_on_error(base):

@@ -100,6 +100,11 @@ class Sidecar:
         """How rows are encoded, with the base's tokenizer, or its processor for speech."""
         return Encoding(self.objective, self.prompt_format, processor, self.max_length, self.facts)
 
+    def check_tokenizer(self, tokenizer: Any) -> None:
+        """Raise unless it is the one of the training, as far as that is known (see `TokenizerIdentity.check`)."""
+        if self.tokenizer is not None:
+            self.tokenizer.check(TokenizerIdentity.of(tokenizer))
+
     def rate_factor(self, steps: int) -> float:
         """The factor found for the largest number of steps up to `steps`; 1 if none was."""
         known = [k for k in self.rate_factors if k <= steps]

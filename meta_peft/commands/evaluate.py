@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from meta_peft.commands.model_options import add_empty_rows, add_model_options, load_model
@@ -74,13 +75,14 @@ def run(options: argparse.Namespace) -> int:
     one_of("--choice-score", options.choice_score, CHOICE_SCORES)
     if options.metric is not None:
         metric_named(options.metric)
-    if options.task_column is not None:  # what is wrong with the file is known before the model is loaded
-        TaskSet.of(options.tasks, options.task_column, empty_rows=options.empty_rows)
+    read = partial(TaskSet.of, options.tasks, empty_rows=options.empty_rows)
+    # What is wrong with the file is known before the model is loaded, if it is said how to read it.
+    tasks = None if options.task_column is None else read(options.task_column)
     model = load_model(options)
     learned = meta_learned(model)
     sidecar = learned.sidecar
     judged, shots = sidecar.judged, sidecar.shots if options.shots is None else options.shots
-    tasks = TaskSet.of(options.tasks, options.task_column or judged.task_column, empty_rows=options.empty_rows)
+    tasks = read(judged.task_column) if tasks is None else tasks
     tasks = large_enough(tasks, judged.labelling, shots, 1, options.small_tasks)
     episodes = held_out(tasks.encoded(learned.encoding), shots=shots, seed=judged.seed, labels=judged.labelling)
     collate = learned.encoding.collator()

@@ -52,16 +52,17 @@ def existing(path: str | Path) -> Path:
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
     """Numbered lines, which end at newlines only: `str.splitlines` would split at U+2028 inside a string too."""
-    start, mark = 0, codecs.BOM_UTF8  # which some editors put at the beginning
+    start = 0
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             try:
-                yield number, (line.removeprefix(mark) if number == 1 else line).decode("utf-8")
+                text = line.decode("utf-8")
             except UnicodeDecodeError as error:
                 at = start + error.start
                 raise MetaPeftError(
                     f"{path}, line {number}: not UTF-8 text ({error.reason} at byte {at}). Save the file as UTF-8."
                 ) from error
+            yield number, text.removeprefix("\ufeff") if start == 0 else text  # the mark that some editors begin with
             start += len(line)
 
 
