@@ -22,6 +22,7 @@ from meta_peft.errors import MetaPeftError
 from meta_peft.tasks.prompt import INPUT_TARGET, example_columns
 from meta_peft.tasks.row_index import LEAVE_OUT
 from meta_peft.tasks.task_set import TaskSet
+from meta_peft.tasks.written import written
 
 LABEL_WORDS = ("given", "permuted", "letters")
 HEADS = ("sequence_classification",)  # objectives whose answers are class numbers
@@ -73,14 +74,16 @@ class Labelling:
         if tasks.task_columns == (self.column,):
             return Classes(self, dict(tasks.rows_of), within={})
         kind = getattr(tasks.table.features[self.column], "dtype", "")
-        return Classes(self, {}, within=_by_label(tasks, self.column), numbers="int" in kind)
+        return Classes(
+            self, {}, within=_by_label(tasks, self.column), numbers=kind.startswith(("int", "uint", "float"))
+        )
 
 
 @dataclass(frozen=True)
 class Classes:
     """Row numbers by class: of all tasks together (`everywhere`), or by task (`within`).
 
-    `numbers` says that labels are whole numbers, whose order is not that of their digits.
+    `numbers` says that labels are numbers, whose order is not that of their digits.
     """
 
     labelling: Labelling
@@ -144,7 +147,7 @@ class Classes:
             able = [label for label in rows if len(rows[label]) >= rows_each]
             chosen = [able[i] for i in rng.choice(len(able), labelling.ways, replace=False)]
         if labelling.words == "given":
-            chosen = sorted(chosen, key=int if self.numbers else str)
+            chosen = sorted(chosen, key=float if self.numbers else str)
         else:
             chosen = [chosen[i] for i in rng.permutation(len(chosen))]
         if getattr(encoding, "objective", None) in HEADS:
@@ -194,7 +197,7 @@ def _by_label(tasks: TaskSet, column: str) -> dict[str, dict[str, np.ndarray]]:
     parts = []
     for table in tasks.table.select_columns([column]).with_format("arrow").iter(10_000):
         parts.append(np.array([code_of.setdefault(value, len(code_of)) for value in table[column].to_pylist()]))
-    codes, labels = np.concatenate(parts), [str(value) for value in code_of]
+    codes, labels = np.concatenate(parts), [written(value) for value in code_of]
     found: dict[str, dict[str, np.ndarray]] = {}
     for task, rows in tasks.rows_of.items():
         own = codes[rows]

@@ -27,6 +27,7 @@ import numpy as np
 from meta_peft.errors import MetaPeftError
 from meta_peft.tasks.prompt import example_columns
 from meta_peft.tasks.task_set import TaskSet
+from meta_peft.tasks.written import written
 
 logger = logging.getLogger("meta_peft")
 
@@ -161,7 +162,7 @@ def _input_and_answer(row: Mapping[str, Any], columns: tuple[str, ...]) -> tuple
     if len(columns) == 1:  # a conversation, whose last turn is the answer
         turns = row[columns[0]]
         return _plain(json.dumps(turns[:-1], default=str)), _plain(json.dumps(turns[-1:], default=str))
-    return _plain("\n".join(str(row[column]) for column in columns[:-1])), _plain(str(row[columns[-1]]))
+    return _plain("\n".join(written(row[column]) for column in columns[:-1])), _plain(written(row[columns[-1]]))
 
 
 def _plain(text: str) -> str:

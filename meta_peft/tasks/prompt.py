@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -11,6 +12,7 @@ from meta_peft.checked import one_of, shown
 from meta_peft.errors import MetaPeftError
 from meta_peft.objectives.labelled_tokens import IGNORED
 from meta_peft.tasks.multiple_choice import CHOICES
+from meta_peft.tasks.written import written
 
 LONGEST_TEMPLATE = 10_000
 INPUT_TARGET = [("input", "target"), ("text", "label"), ("question", "answer")]
@@ -147,13 +149,13 @@ def _first_token(tokenizer: Any) -> int:
 
 def _text(row: Mapping[str, Any], column: str) -> str:
     value = row[column]
-    if value is None or (isinstance(value, str) and not value):
+    if value is None or (isinstance(value, str) and not value) or (isinstance(value, float) and math.isnan(value)):
         raise MetaPeftError(f"Column {column!r} is empty in the row {shown(dict(row))}.")
     if not isinstance(value, (str, int, float, bool)):
         raise MetaPeftError(f"Column {column!r} must hold text or numbers; got {shown(value)}.")
     if isinstance(value, str) and not _is_unicode(value):
         raise MetaPeftError(f"Column {column!r} holds half of a surrogate pair, which is no character: {shown(value)}.")
-    return value if isinstance(value, str) else str(value)
+    return written(value)
 
 
 def _first_answer(answers: Any, row: Mapping[str, Any]) -> str:

@@ -16,8 +16,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset
 
-from meta_peft.checked import shown
+from meta_peft.checked import one_of, shown
 from meta_peft.errors import MetaPeftError
+from meta_peft.tasks.written import written
 
 ROWS_AT_ONCE = 10_000
 ERROR, LEAVE_OUT = LEFT_OUT_OR_NOT = ("error", "leave_out")  # what becomes of rows, and tasks, that are of no use
@@ -47,6 +48,7 @@ def index_rows(
     A row is empty if one of the columns `needed` has nothing in it, or if it names no task. Then it is an error, or with
     ``empty_rows="leave_out"`` left out and counted.
     """
+    one_of("empty_rows", empty_rows, LEFT_OUT_OR_NOT)
     code_of: dict[tuple[Any, ...], int] = {}
     codes, hashes, labels, full = [], [], [], []
     columns = list(dict.fromkeys([*task_columns, *example_columns]))
@@ -103,7 +105,7 @@ def _grouped(names: list[str], codes: np.ndarray, hashes: np.ndarray, labels: np
 
 def task_name(values: Iterable[Any]) -> str:
     """The name of the task that has these values in the task columns."""
-    return " / ".join(map(str, values))
+    return " / ".join(map(written, values))
 
 
 def _names(values: list[tuple[Any, ...]]) -> list[str]:

@@ -20,6 +20,7 @@ from datasets import Dataset
 
 from meta_peft.errors import MetaPeftError
 from meta_peft.tasks.sources.arrow_cache import cached, uncached
+from meta_peft.tasks.written import written
 
 KINDS = ("smlmt", "span", "continuation")
 WORD = re.compile(r"[^\W\d_]{3,}")  # words that can be classes: of three letters or more
@@ -88,7 +89,7 @@ def completions(dataset: Dataset, kind: str, task_column: str, mask: str, seed: 
     for number, row in enumerate(dataset):
         if not row["text"]:
             continue
-        task = str(row[task_column]) if named else f"text {number + 1}"
+        task = written(row[task_column]) if named else f"text {number + 1}"
         for place, sentence in enumerate(SENTENCE.split(row["text"])):
             words = sentence.split()
             if len(words) >= LEAST_WORDS:

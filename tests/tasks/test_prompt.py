@@ -99,6 +99,7 @@ def test_a_completion_that_does_not_fit():
     [
         ({"input": "", "target": "x"}, r"Column 'input' is empty in the row \{'input': ''"),
         ({"input": "x", "target": None}, "Column 'target' is empty"),
+        ({"input": "x", "target": float("nan")}, "Column 'target' is empty"),
         ({"prompt": "x", "completion": ""}, "Column 'completion' is empty"),
         (
             {"inputs": "x", "target": "y"},

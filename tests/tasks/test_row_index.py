@@ -55,6 +55,11 @@ def test_tasks_with_one_label():
     assert index([{"task": "a", "input": i, "target": "x"} for i in "12"]).single_label_tasks == 0
 
 
+def test_what_becomes_of_empty_rows_is_one_of_two_things():
+    with pytest.raises(MetaPeftError, match="empty_rows must be one of error, leave_out; got 'leaveout'"):
+        index([{"task": "a", "input": "1", "target": "x"}], empty_rows="leaveout")
+
+
 def test_several_columns_name_a_task():
     rows = [{"who": who, "lang": lang, "input": "1", "target": "x"} for who in "ab" for lang in (1, 2)]
     assert list(index(rows, ("who", "lang")).rows_of) == ["a / 1", "a / 2", "b / 1", "b / 2"]

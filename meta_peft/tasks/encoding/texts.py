@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from meta_peft.errors import MetaPeftError
 from meta_peft.tasks.encoding.special_tokens import special_tokens
 from meta_peft.tasks.prompt import example_columns
+from meta_peft.tasks.written import written
 
 if TYPE_CHECKING:
     from meta_peft.tasks.encoding import Encoding
@@ -25,7 +26,7 @@ def prompt_and_completion(row: Mapping[str, Any], how: Encoding) -> tuple[str, s
 
 def completion(label: Any, how: Encoding) -> str:
     """Another answer in the place of the completion."""
-    return how.prompt_format.completion_template.replace("{target}", str(label))
+    return how.prompt_format.completion_template.replace("{target}", written(label))
 
 
 def tokens(text: str, how: Encoding, *, of: str = "text") -> list[int]:

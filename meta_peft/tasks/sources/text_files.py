@@ -71,7 +71,7 @@ def _jsonl(path: Path) -> Iterator[Row]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = _loaded(line)
         except (ValueError, RecursionError) as error:  # integers of thousands of digits and deep nesting too
             raise MetaPeftError(f"{path}, line {number}: not JSON ({getattr(error, 'msg', error)}).") from error
         yield _checked(row, f"{path}, line {number}")
@@ -85,12 +85,24 @@ def _json(path: Path) -> Iterator[Row]:
         yield from _jsonl(path)
         return
     try:
-        rows = json.loads("".join(line for _, line in _lines(path)))
+        rows = _loaded("".join(line for _, line in _lines(path)))
     except (ValueError, RecursionError) as error:
         where = f", line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
         raise MetaPeftError(f"{path}{where}: not JSON ({getattr(error, 'msg', error)}).") from error
     for number, row in enumerate(rows, start=1):
         yield _checked(row, f"{path}, item {number}")
+
+
+def _loaded(text: str) -> Any:
+    return json.loads(text, object_pairs_hook=_unique)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):  # of which Python would take the last one, without a word
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the name {shown(next(n for n in names if names.count(n) > 1))} is in one object twice")
+    return found
 
 
 def _checked(row: Any, where: str) -> Row:

@@ -64,6 +64,12 @@ def test_parquet_with_classes(tmp_path: Path):
         ("x.json", '[{"a": 1},\n 2\n]', "x.json, item 2: expected an object"),
         ("x.json", '[{"a": 1},\n 2', "x.json, line 2: not JSON"),
         ("x.json", "[" * 10**5, "x.json: not JSON"),
+        (
+            "x.jsonl",
+            '{"a": 1, "b": {"a": 1}}\n{"a": 1, "a": 2}',
+            r"x.jsonl, line 2: not JSON \(the name 'a' is .* twice",
+        ),
+        ("x.json", '[{"a": 1, "a": 2}]', r"x.json: not JSON \(the name 'a' is in one object twice"),
         ("x.csv", "a,b\n1,2\n1,2,3\n", "x.csv, line 3: expected 2 values, as in the first line, got 3"),
         ("x.csv", "a,a\n", "x.csv: the first line must name each column once"),
         ("x.csv", 'a,b\n1,"2"3\n', "x.csv, line 2: not CSV"),
