@@ -51,8 +51,12 @@ class CompareArguments:
         default_factory=lambda: [0.5, 1.0, 2.0, 4.0],
         metadata={"help": "Multiples of the inner rates to choose from on validation tasks, for every start alike."},
     )
-    max_validation_tasks: int = field(default=12, metadata={"help": "Validation tasks that rates are chosen on."})
-    max_test_tasks: int = field(default=48, metadata={"help": "Held-out tasks in the table."})
+    max_validation_tasks: int = field(
+        default=12, metadata={"help": "Most validation tasks to choose rates on; of more, some that are drawn once."}
+    )
+    max_test_tasks: int = field(
+        default=48, metadata={"help": "Most held-out tasks to measure; of more, some that are drawn once."}
+    )
 
     def __post_init__(self) -> None:
         one_of("compare", self.compare, ("none", "plain", "full"))
@@ -113,7 +117,7 @@ def multitask_starts(of: MetaTrainer, tasks: TaskSet, new_model: Callable[[], Pe
     return train_with_stops(trainer, "multi-task LoRA")
 
 
-def first_tasks(tasks: TaskSet, n: int, seed: int = 0) -> TaskSet:
+def some_tasks(tasks: TaskSet, n: int, seed: int = 0) -> TaskSet:
     """At most n tasks, drawn without regard to their order."""
     names = tasks.names
     chosen = np.random.default_rng(seed).permutation(len(names))[:n]
@@ -150,7 +154,7 @@ def by_all_rules(trainer: MetaTrainer, stops: list[Start]) -> list[Start]:
 def held_out_episodes(trainer: MetaTrainer, tasks: TaskSet, n: int) -> list[Episode]:
     """The episodes of at most n held-out tasks, the same for every start."""
     n = max(n, trainer.args.ways or 0)  # where tasks are classes, an episode takes so many of them
-    return trainer.evaluation_episodes(first_tasks(tasks, n)).by_length()
+    return trainer.evaluation_episodes(some_tasks(tasks, n)).by_length()
 
 
 def start_curve(

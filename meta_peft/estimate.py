@@ -47,7 +47,7 @@ class EstimateArguments:
     row_tokens: int | None = field(default=None, metadata={"help": "Tokens of a row; max_length by default."})
     labelled_tokens: int = field(default=8, metadata={"help": "Of these, tokens of the completion, which are learned."})
     device_gb: float | None = field(
-        default=None, metadata={"help": "Memory of one GPU: what fits is said, and auto plans with it."}
+        default=None, metadata={"help": "Memory of one GPU, in GB, to plan for: the estimate says what fits into it."}
     )
     alternatives: bool = field(default=True, metadata={"help": "Also estimate the other memory modes and first order."})
 

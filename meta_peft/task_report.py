@@ -68,7 +68,10 @@ class TaskReportArguments:
     )
     leave_out_steps: int = field(
         default=0,
-        metadata={"help": "Train so many outer steps with all groups and without each one, which is slow; 0 does not."},
+        metadata={
+            "help": "Also train, for so many outer steps, once with all groups and once without each of them, to see"
+            " which ones help; slow. By default (0) nothing is trained."
+        },
     )
 
     def __post_init__(self) -> None:

@@ -35,11 +35,18 @@ class MetaLoraConfig(TrainingArguments):
         metadata={"help": "maml (second order), fomaml (first order), imaml (implicit), reptile or multitask."},
     )
     shots: int = field(default=4, metadata={"help": "Support rows of a task, which the inner loop adapts on."})
-    query_size: int = field(default=4, metadata={"help": "Other rows of the task, which the adapted weights face."})
+    query_size: int = field(
+        default=4,
+        metadata={
+            "help": "Query rows of a task, others than its support rows: the loss on them after the inner steps is"
+            " what the outer loop lowers."
+        },
+    )
     inner_steps: int = field(default=3, metadata={"help": "Gradient steps of the inner loop."})
     inner_optimizer: str = field(default="adam", metadata={"help": "Update rule of the inner loop: sgd or adam."})
     inner_lr: float = field(
-        default=2e-3, metadata={"help": "Learning rate of the inner loop, where learned rates start."}
+        default=2e-3,
+        metadata={"help": "Learning rate of the inner loop; where rates are learned, what all of them begin at."},
     )
     inner_momentum: float = field(default=0.0, metadata={"help": "Momentum of the inner sgd."})
     inner_adam_eps_root: float = field(
@@ -52,18 +59,25 @@ class MetaLoraConfig(TrainingArguments):
     fast_weights: str | None = field(
         default=None,
         metadata={
-            "help": "Regular expression for the names of the LoRA matrices that the inner loop adapts, such as lora_B;"
-            " the others are only meta-learned. All by default."
+            "help": "Regular expression for the names of the weights that the inner loop adapts, such as lora_B, or the"
+            " head's name for a head alone; the others are only meta-learned. All by default."
         },
     )
     learn_head: bool | None = field(
         default=None,
         metadata={
-            "help": "Learn where a classification head starts, its last layer. By default, unless its weights are fast and"
-            " label_words are permuted: then a start that prefers a class is wrong for most episodes."
+            "help": "Learn the start of a classification head's last layer; if false, it stays as it was made. By"
+            " default it is learned, unless the inner loop adapts it and label_words are permuted: classes change"
+            " places then, and a start that prefers one is wrong for most episodes."
         },
     )
-    learn_inner_lr: bool = field(default=True, metadata={"help": "Learn one inner rate for each LoRA matrix."})
+    learn_inner_lr: bool = field(
+        default=True,
+        metadata={
+            "help": "Learn the inner learning rates in the outer loop, one for each LoRA matrix; if false, all stay at"
+            " inner_lr."
+        },
+    )
     inner_lr_per_step: bool = field(default=False, metadata={"help": "Learn rates for each inner step separately."})
     inner_lr_per_entry: bool = field(default=False, metadata={"help": "Learn a rate for each entry of a LoRA matrix."})
     inner_lr_learning_rate: float = field(
@@ -138,15 +152,16 @@ class MetaLoraConfig(TrainingArguments):
     ways: int | None = field(
         default=None,
         metadata={
-            "help": "Episodes of so many classes, with shots and query_size rows of each. They are classes of one task; or"
-            " of all data, where task_column is label_column. By default rows are drawn whatever their label."
+            "help": "Classes of an episode, which then has shots and query_size rows of each. They are classes of one task;"
+            " or of all data, where task_column is label_column. By default rows are drawn whatever their label."
         },
     )
     label_words: str = field(
         default="given",
         metadata={
-            "help": "With ways, what classes are called in an episode: given, permuted (among its classes) or letters (at"
-            " random)."
+            "help": "With ways, what the classes of an episode are called: given (as in the data), permuted (the same"
+            " words, shuffled among the classes in each episode) or letters (A, B, C, at random). Under a head classes"
+            " are numbers: in the order of their words if given, else at random."
         },
     )
     label_column: str = field(default="label", metadata={"help": "With ways, the column of labels."})

@@ -75,7 +75,10 @@ class ModelArguments:
     )
     lora_layers: list[int] | None = field(
         default=None,
-        metadata={"help": "Numbers of the decoder layers that get LoRA; all by default. Layers below run only once."},
+        metadata={
+            "help": "Numbers of the layers that get LoRA, counted from 0; all by default. With the upper ones alone a"
+            " step is cheaper: what lies below runs once, not at each inner step."
+        },
     )
 
     def __post_init__(self) -> None:

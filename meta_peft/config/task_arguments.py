@@ -58,7 +58,9 @@ class TaskArguments:
             " validation and test tasks, such as 0.8 0.1 0.1."
         },
     )
-    split_seed: int = field(default=0, metadata={"help": "Which task is in which of these splits."})
+    split_seed: int = field(
+        default=0, metadata={"help": "Seed of that split: another one puts other tasks into each part."}
+    )
     source_lang: str | None = field(
         default=None, metadata={"help": "Of translation rows, only those from this language; each by default."}
     )

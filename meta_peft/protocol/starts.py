@@ -11,7 +11,7 @@ from peft import PeftModel
 
 from meta_peft.adapter_loss import AdapterLoss
 from meta_peft.base_model import new_model
-from meta_peft.compare import first_tasks, with_peft_rule
+from meta_peft.compare import some_tasks, with_peft_rule
 from meta_peft.config import MetaLoraConfig
 from meta_peft.early_stops import train_with_stops
 from meta_peft.equal_compute import at_equal_compute
@@ -92,7 +92,7 @@ def _trainer(model: PeftModel, args: MetaLoraConfig, cell: Cell, setting: Settin
 
 def _tasks(cell: Cell, setting: Setting) -> TaskSet:
     train = setting.tasks["train"]
-    return train if cell.task_count is None else first_tasks(train, cell.task_count, cell.seed)
+    return train if cell.task_count is None else some_tasks(train, cell.task_count, cell.seed)
 
 
 def _train(trainer: MetaTrainer, title: str) -> tuple[list[Start], dict[str, float]]:
