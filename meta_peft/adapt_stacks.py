@@ -115,7 +115,7 @@ def adapted_stacks(
     tasks_per_forward: int,
     failed: dict[str, str] | None = None,
 ) -> Iterator[dict[str, Adapted]]:
-    """Results by task name, as soon as a stack is done; meanwhile the model's meta-learned adapter is the active one.
+    """Results by task name, as soon as a stack is done; which adapter is active makes no difference.
 
     Args:
         model: carries a meta-learned adapter, which is left unchanged.
@@ -128,15 +128,10 @@ def adapted_stacks(
     steps = learned.sidecar.inner.steps if steps is None else steps
     whole("steps", steps, 0, 10**6)
     whole("tasks_per_forward", tasks_per_forward, 1, 10**6)
-    active = list(model.active_adapters)
-    model.set_adapter(learned.adapter)
-    try:
-        loss_fn = AdapterLoss(model, second_order=False)
-        with loss_fn.dense_copies_where_room():
-            for names in _stacks(supports, tasks_per_forward):
-                yield _adapt_what_fits(loss_fn, learned, {name: supports[name] for name in names}, steps, failed)
-    finally:
-        model.set_adapter(active[0] if len(active) == 1 else active)
+    loss_fn = AdapterLoss(model, second_order=False, adapter=learned.adapter)
+    with loss_fn.dense_copies_where_room():
+        for names in _stacks(supports, tasks_per_forward):
+            yield _adapt_what_fits(loss_fn, learned, {name: supports[name] for name in names}, steps, failed)
 
 
 def _stacks(supports: Mapping[str, Support], size: int) -> list[list[str]]:

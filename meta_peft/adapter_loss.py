@@ -55,18 +55,25 @@ class AdapterLoss:
         objective: a name of `meta_peft.objectives.OBJECTIVES`; by default what the model is made for.
         checkpoint: whether backward computes each layer's activations again instead of keeping them. Exact, also in
             second order.
+        adapter: the name of the adapter; by default the active one. Which one is active later on makes no difference.
 
     Raises:
         MetaPeftError: the model is one whose gradients would be wrong without an error (see `preflight`).
     """
 
     def __init__(
-        self, model: PeftModel, *, second_order: bool = True, objective: str | None = None, checkpoint: bool = False
+        self,
+        model: PeftModel,
+        *,
+        second_order: bool = True,
+        objective: str | None = None,
+        checkpoint: bool = False,
+        adapter: str | None = None,
     ):
-        preflight.check_model(model, second_order=second_order)
+        preflight.check_model(model, second_order=second_order, adapter=adapter)
         self.model = model
         self.second_order = second_order
-        self.weights = FastWeights(model)
+        self.weights = FastWeights(model, adapter)
         self._base = base = model.get_base_model()  # PEFT's own wrapper would want inputs of certain names
         self.objective = objective_name(base) if objective is None else objective
         self._objective = objective_for(base, objective)

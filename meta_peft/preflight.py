@@ -33,14 +33,18 @@ ROUTED_BY_TOKEN = frozenset({"mixtral", "olmoe", "qwen2_moe", "qwen3_moe"})
 TWICE_DIFFERENTIABLE_EXPERTS = ("eager", "batched_mm", "grouped_mm")
 
 
-def check_model(model: Any, *, second_order: bool) -> None:
-    """Raise `MetaPeftError` unless gradients through `model` will be right; switch what can be switched."""
+def check_model(model: Any, *, second_order: bool, adapter: str | None = None) -> None:
+    """Raise `MetaPeftError` unless gradients through `model` will be right; switch what can be switched.
+
+    Args:
+        adapter: the name of the adapter to look at; by default the active one.
+    """
     if not isinstance(model, PeftModel):
         raise MetaPeftError(
             f"Expected a PeftModel with a LoRA adapter, got {type(model).__name__}: wrap the model with"
             " peft.get_peft_model(model, LoraConfig(...))."
         )
-    adapter = active_adapter(model)
+    adapter = adapter or active_adapter(model)
     _check_adapter(model, adapter)
     _check_layers(model, adapter)
     _check_head(model, adapter)

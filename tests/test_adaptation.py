@@ -209,10 +209,12 @@ def test_many_are_one_by_one(model: PeftModel, size: int):
         assert many[name].metrics == pytest.approx(metrics, abs=1e-5)
 
 
-def test_many_leave_another_active_adapter_active(model: PeftModel):
+def test_many_leave_another_adapter_active_and_what_is_trained(model: PeftModel):
     adapt(model, SUPPORT)
+    trainable = {name: p.requires_grad for name, p in model.named_parameters()}
     first = adapt_many(model, {"m": MANY["m"]})["m"]
     assert model.active_adapters == ["adapted"]
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == trainable
     model.set_adapter("default")
     assert bits(first.weights) == bits(adapt_many(model, {"m": MANY["m"]})["m"].weights)
 
