@@ -1,4 +1,4 @@
-"""The numbers of the README are those of the recorded runs, so that a run that is measured again shows in both."""
+"""The numbers of the README and of docs/when.md are those of the recorded runs: one that is measured again shows in all."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ EVIDENCE = ROOT / "benchmarks" / "results" / "evidence"
 DECODER = EVIDENCE / "decoder_classification"
 ENCODER = EVIDENCE / "encoder_classification"
 FAMILIES = ("definitions", "topics", "sentiment")  # in the order of the README's columns
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+README, WHEN = ((ROOT / page).read_text(encoding="utf-8") for page in ("README.md", "docs/when.md"))
+STARTS = {"plain": "plain LoRA", "multitask": "multi-task LoRA", "classifier": "one classifier, new head"}
+STARTS |= {"in_context": "in-context examples", "meta": "meta-learned LoRA"}
 
 
 @cache
@@ -40,10 +42,23 @@ def with_interval(mean: float, interval: list[float]) -> str:
     return f"{percent(mean)} ({percent(interval[0])} to {percent(interval[1])})"
 
 
-def rows_of(first: str) -> list[list[str]]:
-    """The other cells of the README's table rows that begin with `first`."""
-    rows = [line for line in README.splitlines() if line.startswith(f"| {first} |")]
-    return [[cell.strip().strip("*") for cell in row.strip("|").split("|")[1:]] for row in rows]
+def rows_of(first: str, page: str = README) -> list[list[str]]:
+    """The other cells of the table rows of `page` that begin with `first`."""
+    rows = [line for line in page.splitlines() if line.startswith(f"| {first} |")]
+    return [[cell.strip().replace("**", "") for cell in row.strip("|").split("|")[1:]] for row in rows]
+
+
+def after(folder: Path, start: str, *steps: int) -> str:
+    """The scores of a start after so many steps; nothing if it was not measured."""
+    if STARTS[start] not in {row["start"] for row in summary(folder)["rows"]}:
+        return ""
+    return ", ".join(percent(score(folder, STARTS[start], n)["mean"]) for n in steps)
+
+
+def ahead_of(folder: Path, start: str) -> str:
+    """By how much the meta-learned start is, after ten steps."""
+    found = [each for each in summary(folder)["differences"] if (each["other"], each["steps"]) == (start, 10)]
+    return with_interval(found[0]["mean"], found[0]["by_tasks"]) if found else ""
 
 
 @pytest.mark.parametrize(
@@ -101,3 +116,43 @@ def test_what_writes_its_answers(start: str):
     expected.append(f"{last['loss']:.2f}")
     row = "multi-task LoRA, adapted too" if start == "multi-task LoRA" else start
     assert expected in rows_of(row)
+
+
+@pytest.mark.parametrize(
+    ("row", "base", "folder"),
+    [
+        ("definitions of words, four classes", "SmolLM2", DECODER / "head_from_zero" / "definitions"),
+        ("topics of words, four classes", "SmolLM2", DECODER / "head_from_zero" / "topics"),
+        ("praise or complaint, a new domain", "SmolLM2", DECODER / "head_from_zero" / "sentiment"),
+        ("definitions of words, four classes", "MiniLM", ENCODER / "definitions"),
+        ("topics of words, four classes", "MiniLM", ENCODER / "topics"),
+        ("praise or complaint, a new domain", "MiniLM", ENCODER / "sentiment"),
+    ],
+)
+def test_when_to_use_it_under_a_head(row: str, base: str, folder: Path):
+    assert len(summary(folder)["seeds"]) == 5
+    (found,) = (cells[1:] for cells in rows_of(row, WHEN) if cells[0] == base)
+    del found[3]  # in context, which has runs of its own
+    of_classifier = found.pop()
+    assert found == [
+        *(after(folder, s, 1, 10) for s in ("plain", "multitask", "classifier", "meta")),
+        ahead_of(folder, "plain"),
+    ]
+    assert of_classifier in (ahead_of(folder, "classifier"), "level (one seed)")
+
+
+@pytest.mark.parametrize(
+    ("row", "folder"),
+    [
+        ("[locale formatting]({results}/locale_formatting/RUN.md)", EVIDENCE / "locale_formatting"),
+        ("the same, three times the training", EVIDENCE / "locale_formatting" / "longer"),
+        ("[data wrangling]({results}/data_wrangling/RUN.md)", EVIDENCE / "data_wrangling"),
+        ("[questions on new relations]({results}/question_answering/RUN.md)", EVIDENCE / "question_answering"),
+    ],
+)
+def test_when_to_use_it_where_a_model_writes(row: str, folder: Path):
+    (found,) = rows_of(row.format(results="../benchmarks/results/evidence"), WHEN)
+    starts = ((start, steps) for start, steps in (("plain", (3, 10)), ("multitask", (3, 10)), ("in_context", (0,))))
+    expected = [str(len(summary(folder)["seeds"])), "exact match, %", *(after(folder, s, *n) for s, n in starts)]
+    expected += [after(folder, "meta", 3, 10), ahead_of(folder, "plain"), ahead_of(folder, "multitask")]
+    assert found == expected
