@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from datasets import Dataset
 
 from meta_peft import digests
@@ -184,7 +185,8 @@ class TaskSet:
             return encoded
         parts = fingerprint(*options.values())
         name = parts and digests.of_texts(self.dataset._fingerprint, parts)
-        dataset = self.dataset.map(
+        encode = partial(
+            self.dataset.map,
             _encode_counted,
             fn_kwargs=options,
             remove_columns=[c for c in self.dataset.column_names if c not in self.task_columns],
@@ -192,6 +194,10 @@ class TaskSet:
             num_proc=num_proc,
             desc="encoding",
         )
+        try:
+            dataset = encode()
+        except (pa.ArrowInvalid, OSError):  # a file in the cache that was damaged
+            dataset = encode(load_from_cache_file=False)
         self.found["cut_rows"] = sum(int(np.sum(part[WAS_CUT])) for part in _columns(dataset, WAS_CUT))
         if self.found["cut_rows"]:
             logger.warning(

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 from datasets import Dataset
@@ -183,6 +184,22 @@ def test_a_second_run_does_not_tokenise_again(tmp_path):
         some.encoded(PromptFormat(), tokenizer, 20)
     arguments = [str(tmp_path / "tasks.jsonl"), str(tiny_folder())]
     assert run_python(COUNTING, *arguments, "20", "21") == "0 1\n" * 2 + "6 1\n" * 2
+
+
+@pytest.mark.parametrize("left", [0, 100, -50])
+def test_files_of_the_cache_that_were_damaged_are_made_again(tmp_path, left: int):
+    """As a disk that was full, or a machine that went down, leaves them."""
+    tokenizer = tiny_tokenizer()
+    before = on_disk(tmp_path).encoded(PromptFormat(), tokenizer, 20).rows("a")
+    files = [file["filename"] for file in on_disk(tmp_path).dataset.cache_files]
+    files += [file["filename"] for file in on_disk(tmp_path).encoded(PromptFormat(), tokenizer, 20).dataset.cache_files]
+    assert len(files) == 2
+    for name in files:
+        whole = Path(name).read_bytes()
+        aside = tmp_path / "part"  # whoever has mapped the old file into memory goes on with that
+        aside.write_bytes(whole[:left])
+        aside.replace(name)
+    assert on_disk(tmp_path).encoded(PromptFormat(), tokenizer, 20).rows("a") == before
 
 
 def test_tokenising_in_several_processes(tmp_path):

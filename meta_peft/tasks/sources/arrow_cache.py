@@ -35,10 +35,12 @@ KINDS = (
 
 
 def cached(key: str, rows: Callable[[], Iterable[Mapping[str, Any]]]) -> Dataset:
-    """The table of `rows()`, found again by `key`."""
+    """The table of `rows()`, found again by `key`; one that was damaged since then is written anew."""
     path = cache_folder() / f"{digests.of_texts(digest_of_code(), key)}.arrow"
-    if not path.is_file():
-        write(rows(), path)
+    if path.is_file():
+        with contextlib.suppress(pa.ArrowException, OSError):
+            return Dataset.from_file(str(path))
+    write(rows(), path)
     return Dataset.from_file(str(path))
 
 
