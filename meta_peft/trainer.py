@@ -44,6 +44,7 @@ from meta_peft.scoring import scorer_for
 from meta_peft.sharding import shard_as_asked
 from meta_peft.sidecar import Sidecar
 from meta_peft.survival import checkpoints
+from meta_peft.survival.claim import Claim
 from meta_peft.survival.stop_signal import StopSignal
 from meta_peft.tasks import Encoding, EpisodeCollator, EpisodeDataset, TaskSet
 from meta_peft.tasks.encoding import tokenizer_of
@@ -373,18 +374,21 @@ class MetaTrainer(PushingTrainer):
                 launcher started again resumes by itself.
 
         Raises:
-            MetaPeftError: there is no such checkpoint, or it is damaged; or too many updates had to be skipped.
+            MetaPeftError: another run trains in `output_dir` now; there is no such checkpoint, or it is damaged; or too
+                many updates had to be skipped.
         """
         folder = Path(str(self.args.output_dir))
-        resume = partial(checkpoints.to_resume, resume_from_checkpoint, folder, restarted=restarts() > 0)
-        found = group.of_first(resume)
-        same_everywhere(self._trained())
-        if found is None and self.train_dataset is not None:
-            self.train_dataset.sampling.begin(self._losses_before)
-        self.interrupted, self._failure, self._skipped = None, None, 0
-        self.run_log = RunLog()
-        with StopSignal() as self._signal:
-            result = super().train(found and str(found), *args, **kwargs)
+        with Claim(folder) as claim:
+            group.of_first(claim.take)
+            resume = partial(checkpoints.to_resume, resume_from_checkpoint, folder, restarted=restarts() > 0)
+            found = group.of_first(resume)
+            same_everywhere(self._trained())
+            if found is None and self.train_dataset is not None:
+                self.train_dataset.sampling.begin(self._losses_before)
+            self.interrupted, self._failure, self._skipped = None, None, 0
+            self.run_log = RunLog()
+            with StopSignal() as self._signal:
+                result = super().train(found and str(found), *args, **kwargs)
         self.attach()
         if self._failure is not None:
             raise self._failure
