@@ -183,10 +183,17 @@ def start_curve(
         chosen = [
             {k: f for k, f, w in zip(steps, factor_S, which_S, strict=True) if w == i} for i in range(len(starts))
         ]
-        return joined(
+        found = joined(
             [
                 tuned_curve(loss_fn, s, test, of_it, scorer=trainer.scorer, progress=bar.update)
                 for s, of_it in zip(starts, chosen, strict=True)
                 if of_it
             ]
         )
+        return replace(found, along_training=_along_training(starts, loss_VFS))
+
+
+def _along_training(starts: list[Start], loss_VFS: np.ndarray) -> dict[float, tuple[float, ...]]:
+    """For each part of the training, by the rule and at the rate that do best there after each number of steps."""
+    parts = np.array([start.part for start in starts])
+    return {float(part): tuple(loss_VFS[parts == part].min((0, 1)).tolist()) for part in np.unique(parts)}

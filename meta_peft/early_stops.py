@@ -48,5 +48,5 @@ class _Looks(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step in self._how:
-            start = self._trainer.start(self._name)
-            self.starts.append(replace(start, how=self._how[state.global_step]))
+            start, how = self._trainer.start(self._name), self._how[state.global_step]
+            self.starts.append(replace(start, how=how, part=PARTS[how]))

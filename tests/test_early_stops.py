@@ -38,7 +38,8 @@ def test_it_is_what_a_run_holds_after_these_outer_steps(tmp_path: Path, algorith
     watched = trainer_of(tmp_path / "a", [Look()], algorithm=algorithm, max_steps=8)
     watched.train()
     starts = train_with_stops(trainer_of(tmp_path / "b", algorithm=algorithm, max_steps=8), "kept")
-    assert [(start.name, start.how) for start in starts] == [("kept", ""), *(("kept", how) for how in PARTS)]
+    parts = [("kept", "", 1.0), *(("kept", how, part) for how, part in PARTS.items())]
+    assert [(start.name, start.how, start.part) for start in starts] == parts
     for start, step in zip(starts, (8, 2, 4), strict=True):
         assert_same(start, held[step])
     moved = {name for name, value in starts[1].adapter.items() if not torch.equal(value, starts[2].adapter[name])}

@@ -47,6 +47,8 @@ class Found:
         how: by which other rule than the run's own, in words, for each number of steps, ``[S]``.
         calibration: counts by number of steps and bin, ``[S][K][3]`` (see `evaluate.Curve`).
         shots: for each other number of support rows, loss and score by task after `at` steps.
+        along_training: for each part of the training that was tried, the lowest mean query loss on the validation tasks,
+            ``[S]``; None where it is not finite. Empty in cells of before it was kept.
         at: the number of steps that is compared along shots and numbers of tasks.
         cost: outer steps and seconds of training, support tokens and seconds of adaptation (see `measure`).
         options: a digest of what the cell depends on.
@@ -65,6 +67,7 @@ class Found:
     at: int
     how: list[str] = field(default_factory=list)
     shots: dict[str, dict[str, list[float]]] = field(default_factory=dict)
+    along_training: dict[str, list[float | None]] = field(default_factory=dict)
     cost: dict[str, float] = field(default_factory=dict)
     options: str = ""
     inputs: str = ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -63,6 +64,7 @@ def measured(cell: Cell, setting: Setting, options: str, inputs: str) -> Found:
         score=found.score.tolist(),
         calibration=_counts(found),
         shots=shots,
+        along_training=_finite(found.along_training),
         cost=cost,
     )
 
@@ -102,6 +104,10 @@ def _after(trainer: MetaTrainer, start: Start, episodes: list[Episode], steps: i
     loss_fn, batches = trainer.scorer.loss_fn, trainer.batches(episodes)
     found = curve(loss_fn, start, batches, (steps,), factor=factor, scorer=trainer.scorer)
     return {"loss": found.loss[:, 0].tolist(), "score": found.score[:, 0].tolist()}
+
+
+def _finite(along: Mapping[float, tuple[float, ...]]) -> dict[str, list[float | None]]:
+    return {f"{part:g}": [loss if np.isfinite(loss) else None for loss in losses] for part, losses in along.items()}
 
 
 def _values(scores: Scores) -> dict[str, list[float]]:

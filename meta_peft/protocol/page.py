@@ -81,6 +81,7 @@ def as_values(summary: Summary) -> dict[str, Any]:
         "cost": {start: summary.cost(start) for start in summary.starts},
         "along_shots": _lists(summary.along_shots()),
         "along_tasks": _lists(summary.along_tasks()),
+        "along_training": summary.along_training(),
     }
 
 
@@ -93,6 +94,8 @@ def tables(summary: Summary) -> Iterator[Table]:
         yield _along(summary, f"Examples of {of}, after {summary.at} steps", along)
     if counts := summary.along_tasks():
         yield _along(summary, f"Training tasks, after {summary.at} steps", counts)
+    if training := summary.along_training():
+        yield _along_training(summary, training)
     yield _cost(summary)
 
 
@@ -142,6 +145,16 @@ def _along(summary: Summary, title: str, found: dict[str, dict[int, np.ndarray]]
         cells = [_with_interval(summary, by_number[n]) if n in by_number else "" for n in numbers]
         lines.append([TITLES[start], *cells])
     return f"{title}: {summary.metric.head}", ["start", *map(str, numbers)], lines
+
+
+def _along_training(summary: Summary, found: dict[str, dict[float, float | None]]) -> Table:
+    parts = sorted({part for by_part in found.values() for part in by_part})
+    lines = []
+    for start, by_part in found.items():
+        losses = [by_part.get(part) for part in parts]
+        lines.append([TITLES[start], *("" if loss is None else f"{loss:.3f}" for loss in losses)])
+    title = f"Part of the training, query loss of the validation tasks after {summary.at} steps"
+    return title, ["start", *(f"{100 * part:.0f} %" for part in parts)], lines
 
 
 def _with_interval(summary: Summary, values: np.ndarray) -> str:

@@ -105,7 +105,7 @@ def _train(trainer: MetaTrainer, title: str) -> tuple[list[Start], dict[str, flo
 def _with_features(start: Start, learned: Start) -> Start:
     """The LoRA matrices of the one under the head of the other."""
     lora = {name: value for name, value in learned.adapter.items() if is_lora(name)}
-    return replace(start, adapter={**start.adapter, **lora}, how=learned.how)
+    return replace(start, adapter={**start.adapter, **lora}, how=learned.how, part=learned.part)
 
 
 def _features(cell: Cell, setting: Setting, args: MetaLoraConfig) -> tuple[list[Start], dict[str, float]]:

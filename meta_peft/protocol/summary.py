@@ -157,6 +157,23 @@ class Summary:
                 found[start] = {**by_count, every: self._at(self.of_start(start))}
         return found
 
+    def along_training(self) -> dict[str, dict[float, float | None]]:
+        """The lowest query loss on the validation tasks after `at` steps, the mean over seeds, for each trained start and
+        each part of its training after which it was tried; None where a seed's is not finite.
+
+        Of starts whose cells all have it.
+        """
+        found: dict[str, dict[float, float | None]] = {}
+        for start in self.starts:
+            cells = [cell for cell in self.of_start(start) if cell.cell.trained]
+            parts = set.intersection(*(set(cell.along_training) for cell in cells)) if cells else set()
+            for part in sorted(parts, key=float) if len(parts) > 1 else ():
+                losses = [cell.along_training[part][cell.steps.index(self.at)] for cell in cells]
+                finite = [loss for loss in losses if loss is not None]
+                mean = float(np.mean(finite)) if len(finite) == len(losses) else None
+                found.setdefault(start, {})[float(part)] = mean
+        return found
+
     def at_the_edge(self, start: str) -> dict[str, list[int]]:
         """Numbers of steps at which most seeds chose the ``"smallest"`` or the ``"largest"`` rate that was tried."""
         tried = sorted(self.about["comparison"]["rate_factors"])

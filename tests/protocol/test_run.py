@@ -112,6 +112,12 @@ def test_what_is_trained_may_stop_early(tmp_path: Path, monkeypatch: pytest.Monk
     trained = ("multitask", "fomaml", "meta")
     assert {found[start].how[1] for start in trained} == {quarter}
     assert found["plain"].how == ["", ""], "it is not trained"
+    assert set(found["plain"].along_training) == {"1"}
+    for start in trained:
+        along = {float(part): losses[1] for part, losses in found[start].along_training.items()}
+        assert set(along) == {*PARTS.values(), 1.0}
+        assert all(along[part] is None or along[part] > along[0.25] for part in (0.5, 1.0)), "None is no finite loss"
+        assert summary.along_training()[start] == along
     report = (tmp_path / "out" / "report.md").read_text()
     assert report.count(f", {quarter} |") == 3  # nothing is adapted after 0 steps
     for (trainer, stops), start in zip(made, trained, strict=True):

@@ -99,6 +99,26 @@ def test_along_shots_and_training_tasks():
     assert {n: v.mean() for n, v in counts["meta"].items()} == pytest.approx({3: 0.5 - 0.1 / 8, 9: 1 - 0.1 / 8})
 
 
+def test_along_the_training():
+    """Of starts that were trained and whose cells all have it; seeds without a finite loss have no mean."""
+    meta = {seed: {"0.25": [1.0, 0.8 + 0.2 * seed], "1": [0.9, 0.5]} for seed in (0, 1)}
+    multitask = {0: {"0.25": [1.0, 0.8], "1": [0.9, None]}, 1: {"0.25": [1.0, 0.8], "1": [0.9, 0.5]}}
+    found = [cell("meta", (0, 1), seed, along_training=meta[seed]) for seed in (0, 1)]
+    found += [cell("multitask", (0, 1), seed, along_training=multitask[seed]) for seed in (0, 1)]
+    found += [cell("plain", (0, 1), seed, along_training={"1": [1.0, 0.9]}) for seed in (0, 1)]
+    found += [cell("fomaml", (0, 1), seed, along_training=meta[0] if seed else {}) for seed in (0, 1)]
+    summary = summary_of(*found)
+    assert summary.along_training() == {
+        "multitask": {0.25: pytest.approx(0.8), 1.0: None},
+        "meta": {0.25: pytest.approx(0.9), 1.0: pytest.approx(0.5)},
+    }
+    (table,) = [table for table in tables(summary) if table[0].startswith("Part of the training")]
+    assert table[1:] == (
+        ["start", "25 %", "100 %"],
+        [["multi-task LoRA", "0.800", ""], ["meta-learned LoRA", "0.900", "0.500"]],
+    )
+
+
 @pytest.mark.parametrize(
     ("multitask", "meta", "said"),
     [
