@@ -53,7 +53,7 @@ class MemoryPlan:
         self.halvings = 0  # how often memory ran out
         self._most_tasks: int | None = None  # found by running out of memory
         self._needs: dict[tuple[bool, InnerRule], _Needs] = {}
-        self._said: Any = None
+        self._said: set[tuple[int, int | None]] = set()
 
     def settle(self, algorithm: Any, loss_fn: LossFn, meta: Meta, batch: EpisodeBatch) -> tuple[Any, int]:
         """The algorithm with its memory mode decided, and for how many tasks one forward is to be."""
@@ -130,8 +130,8 @@ class MemoryPlan:
         return known
 
     def _say(self, size: int, graphs: int | None, needs: _Needs, budget: float) -> None:
-        if (size, graphs) != self._said:
-            self._said = (size, graphs)
+        if (size, graphs) not in self._said:
+            self._said.add((size, graphs))
             kept = "" if graphs is None else f", the graphs of the last {graphs} inner steps are kept"
             logger.info(
                 "%d tasks go through the model at once%s: one needs %.0f MB for a step, and %.1f GB are there.",
