@@ -25,12 +25,13 @@ OF_OWN_TASKS = (
     *("validation_tasks", "test_tasks", "split_fractions", "rename_columns"),
     *("source_lang", "target_lang", "self_supervised"),
 )
+SMALL = "small_tasks"
 WORDS = {
     "repeated_rows": "repeated rows left out",
     "empty_rows": "empty rows left out",
     "rows_in_several_tasks": "rows that are in several tasks",
     "single_label_tasks": "tasks with one label only, which teach to say it",
-    "small_tasks": "tasks left out, which have too few rows or classes",
+    SMALL: "tasks left out, which have too few rows or classes",
 }
 
 
@@ -67,13 +68,19 @@ def with_enough_rows(tasks: dict[str, TaskSet], task_args: TaskArguments, args: 
         MetaPeftError: there are others, and ``small_tasks`` does not say to leave them out.
     """
     labels, checked = args.labelling(), {}
+    if task_args.split_fractions is not None:  # all rows were read together
+        _say_found("all tasks", tasks["train"], set(WORDS))
     for split, of_split in tasks.items():
         query_size = args.query_size if split == "train" else 1
         checked[split] = of_split = large_enough(of_split, labels, args.shots, query_size, task_args.small_tasks)
-        said = [f"{n} {WORDS[name]}" for name, n in of_split.found.items() if n and name in WORDS]
-        if said:
-            logger.info("%s: %s.", split, ", ".join(said))
+        _say_found(split, of_split, set(WORDS) if task_args.split_fractions is None else {SMALL})
     return checked
+
+
+def _say_found(where: str, tasks: TaskSet, names: set[str]) -> None:
+    said = [f"{n} {WORDS[name]}" for name, n in tasks.found.items() if n and name in names]
+    if said:
+        logger.info("%s: %s.", where, ", ".join(said))
 
 
 def run_tasks(task_args: TaskArguments, args: MetaLoraConfig) -> tuple[dict[str, TaskSet], dict[str, Any]]:

@@ -130,6 +130,22 @@ def test_small_tasks(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     assert caplog.messages == ["train: 1 tasks left out, which have too few rows or classes."]
 
 
+def test_what_was_found_before_a_split_is_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    """Of which part a row that was left out would have been is not known."""
+    tasks = letter_tasks("abcdefgh")
+    tasks["say a"] = [*tasks["say a"], tasks["say a"][0]]
+    tasks["say b"] = tasks["say b"][:2]
+    path = str(write_jsonl(tmp_path / "x.jsonl", tasks))
+    given = arguments(tmp_path, train_tasks=path, split_fractions=[0.5, 0.25, 0.25], small_tasks="leave_out")
+    with caplog.at_level("INFO", "meta_peft"):
+        parts = with_enough_rows(load_tasks(given), given, config(tmp_path, shots=2, query_size=2))
+    (of,) = (split for split, part in parts.items() if "small_tasks" in part.found)
+    assert caplog.messages == [
+        "all tasks: 1 repeated rows left out.",
+        f"{of}: 1 tasks left out, which have too few rows or classes.",
+    ]
+
+
 def test_small_classes(tmp_path: Path):
     """Held-out classes need one query row only."""
     path = jsonl(tmp_path / "x.jsonl", LABELLED[:-4])
