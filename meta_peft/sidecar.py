@@ -106,8 +106,8 @@ class Sidecar:
             self.tokenizer.check(TokenizerIdentity.of(tokenizer))
 
     def rate_factor(self, steps: int) -> float:
-        """The factor found for the largest number of steps up to `steps`; 1 if none was."""
-        known = [k for k in self.rate_factors if k <= steps]
+        """The factor found for the largest number of steps up to `steps`, but not for none at all; 1 if none was found."""
+        known = [k for k in self.rate_factors if 0 < k <= steps]
         return self.rate_factors[max(known)] if known else 1.0
 
     def write(self, folder: Path) -> None:

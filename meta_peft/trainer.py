@@ -410,7 +410,8 @@ class MetaTrainer(PushingTrainer):
 
     def record(self, *, rate_factors: dict[int, float] | None = None, results: CardResults | None = None) -> None:
         """Keep what an evaluation found: rate factors for `adapt`, and what the model card shows."""
-        self.adapter_record.rate_factors = rate_factors or self.adapter_record.rate_factors
+        if rate_factors:
+            self.adapter_record.rate_factors = {steps: factor for steps, factor in rate_factors.items() if steps}
         self.adapter_record.results = results or self.adapter_record.results
         self.attach()
 

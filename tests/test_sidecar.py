@@ -253,3 +253,4 @@ def test_rate_factor_of_the_largest_known_number_of_steps(steps: int, factor: fl
 def test_rate_factor_is_1_where_none_is_known():
     assert replace(SIDECAR, rate_factors={}).rate_factor(3) == 1.0
     assert replace(SIDECAR, rate_factors={5: 3.0}).rate_factor(4) == 1.0
+    assert replace(SIDECAR, rate_factors={0: 0.25, 5: 3.0}).rate_factor(4) == 1.0, "of no steps all factors are as good"

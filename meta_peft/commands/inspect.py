@@ -75,8 +75,8 @@ def _facts(sidecar: Any, fast: list[str]) -> list[tuple[str, str]]:
     how = "learned" if inner.learn_rates else "fixed"
     each = ", each entry its own" if inner.rates_per_entry else ", each step its own" if inner.rates_per_step else ""
     facts.append(("inner rates", f"{rates.min():.2e} to {rates.max():.2e}, {how}{each}"))
-    if sidecar.rate_factors:
-        found = ", ".join(f"{factor:g} for {steps}" for steps, factor in sorted(sidecar.rate_factors.items()))
+    if any(sidecar.rate_factors):
+        found = ", ".join(f"{factor:g} for {steps}" for steps, factor in sorted(sidecar.rate_factors.items()) if steps)
         facts.append(("rate factors", f"{found} steps"))
     template = sidecar.prompt_format
     facts.append(("prompt", f"{template.prompt_template!r} {template.completion_template!r}"))

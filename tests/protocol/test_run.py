@@ -129,7 +129,7 @@ def test_what_is_trained_may_stop_early(tmp_path: Path, monkeypatch: pytest.Monk
             assert not torch.equal(stops[0].adapter[name], value)
         sidecar = load(None, folder).meta_peft.sidecar
         chosen_for = zip(found[start].steps, found[start].factors, found[start].how, strict=True)
-        assert sidecar.rate_factors == {step: factor for step, factor, how in chosen_for if how == quarter}
+        assert sidecar.rate_factors == {step: factor for step, factor, how in chosen_for if step and how == quarter}
         torch.testing.assert_close(sidecar.log_rates, stops[1].hyper["log_rates"])
         assert found[start].cost["outer_steps"] == trainer.args.max_steps, "the cost is that of the whole training"
 
@@ -294,7 +294,7 @@ def test_a_trained_start_can_be_used_with_its_rates(whole: tuple[Path, Summary])
     found = next(f for f in summary.found if f.cell.name == "seed0-meta")
     chosen_for = zip(found.steps, found.factors, found.how, strict=True)
     assert model.meta_peft.sidecar.rate_factors == {
-        step: factor for step, factor, how in chosen_for if how == found.how[found.steps.index(summary.at)]
+        step: factor for step, factor, how in chosen_for if step and how == found.how[found.steps.index(summary.at)]
     }
     _, metrics = adapt(model, letter_rows("p")[:2])
     assert metrics["support_loss_after"] < metrics["support_loss_before"]
