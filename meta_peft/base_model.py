@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +80,13 @@ def base_config(args: ModelArguments) -> Any:
 def objective_of(args: ModelArguments) -> str:
     """The objective that `args` name, or else the one that their base is made for."""
     return args.objective or objective_of_config(base_config(args))
+
+
+def lacks_classes(args: ModelArguments) -> bool:
+    """Whether how many classes its head is to have is said neither by `args` nor by the base."""
+    if args.num_labels is not None or objective_of(args) not in CLASSIFYING:
+        return False
+    return objective_of_config(base_config(args)) not in CLASSIFYING
 
 
 def tokenizer_for(args: ModelArguments) -> Any:
@@ -267,8 +276,13 @@ def new_model(args: ModelArguments, seed: int) -> PeftModel:
     return with_adapter(base, lora_config(args, objective_name(base)))
 
 
-def peft_model_of(model: Any, peft_config: LoraConfig | None, seed: int) -> PeftModel:
+def peft_model_of(
+    model: Any, peft_config: LoraConfig | None, seed: int, classes: Callable[[], int] = lambda: 2
+) -> PeftModel:
     """What a user gives as a model: a `PeftModel` as it is; another model, or the name of one, with a new adapter.
+
+    A named one gets a classification head if the task type of `peft_config` says so, for as many classes as `classes`
+    returns if it has none.
 
     Raises:
         MetaPeftError: where LoRA goes is said twice or not at all, or for another kind of model.
@@ -281,9 +295,14 @@ def peft_model_of(model: Any, peft_config: LoraConfig | None, seed: int) -> Peft
         return model
     if peft_config is None:
         raise MetaPeftError("Where LoRA goes is not said: give peft_config=LoraConfig(...), or a PeftModel.")
-    named = ModelArguments(str(model)) if isinstance(model, (str, Path)) else None
-    objective = objective_of(named) if named else objective_name(model)
     task_type = getattr(peft_config.task_type, "value", peft_config.task_type)
+    named = None
+    if isinstance(model, (str, Path)):
+        with_head = next((name for name in CLASSIFYING if KINDS[name].task_type == task_type), None)
+        named = ModelArguments(str(model), objective=with_head)
+        if lacks_classes(named):
+            named = replace(named, num_labels=classes())
+    objective = objective_of(named) if named else objective_name(model)
     if task_type in {kind.task_type for kind in KINDS.values()} - {None, KINDS[objective].task_type}:
         raise MetaPeftError(
             f"task_type={task_type!r} does not fit {model if named else 'the model'}, which is for {objective}: load"

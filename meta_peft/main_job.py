@@ -13,6 +13,7 @@ from meta_peft.card import CardResults
 from meta_peft.compare import CompareArguments, compare, multitask_starts
 from meta_peft.config import MetaLoraConfig, ModelArguments, TaskArguments
 from meta_peft.report import Report, check_plots
+from meta_peft.run_episodes import with_classes
 from meta_peft.sharding import asked_for, check_sharding
 from meta_peft.task_loading import run_tasks
 from meta_peft.tasks import TaskSet
@@ -29,6 +30,7 @@ def run(
     compared = comparison.compare != "none" and {"validation", "test"} <= set(tasks)
     if compared:
         check_plots()
+    model_args = with_classes(model_args, tasks.values(), args.ways)
     tokenizer = tokenizer_for(model_args)
     trainer = MetaTrainer(
         new_model(model_args, args.seed),

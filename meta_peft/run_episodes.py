@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
-from meta_peft.config import MetaLoraConfig
+from meta_peft.base_model import lacks_classes
+from meta_peft.config import MetaLoraConfig, ModelArguments
 from meta_peft.objectives import CLASSIFYING
 from meta_peft.support import episode_selection
 from meta_peft.tasks import Encoding, EpisodeDataset, TaskSet
+from meta_peft.tasks.encoding.classes import class_names
 from meta_peft.tasks.held_out import held_out
 from meta_peft.tasks.prompt import example_columns
 
@@ -70,3 +72,22 @@ def run_encoding(
 def labels_of(tasks: TaskSet) -> Any:
     """The label of each row, tasks not yet encoded."""
     return tasks.dataset[example_columns(tasks.dataset.column_names)[-1]]
+
+
+def most_classes(task_sets: Iterable[TaskSet], ways: int | None) -> int:
+    """The classes that a head needs for these tasks: the most that one of them has, or an episode takes."""
+    most = max(2, ways or 0)
+    for tasks in task_sets:
+        labels = list(labels_of(tasks))
+        for rows in tasks.rows_of.values():
+            own = [labels[row] for row in rows]
+            numbers = [
+                n for label in own for n in (label if isinstance(label, list) else [label]) if isinstance(n, int)
+            ]
+            most = max(most, len(class_names(own)), 1 + max(numbers, default=0))
+    return most
+
+
+def with_classes(model_args: ModelArguments, task_sets: Iterable[TaskSet], ways: int | None) -> ModelArguments:
+    """With the number of classes that the tasks need, where neither the options nor the base have one."""
+    return replace(model_args, num_labels=most_classes(task_sets, ways)) if lacks_classes(model_args) else model_args

@@ -37,6 +37,7 @@ from meta_peft.evaluate import curve, interval
 from meta_peft.outer_loop import meta_gradient
 from meta_peft.params import flatten
 from meta_peft.patterns import matches
+from meta_peft.run_episodes import with_classes
 from meta_peft.task_loading import load_tasks, with_enough_rows
 from meta_peft.tasks import EpisodeDataset, TaskSet
 from meta_peft.tasks.leakage import Leakage, find_leakage
@@ -170,6 +171,7 @@ def run(
     if "validation" not in tasks:
         raise MetaPeftError("The report compares training tasks with validation tasks: give validation_tasks.")
     tasks = with_enough_rows(tasks, task_args, args)
+    model_args = with_classes(model_args, tasks.values(), args.ways)
     trainer = MetaTrainer(
         new_model(model_args, args.seed),
         args=args,

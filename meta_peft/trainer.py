@@ -38,7 +38,7 @@ from meta_peft.processes import Share, StepShares, group, restarts
 from meta_peft.processes.replicas import same_everywhere
 from meta_peft.processes.step_shares import only
 from meta_peft.pushing_trainer import PushingTrainer
-from meta_peft.run_episodes import RunEpisodes, run_encoding
+from meta_peft.run_episodes import RunEpisodes, most_classes, run_encoding
 from meta_peft.run_log import RunLog
 from meta_peft.scoring import scorer_for
 from meta_peft.sharding import shard_as_asked
@@ -104,7 +104,8 @@ class MetaTrainer(PushingTrainer):
             episodes_of(tasks, args.labelling()).check_rows(args.shots, args.query_size)
             if eval_tasks is not None:
                 tasks.check_disjoint(eval_tasks)
-        peft_model = peft_model_of(model, peft_config, args.seed)
+        given = [of_split for of_split in (tasks, eval_tasks) if of_split is not None]
+        peft_model = peft_model_of(model, peft_config, args.seed, partial(most_classes, given, args.ways))
         self.algorithm = args.algorithm_object()
         shares = args.world_size * args.gradient_accumulation_steps
         sharded = shard_as_asked(peft_model, self.algorithm, tasks_per_step=args.tasks_in_a_step, shares=shares)
@@ -126,7 +127,6 @@ class MetaTrainer(PushingTrainer):
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
         agree_on_padding(base, objective, tokenizer)
-        given = [of_split for of_split in (tasks, eval_tasks) if of_split is not None]
         self.encoding = encoding or run_encoding(base, objective, args, processor, given)
         self.adapter_record = AdapterRecord(self.loss_fn, self.rates, args, self.encoding, identity, processor)
         self._episodes = RunEpisodes(peft_model, self.encoding, args, sharded)

@@ -776,9 +776,21 @@ def test_an_optimizer_without_the_rates_is_refused(tmp_path: Path):
 @pytest.mark.parametrize("model", ["a name", "a model"])
 def test_a_task_type_of_another_kind_of_model_is_refused(tmp_path: Path, model: str):
     """A causal model would be trained, and never loaded again."""
-    given = tiny_folder() if model == "a name" else base_model()
-    with pytest.raises(MetaPeftError, match="task_type='SEQ_CLS' does not fit"):
-        MetaTrainer(given, config(tmp_path), letter_tasks(TRAIN), peft_config=LoraConfig(task_type="SEQ_CLS"))
+    given, task_type = (tiny_folder(), "SEQ_2_SEQ_LM") if model == "a name" else (base_model(), "SEQ_CLS")
+    with pytest.raises(MetaPeftError, match=f"task_type='{task_type}' does not fit"):
+        MetaTrainer(given, config(tmp_path), letter_tasks(TRAIN), peft_config=LoraConfig(task_type=task_type))
+
+
+def test_a_named_base_gets_the_head_that_the_task_type_says(tmp_path: Path):
+    """For as many classes as the task with the most has."""
+    tasks = {f"{n} classes": [{"text": f"{c}{i}", "label": c} for c in "abcd"[:n] for i in range(4)] for n in (2, 4, 3)}
+    lora_config = LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["q_proj"])
+    run = MetaTrainer(str(tiny_folder()), config(tmp_path), tasks, peft_config=lora_config)
+    assert run.model.get_base_model().config.num_labels == 4
+    run.train()
+    run.save_model()
+    _, metrics = adapt(load(None, tmp_path), tasks["3 classes"])
+    assert metrics["support_loss_after"] < metrics["support_loss_before"]
 
 
 def test_there_is_no_predict(tmp_path: Path):

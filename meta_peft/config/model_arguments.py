@@ -25,7 +25,11 @@ class ModelArguments:
         },
     )
     num_labels: int | None = field(
-        default=None, metadata={"help": "Classes of a classification head: the most that a task has. Else the base's."}
+        default=None,
+        metadata={
+            "help": "Classes of a classification head. By default the base's, or if it has no such head, the most that a"
+            " task has."
+        },
     )
     new_head: str = field(
         default="zero",

@@ -20,6 +20,7 @@ from meta_peft.protocol.page import write_page
 from meta_peft.protocol.setting import Setting
 from meta_peft.protocol.summary import Summary
 from meta_peft.report import check_plots
+from meta_peft.run_episodes import with_classes
 from meta_peft.task_loading import run_tasks
 from meta_peft.tasks import TaskSet
 
@@ -63,6 +64,7 @@ def run(
         raise MetaPeftError(
             f"There are no {' and no '.join(missing)} tasks: rates are chosen on the one, judged on the other."
         )
+    model_args = with_classes(model_args, tasks.values(), args.ways)
     about = {**about_run(model_args, task_args, args, tasks), "leakage": leakage, "comparison": _compared(comparison)}
     folder = Path(str(args.output_dir))
     curve = tuple(sorted(set(protocol.shots_curve or ())))
