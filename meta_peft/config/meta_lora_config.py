@@ -60,7 +60,7 @@ class MetaLoraConfig(TrainingArguments):
         default=None,
         metadata={
             "help": "Regular expression for the names of the weights that the inner loop adapts, such as lora_B, or the"
-            " head's name for a head alone; the others are only meta-learned. All by default."
+            " head's name for a head alone; the outer loop alone learns the others. All by default."
         },
     )
     learn_head: bool | None = field(
