@@ -11,7 +11,7 @@ from meta_peft.config import MetaLoraConfig, ModelArguments
 from meta_peft.objectives import CLASSIFYING
 from meta_peft.support import episode_selection
 from meta_peft.tasks import Encoding, EpisodeDataset, TaskSet
-from meta_peft.tasks.encoding.classes import class_names
+from meta_peft.tasks.encoding.classes import class_count
 from meta_peft.tasks.held_out import held_out
 from meta_peft.tasks.prompt import example_columns
 
@@ -80,11 +80,7 @@ def most_classes(task_sets: Iterable[TaskSet], ways: int | None) -> int:
     for tasks in task_sets:
         labels = list(labels_of(tasks))
         for rows in tasks.rows_of.values():
-            own = [labels[row] for row in rows]
-            numbers = [
-                n for label in own for n in (label if isinstance(label, list) else [label]) if isinstance(n, int)
-            ]
-            most = max(most, len(class_names(own)), 1 + max(numbers, default=0))
+            most = max(most, class_count(labels[row] for row in rows))
     return most
 
 

@@ -32,7 +32,7 @@ from meta_peft.protocol.setting import Setting
 from meta_peft.protocol.task_heads import TaskHeadsTrainer
 from meta_peft.run_episodes import labels_of
 from meta_peft.tasks import TaskSet
-from meta_peft.tasks.encoding.classes import class_names
+from meta_peft.tasks.encoding.classes import class_count
 from meta_peft.tasks.labelling import numbered_within
 from meta_peft.trainer import MetaTrainer
 
@@ -120,9 +120,7 @@ def _features(cell: Cell, setting: Setting, args: MetaLoraConfig) -> tuple[list[
     args.shots, args.query_size = (n * (setting.args.ways or 1) for n in (args.shots, args.query_size))
     if cell.start == TASK_HEADS:
         tasks = numbered_within(tasks)
-    labels = list(labels_of(tasks))
-    num_labels = len(class_names(labels)) or 1 + max(labels)  # numbers have no names
-    model = new_model(replace(setting.model, num_labels=num_labels), cell.seed)
+    model = new_model(replace(setting.model, num_labels=class_count(labels_of(tasks))), cell.seed)
     kind = TaskHeadsTrainer if cell.start == TASK_HEADS else MetaTrainer
     trainer = kind(model, args, tasks, processing_class=setting.processor)
     trainer.use_frozen_cache(setting.frozen)

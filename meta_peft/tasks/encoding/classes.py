@@ -20,6 +20,13 @@ def class_names(labels: Iterable[Any]) -> tuple[str, ...]:
     return tuple(sorted(found))
 
 
+def class_count(labels: Iterable[Any]) -> int:
+    """The classes that a head needs for these labels, or lists of labels: as many as names, or as the numbers from 0."""
+    labels = list(labels)
+    numbers = (n for label in labels for n in (label if isinstance(label, list) else [label]) if isinstance(n, int))
+    return max(len(class_names(labels)), 1 + max(numbers, default=-1))
+
+
 def class_number(label: Any, how: Encoding) -> int:
     """The number of a class, given as itself or by name."""
     names, most = how.facts.label_names, how.facts.num_labels
