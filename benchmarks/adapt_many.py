@@ -45,10 +45,10 @@ from workload import (
 )
 
 import meta_peft
-from meta_peft.base_identity import BaseIdentity
-from meta_peft.fast_weights import FastWeights
-from meta_peft.hub import attach
-from meta_peft.sidecar import Sidecar
+from meta_peft.adapters.base_identity import BaseIdentity
+from meta_peft.adapters.hub import attach
+from meta_peft.adapters.sidecar import Sidecar
+from meta_peft.lora.fast_weights import FastWeights
 from meta_peft.types import EpisodeBatch, Params, Rows
 
 PROGRAM = Path(__file__).resolve()

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
-from meta_peft.evaluate import interval
-from meta_peft.metrics import METRICS
+from meta_peft.evaluation.evaluate import interval
+from meta_peft.evaluation.metrics import METRICS
 from meta_peft.protocol.cells import FOLDER, Found
 
 SHOWN = METRICS["accuracy"].shown  # in whole %

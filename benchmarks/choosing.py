@@ -15,8 +15,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 from meta_peft import MetaLoraConfig, MetaTrainer, ModelArguments, TaskSet
-from meta_peft.base_model import load_base, load_tokenizer, lora_config, with_adapter
-from meta_peft.evaluate import curve, interval
+from meta_peft.base import load_base, load_tokenizer, lora_config, with_adapter
+from meta_peft.evaluation.evaluate import curve, interval
 from meta_peft.tasks import EpisodeDataset
 from meta_peft.tasks.leakage import find_leakage
 from meta_peft.tasks.locale_formatting import locale_formatting

@@ -14,15 +14,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from meta_peft.atomic_files import write_file
-from meta_peft.base_model import new_model, tokenizer_for
+from meta_peft.base.new_adapter import new_model
+from meta_peft.base.tokenizers import tokenizer_for
 from meta_peft.commands.run_options import run_options
-from meta_peft.compare import held_out_episodes
+from meta_peft.comparison.compare import held_out_episodes
 from meta_peft.objectives import CLASSIFYING, objective_name
 from meta_peft.protocol import ProtocolArguments
-from meta_peft.task_loading import run_tasks
+from meta_peft.run_tasks.task_loading import run_tasks
 from meta_peft.tasks.encoding import tokenizer_of
-from meta_peft.trainer import MetaTrainer
+from meta_peft.training.trainer import MetaTrainer
+from meta_peft.utils.atomic_files import write_file
 
 
 def main(words: list[str]) -> Path:

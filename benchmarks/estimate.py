@@ -26,12 +26,12 @@ import report
 import torch
 from workload import Workload, save_base
 
-from meta_peft.allocator import M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, keep_freed_memory
-from meta_peft.base_model import load_base, lora_config, with_adapter
+from meta_peft.base import load_base, lora_config, with_adapter
 from meta_peft.config import MetaLoraConfig, ModelArguments
-from meta_peft.estimate import EstimateArguments, estimate, whole_rows
-from meta_peft.memory_plan import MemoryPlan
-from meta_peft.outer_loop import bind, meta_gradient
+from meta_peft.estimate.estimate import EstimateArguments, estimate, whole_rows
+from meta_peft.outer_loop.memory_plan import MemoryPlan
+from meta_peft.outer_loop.outer_loop import bind, meta_gradient
+from meta_peft.utils.allocator import M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, keep_freed_memory
 
 BASES = {"fp32": {}, "nf4": {"load_in_4bit": True}}
 MODES: dict[str, dict[str, Any]] = {

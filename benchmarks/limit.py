@@ -27,7 +27,7 @@ from contenders import ours
 from products import Product, Roof, count
 from workload import Workload, load_model, random_batch, save_base
 
-from meta_peft.allocator import keep_freed_memory
+from meta_peft.utils.allocator import keep_freed_memory
 
 
 def main() -> None:

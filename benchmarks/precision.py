@@ -28,7 +28,7 @@ from meta_peft import (
     PromptFormat,
     meta_gradient,
 )
-from meta_peft.base_model import load_base, load_tokenizer, with_adapter
+from meta_peft.base import load_base, load_tokenizer, with_adapter
 from meta_peft.config import ModelArguments
 from meta_peft.params import flatten
 from meta_peft.tasks.locale_formatting import locale_formatting
@@ -85,7 +85,7 @@ def _model(precision: str) -> Any:
     base = load_base(args)
     if precision == "float64":
         base = base.double()
-    from meta_peft.base_model import lora_config
+    from meta_peft.base import lora_config
 
     torch.manual_seed(0)
     model = with_adapter(base, lora_config(args))

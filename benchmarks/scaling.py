@@ -29,9 +29,9 @@ from safetensors.torch import save_file
 from workload import Workload, load_model, random_batch
 
 from meta_peft import MAML, SGD, AdapterLoss, InnerRule, LearnedRates, StepSum, assign_gradient, meta_gradient
-from meta_peft.allocator import keep_freed_memory
 from meta_peft.processes import group, join
 from meta_peft.survival import checkpoints, training_state
+from meta_peft.utils.allocator import keep_freed_memory
 
 PROGRAM = Path(__file__).resolve()
 PROCESSES, TARGET, STEPS = (1, 2), 0.85, 2

@@ -19,7 +19,7 @@ from pathlib import Path
 import choosing
 import report
 
-from meta_peft.base_view import BaseView
+from meta_peft.run_tasks.base_view import BaseView
 from meta_peft.tasks.support_selection import SELECTIONS, SupportSelection
 
 

@@ -73,7 +73,7 @@ def _served(load: Load, spec: dict[str, Any]) -> dict[str, Callable[..., dict[st
         """Load, and run once. Memory is counted from the loaded model on: what a contender sets up counts as its own."""
         import torch
 
-        from meta_peft.allocator import keep_freed_memory
+        from meta_peft.utils.allocator import keep_freed_memory
 
         torch.set_num_threads(spec["threads"])
         prepare = load(spec)

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from meta_peft import cli
-from meta_peft.compare import CompareArguments
+from meta_peft.comparison.compare import CompareArguments
+from meta_peft.comparison.task_report import TaskReportArguments
 from meta_peft.config import MetaLoraConfig, ModelArguments, TaskArguments
-from meta_peft.estimate import EstimateArguments
+from meta_peft.estimate.estimate import EstimateArguments
 from meta_peft.protocol import ProtocolArguments
-from meta_peft.task_report import TaskReportArguments
 
 PAGE = Path(__file__).with_name("options.md")
 COMMANDS = {

@@ -10,31 +10,31 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from meta_peft.adapt_stacks import Adapted
-    from meta_peft.adaptation import adapt, adapt_many
-    from meta_peft.adapter_loss import AdapterLoss
+    from meta_peft.adaptation.adapt import adapt, adapt_many
+    from meta_peft.adaptation.folder import adapt_folder
+    from meta_peft.adaptation.stacks import Adapted
+    from meta_peft.adapters.hub import load, push, save
     from meta_peft.algorithms import MAML, ImplicitMAML, MultiTask, Reptile
     from meta_peft.config import MetaLoraConfig, ModelArguments, TaskArguments
     from meta_peft.errors import MetaPeftError
-    from meta_peft.folder_of_adapters import adapt_folder
-    from meta_peft.hub import load, push, save
+    from meta_peft.functional.adapter_loss import AdapterLoss
     from meta_peft.inner_optimizers import SGD, Adam, InnerRule
-    from meta_peft.memory_plan import MemoryPlan
-    from meta_peft.outer_loop import LearnedRates, assign_gradient, meta_gradient
+    from meta_peft.outer_loop.memory_plan import MemoryPlan
+    from meta_peft.outer_loop.outer_loop import LearnedRates, assign_gradient, meta_gradient
     from meta_peft.processes import StepShares, StepSum
-    from meta_peft.support import select_support
+    from meta_peft.run_tasks.support import select_support
     from meta_peft.tasks import Encoding, EpisodeCollator, EpisodeDataset, Labelling, PromptFormat, TaskSet
     from meta_peft.tasks.batches import episode_batch
-    from meta_peft.trainer import MetaTrainer
+    from meta_peft.training.trainer import MetaTrainer
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "Adapted": "adapt_stacks",
-    "adapt_folder": "folder_of_adapters",
-    "adapt": "adaptation",
-    "adapt_many": "adaptation",
-    "AdapterLoss": "adapter_loss",
+    "Adapted": "adaptation.stacks",
+    "adapt_folder": "adaptation.folder",
+    "adapt": "adaptation.adapt",
+    "adapt_many": "adaptation.adapt",
+    "AdapterLoss": "functional.adapter_loss",
     "ImplicitMAML": "algorithms",
     "MAML": "algorithms",
     "MultiTask": "algorithms",
@@ -43,27 +43,27 @@ _HOMES = {
     "ModelArguments": "config",
     "TaskArguments": "config",
     "MetaPeftError": "errors",
-    "load": "hub",
-    "push": "hub",
-    "save": "hub",
+    "load": "adapters.hub",
+    "push": "adapters.hub",
+    "save": "adapters.hub",
     "SGD": "inner_optimizers",
     "Adam": "inner_optimizers",
     "InnerRule": "inner_optimizers",
-    "MemoryPlan": "memory_plan",
-    "LearnedRates": "outer_loop",
-    "assign_gradient": "outer_loop",
-    "meta_gradient": "outer_loop",
+    "MemoryPlan": "outer_loop.memory_plan",
+    "LearnedRates": "outer_loop.outer_loop",
+    "assign_gradient": "outer_loop.outer_loop",
+    "meta_gradient": "outer_loop.outer_loop",
     "StepShares": "processes",
     "StepSum": "processes",
     "Encoding": "tasks",
-    "select_support": "support",
+    "select_support": "run_tasks.support",
     "EpisodeCollator": "tasks",
     "EpisodeDataset": "tasks",
     "Labelling": "tasks",
     "PromptFormat": "tasks",
     "TaskSet": "tasks",
     "episode_batch": "tasks.batches",
-    "MetaTrainer": "trainer",
+    "MetaTrainer": "training.trainer",
 }
 __all__ = sorted(_HOMES)
 

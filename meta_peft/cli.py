@@ -10,10 +10,10 @@ from collections.abc import Callable, Sequence
 from safetensors import SafetensorError
 
 from meta_peft import __version__
-from meta_peft.allocator import keep_freed_memory
 from meta_peft.commands import adapt, estimate, evaluate, inspect, push, tasks, train
 from meta_peft.commands.options_parser import OptionsParser
 from meta_peft.errors import MetaPeftError, did_you_mean
+from meta_peft.utils.allocator import keep_freed_memory
 
 EXAMPLES = """examples:
   meta-peft train --config recipes/configs/locale_formatting.yaml

@@ -7,18 +7,19 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from meta_peft.about_run import about_run
-from meta_peft.base_model import new_model, tokenizer_for
-from meta_peft.card import CardResults
-from meta_peft.compare import CompareArguments, compare, multitask_starts
+from meta_peft.adapters.card import CardResults
+from meta_peft.base.new_adapter import new_model
+from meta_peft.base.tokenizers import tokenizer_for
+from meta_peft.comparison.about_run import about_run
+from meta_peft.comparison.compare import CompareArguments, compare, multitask_starts
 from meta_peft.config import MetaLoraConfig, ModelArguments, TaskArguments
-from meta_peft.report import Report, check_plots
-from meta_peft.run_episodes import with_classes
+from meta_peft.evaluation.report import Report, check_plots
+from meta_peft.run_tasks.run_episodes import with_classes
+from meta_peft.run_tasks.task_loading import run_tasks
 from meta_peft.sharding import asked_for, check_sharding
-from meta_peft.task_loading import run_tasks
 from meta_peft.tasks import TaskSet
 from meta_peft.tasks.labelling import of_classes
-from meta_peft.trainer import MetaTrainer
+from meta_peft.training.trainer import MetaTrainer
 
 
 def run(

@@ -17,8 +17,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from meta_peft.errors import MetaPeftError
-from meta_peft.fast_weights import HEADS, FastWeights, active_adapter, head_modules, is_lora, lora_layers
-from meta_peft.frozen_linear import quant_state
+from meta_peft.frozen.linear import quant_state
+from meta_peft.lora.fast_weights import HEADS, FastWeights, active_adapter, head_modules, is_lora, lora_layers
 
 logger = logging.getLogger("meta_peft")
 _said: set[str] = set()

@@ -7,9 +7,9 @@ from accelerate import Accelerator
 from peft import LoraConfig, get_peft_model
 
 import meta_peft as mp
-from meta_peft.base_identity import BaseIdentity
-from meta_peft.base_model import load_base, load_tokenizer
-from meta_peft.sidecar import Sidecar
+from meta_peft.adapters.base_identity import BaseIdentity
+from meta_peft.adapters.sidecar import Sidecar
+from meta_peft.base import load_base, load_tokenizer
 
 
 def main(tasks: str, output: str, steps: int = 100, base_model: str = "HuggingFaceTB/SmolLM2-135M-Instruct") -> None:

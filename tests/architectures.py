@@ -26,7 +26,7 @@ from transformers import (
 )
 from transformers.masking_utils import eager_mask
 
-from meta_peft.fast_weights import FastWeights
+from meta_peft.lora.fast_weights import FastWeights
 from meta_peft.types import EpisodeBatch, Params, Rows
 
 SIZES = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "max_position_embeddings": 32}

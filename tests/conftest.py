@@ -31,9 +31,9 @@ atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=Tr
 TESTS = Path(__file__).parent
 LONGEST = (  # files, in the order of what they take; the first ones first, so that none is left to one process at the end
     "processes/test_updates.py",
-    "test_estimate.py",
+    "estimate/test_estimate.py",
     "test_recipes.py",
-    "test_push.py",
+    "adapters/test_push.py",
     "processes/test_survival.py",
     "protocol/test_run.py",
     "test_docs.py",
@@ -42,9 +42,9 @@ LONGEST = (  # files, in the order of what they take; the first ones first, so t
     "test_sharding.py",
     "processes/test_trouble.py",
     "test_real.py",
-    "test_tracking.py",
-    "test_adaptation.py",
-    "test_hub.py",
+    "training/test_tracking.py",
+    "adaptation/test_adapt.py",
+    "adapters/test_hub.py",
 )
 
 
@@ -71,7 +71,7 @@ def quantised_base(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], 
     from tiny_models import tiny_base
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    from meta_peft.frozen_linear import quantised_layers
+    from meta_peft.frozen.linear import quantised_layers
 
     folder = tmp_path_factory.mktemp("base")
     tiny_base("llama", torch.float32, layers=2, width=64).save_pretrained(folder)

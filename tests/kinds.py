@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from meta_peft import MetaTrainer, ModelArguments
-from meta_peft.base_model import load_base, load_tokenizer, lora_config, with_adapter
+from meta_peft.base import load_base, load_tokenizer, lora_config, with_adapter
 
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>", "mask_token": "<mask>"}
 IDS = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}

@@ -15,19 +15,19 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
-from test_heads import model_of, rows_of
-from test_shared_prompt import PROMPT, with_prompt
+from heads import model_of, rows_of
+from prefixes import PROMPT, with_prompt
 from tiny_models import random_batch, tiny_base, with_lora
 
 import meta_peft as mp
-from meta_peft.base_identity import BaseIdentity
-from meta_peft.base_model import load_base
-from meta_peft.frozen_linear import FOUR_BIT
+from meta_peft.adapters.base_identity import BaseIdentity
+from meta_peft.base import load_base
+from meta_peft.frozen.linear import FOUR_BIT
+from meta_peft.frozen.whole_weights import is_elsewhere
 from meta_peft.params import flatten
 from meta_peft.sharding import LockstepPlan, asked_for, refusal, rounds_in_step, shard_base, sharded_bytes
 from meta_peft.sharding.table import kind_of
 from meta_peft.types import EpisodeBatch
-from meta_peft.whole_weights import is_elsewhere
 
 SGD = mp.InnerRule(mp.SGD(), lr=0.1, steps=2, learn_rates=True)
 ALGORITHMS = {

@@ -22,7 +22,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from meta_peft import MetaLoraConfig, MetaTrainer
-from meta_peft.base_model import load_base, with_adapter
+from meta_peft.base import load_base, with_adapter
 from meta_peft.config import ModelArguments
 
 ROOT = Path(__file__).parents[1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -13,94 +14,54 @@ PACKAGE = Path(meta_peft.__file__).parent
 # Each module or subfolder of the package, from the ground up.
 FLOORS = [
     ["errors", "types"],
-    [
-        "checked",
-        "digests",
-        "packages",
-        "patterns",
-        "params",
-        "forwards",
-        "task_rows",
-        "allocator",
-        "known_shapes",
-        "checkpointing",
-        "memory",
-        "whole_weights",
-        "metrics",
-        "data_wait",
-        "atomic_files",
-        "hub_errors",
-        "padding",
-        "rotary_length",
-    ],
-    [
-        "base_identity",
-        "tokenizer_identity",
-        "live_memory",
-        "config_file",
-        "fast_weights",
-        "frozen_linear",
-        "frozen_cache",
-        "frozen_prefix",
-        "gradient_sketch",
-        "rate_map",
-        "inner_optimizers",
-        "shelf",
-        "registry_models",
-    ],
-    ["survival", "processes", "ops", "preflight", "dora", "slow_prefix", "hessian", "whole_head", "shared_prompt"],
+    ["params", "utils"],
+    ["frozen", "inner_optimizers", "processes", "survival"],
+    ["lora", "ops"],
+    ["objectives", "preflight"],
+    ["functional", "tasks"],
     ["inner_loop"],
-    ["objectives", "fast_forwards", "fast_attention", "inner_path", "health", "checkpointed_trainer"],
-    ["tasks", "adapter_loss", "algorithms", "model_kinds"],
-    ["memory_plan", "schedule", "base_view", "predictions"],
-    ["sharding", "scoring"],
-    ["outer_loop", "config"],
-    ["evaluate", "in_context", "base_model", "outer_step", "task_loading", "equal_compute", "about_run"],
-    ["sidecar", "report", "adapter_files", "weightless", "tracking"],
-    ["hub", "card", "estimate", "run_log"],
-    ["adapt_stacks", "adapter_record", "estimate_report", "support", "pushing_trainer"],
-    ["adaptation", "folder_of_adapters"],
-    ["run_episodes"],
-    ["trainer"],
-    ["early_stops"],
-    ["compare"],
+    ["algorithms", "evaluation"],
+    ["outer_loop"],
+    ["sharding"],
+    ["config"],
+    ["base"],
+    ["adapters", "estimate"],
+    ["adaptation", "run_tasks"],
+    ["training"],
+    ["comparison"],
     ["main_job", "protocol"],
-    ["task_report"],
     ["commands"],
     ["cli"],
     ["__init__"],
 ]
 ROOMS = {room: rank for rank, floor in enumerate(FLOORS) for room in floor}
-PEFT = "fast_weights fast_forwards ops preflight dora adapter_files adapter_loss outer_loop hub base_model adaptation"
-PEFT += " adapt_stacks folder_of_adapters trainer compare protocol main_job weightless"
-ONLY_IN = {
-    "peft": [
-        *PEFT.split(),
-        "adapt_stacks",
-        "folder_of_adapters",
-        "trainer",
-        "compare",
-        "protocol",
-        "main_job",
-        "weightless",
-    ],
-    "bitsandbytes": ["frozen_linear", "preflight"],
-    "datasets": ["tasks", "task_loading", "trainer", "commands"],
-    "transformers.Trainer": ["checkpointed_trainer"],
+PEFT = "lora ops preflight functional.fast_forwards functional.adapter_loss outer_loop.outer_loop base.new_adapter"
+PEFT += " adapters.adapter_files adapters.hub adaptation estimate.weightless training.trainer comparison.compare"
+PEFT += " protocol main_job"
+ONLY_IN = {  # a library, and the rooms or the files of a room that may import it
+    "peft": PEFT.split(),
+    "bitsandbytes": ["frozen.linear", "preflight"],
+    "datasets": ["tasks", "run_tasks.task_loading", "training.trainer", "commands"],
+    "transformers.Trainer": ["training.checkpointed_trainer"],
 }
 # In these folders every file is one choice among several, and `rule` and `__init__` know the choices.
 INDEPENDENT = {"inner_optimizers": ["__init__", "rule"], "algorithms": ["__init__"]}
 
 
-def imports_of(path: Path) -> set[str]:
-    """Dotted names; `from a import b` gives both ``a`` and ``a.b``."""
+def imports_of(path: Path, *, run: bool = False) -> set[str]:
+    """Dotted names; `from a import b` gives ``a.b``. With `run`, without those that are for type checkers alone."""
     names = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    if run:
+        tree.body = [
+            node for node in tree.body if not isinstance(node, ast.If) or ast.unparse(node.test) != "TYPE_CHECKING"
+        ]
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: imports are absolute"
-            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
     return names
 
 
@@ -117,4 +78,20 @@ def test_imports(path: Path):
                 raise AssertionError(f"{room}/{inner[0]} must not import a file beside it ({name})")
         for library, rooms in ONLY_IN.items():
             used = name == library or name.startswith(f"{library}.")
-            assert not used or room in rooms, f"{library} belongs in {rooms}, and {path.name} imports {name}"
+            assert not used or {room, ".".join([room, *inner])} & set(rooms), (
+                f"{library} belongs in {rooms}, and {path.name} imports {name}"
+            )
+
+
+def module(path: Path) -> str:
+    return ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__")
+
+
+def test_no_file_imports_one_that_imports_it():
+    """Nor one that imports one that does, inside a room as well."""
+    files = {module(path): path for path in PACKAGE.rglob("*.py")}
+    imported = {}
+    for name, path in files.items():
+        found = {other if other in files else other.rpartition(".")[0] for other in imports_of(path, run=True)}
+        imported[name] = found & files.keys() - {name}
+    TopologicalSorter(imported).prepare()  # raises if there is a circle

@@ -19,13 +19,13 @@ from architectures import ARCHITECTURES, base_of, batch_for, lora, plain_loss, r
 from peft import PeftModel
 from tiny_models import assert_equal, fingerprint
 
-from meta_peft.adapter_loss import AdapterLoss
+from meta_peft.adapters.hub import save_adapted
 from meta_peft.algorithms import MAML
-from meta_peft.hub import save_adapted
-from meta_peft.inner_loop import adapt
+from meta_peft.functional.adapter_loss import AdapterLoss
+from meta_peft.inner_loop.inner_loop import adapt
 from meta_peft.inner_optimizers import InnerRule
 from meta_peft.inner_optimizers.rule import RATES
-from meta_peft.outer_loop import LearnedRates, meta_gradient
+from meta_peft.outer_loop.outer_loop import LearnedRates, meta_gradient
 from meta_peft.params import expand, gradients, leaves
 from meta_peft.preflight import ROUTED_BY_TOKEN
 from meta_peft.types import EpisodeBatch, MetaGradient, Params

@@ -33,13 +33,13 @@ from surface import (
 
 import meta_peft
 from meta_peft import MetaLoraConfig, ModelArguments, TaskArguments, adapt, adapt_folder, load
+from meta_peft.adapters.sidecar import JSON
 from meta_peft.cli import main
 from meta_peft.commands import estimate, evaluate, tasks, train
-from meta_peft.compare import CompareArguments
-from meta_peft.estimate import EstimateArguments
+from meta_peft.comparison.compare import CompareArguments
+from meta_peft.comparison.task_report import TaskReportArguments
+from meta_peft.estimate.estimate import EstimateArguments
 from meta_peft.protocol import ProtocolArguments
-from meta_peft.sidecar import JSON
-from meta_peft.task_report import TaskReportArguments
 
 
 def meta() -> str:

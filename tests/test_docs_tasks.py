@@ -10,8 +10,8 @@ import pytest
 from surface import tiny_tokenizer
 
 from meta_peft import EpisodeDataset, MetaLoraConfig, TaskArguments
-from meta_peft.config_file import parse
-from meta_peft.task_loading import load_tasks, with_enough_rows
+from meta_peft.config.config_file import parse
+from meta_peft.run_tasks.task_loading import load_tasks, with_enough_rows
 
 PAGE = Path(__file__).parents[1] / "docs" / "your_tasks.md"
 BLOCKS = re.findall(r"^```yaml\n(.*?)^```$", PAGE.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)

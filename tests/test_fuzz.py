@@ -20,18 +20,18 @@ from typing import Any
 import kinds
 import pytest
 import torch
+from heads import learned
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from surface import base_model, letter_rows, letter_tasks, temporary_folder, tiny_tokenizer, trained_folder
-from test_head_files import learned
 from tiny_models import fingerprint
 
 import meta_peft
 from meta_peft import MetaLoraConfig, MetaPeftError, ModelArguments, PromptFormat, TaskArguments, TaskSet
-from meta_peft.base_model import load_base
-from meta_peft.compare import CompareArguments
-from meta_peft.config_file import parse
-from meta_peft.fast_weights import FastWeights
+from meta_peft.base import load_base
+from meta_peft.comparison.compare import CompareArguments
+from meta_peft.config.config_file import parse
+from meta_peft.lora.fast_weights import FastWeights
 
 GROUPS = (ModelArguments, TaskArguments, MetaLoraConfig, CompareArguments)
 MORE = int(os.environ.get("META_PEFT_FUZZ", 0))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -11,85 +11,31 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from architectures import ARCHITECTURES, in_float64
+from heads import CASES, CLASSES, model_of, rows_of
 from kinds import HEAD, KINDS, arguments, peft_model
-from peft import LoraConfig, PeftModel, get_peft_model
-from tiny_models import VOCAB, assert_equal, fingerprint, random_rows, randomise
+from peft import PeftModel
+from tiny_models import assert_equal, fingerprint, randomise
 from torch import Tensor
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoModelForTokenClassification
 
-from meta_peft.adapter_files import load_adapter
-from meta_peft.adapter_loss import AdapterLoss
+from meta_peft.adapters.adapter_files import load_adapter
+from meta_peft.adapters.hub import write_adapter
 from meta_peft.algorithms import MAML
-from meta_peft.base_model import load_base, lora_config, with_adapter
+from meta_peft.base import load_base, lora_config, with_adapter
 from meta_peft.errors import MetaPeftError
-from meta_peft.fast_weights import FastWeights, is_lora
-from meta_peft.frozen_linear import dequantise, quantised_layers
-from meta_peft.hub import write_adapter
-from meta_peft.inner_loop import adapt
+from meta_peft.frozen.linear import dequantise, quantised_layers
+from meta_peft.functional.adapter_loss import AdapterLoss
+from meta_peft.inner_loop.inner_loop import adapt
 from meta_peft.inner_optimizers import InnerRule
 from meta_peft.inner_optimizers.rule import RATES
-from meta_peft.outer_loop import LearnedRates, meta_gradient
+from meta_peft.lora.fast_weights import FastWeights, is_lora
+from meta_peft.outer_loop.outer_loop import LearnedRates, meta_gradient
 from meta_peft.params import expand, gradients, leaves
 from meta_peft.preflight import check_model
 from meta_peft.types import EpisodeBatch, Params, Rows
 
 RULE = InnerRule(lr=0.05, steps=2, learn_rates=True, rates_per_step=True)
-CLASSES = 3
-
-
-@dataclass(frozen=True)
-class Case:
-    kind: str
-    targets: tuple[str, ...]
-    head: tuple[str, ...]
-    tokens: bool = False
-
-
-CASES = {
-    "bert": Case("bert", ("query", "dense"), ("classifier.weight", "classifier.bias")),  # with LoRA on the pooler
-    "roberta": Case(
-        "roberta",
-        ("value", "query"),
-        tuple(f"classifier.{layer}.{part}" for layer in ("dense", "out_proj") for part in ("weight", "bias")),
-    ),
-    "distilbert": Case(
-        "distilbert",
-        ("q_lin", "lin2"),
-        tuple(f"{layer}.{part}" for layer in ("pre_classifier", "classifier") for part in ("weight", "bias")),
-    ),
-    "llama": Case("llama", ("q_proj", "down_proj"), ("score.weight",)),
-    "bert, tokens": Case("bert", ("query", "dense"), ("classifier.weight", "classifier.bias"), tokens=True),
-}
-
-
-def model_of(case: str, **options: Any) -> PeftModel:
-    how = CASES[case]
-    sizes = ARCHITECTURES[how.kind].sizes | dict.fromkeys(ARCHITECTURES[how.kind].layers, 2)
-    special = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2, "num_labels": CLASSES}
-    torch.manual_seed(0)
-    auto = AutoModelForTokenClassification if how.tokens else AutoModelForSequenceClassification
-    base = auto.from_config(AutoConfig.for_model(how.kind, vocab_size=VOCAB, **special, **sizes), dtype=torch.float64)
-    for parameter in base.parameters():
-        noise = torch.randn(parameter.shape, dtype=torch.float64)
-        parameter.data = 0.3 * noise if parameter.dim() > 1 else parameter + 0.1 * noise
-    in_float64(base)
-    task_type = "TOKEN_CLS" if how.tokens else "SEQ_CLS"
-    options = {"target_modules": list(how.targets), "r": 2, "lora_alpha": 4, "task_type": task_type} | options
-    model = get_peft_model(base, LoraConfig(**options))
-    randomise(model)
-    return model
-
-
-def rows_of(case: str, n_tasks: int = 2, per_task: int = 2, seed: int = 0) -> Rows:
-    rows = random_rows(n_tasks, per_task, seed=seed)
-    generator = torch.Generator().manual_seed(seed)
-    if CASES[case].tokens:
-        classes = torch.randint(CLASSES, rows.labels_BL.shape, generator=generator)
-        return Rows(rows.inputs, classes.where(rows.labels_BL != -100, -100), n_tasks)
-    return Rows(rows.inputs, torch.randint(CLASSES, (n_tasks * per_task, 1), generator=generator), n_tasks)
 
 
 def plain_loss(model: PeftModel, fast: Params, rows: Rows) -> Tensor:

@@ -10,12 +10,12 @@ import pytest
 from surface import EVAL, TEST, TRAIN, config, letter_rows, letter_tasks, tiny_folder, write_jsonl
 
 from meta_peft import MetaPeftError, ModelArguments, TaskArguments, adapt, load
-from meta_peft.compare import CompareArguments
-from meta_peft.early_stops import PARTS
+from meta_peft.adapters.sidecar import Sidecar
+from meta_peft.comparison.compare import CompareArguments
+from meta_peft.comparison.early_stops import PARTS
+from meta_peft.evaluation.report import Report
 from meta_peft.main_job import run
-from meta_peft.report import Report
-from meta_peft.sidecar import Sidecar
-from meta_peft.task_loading import load_tasks
+from meta_peft.run_tasks.task_loading import load_tasks
 
 ADAPTER = {"README.md", "adapter_config.json", "adapter_model.safetensors", "meta_peft.json", "meta_peft.safetensors"}
 RESULTS = {"results.json", "results.md", "results.png"}

@@ -10,7 +10,7 @@ import pytest
 from surface import ROOT
 from test_docs import save_base
 
-from meta_peft.base_model import SMOLLM2
+from meta_peft.base.locate import SMOLLM2
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 

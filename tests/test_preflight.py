@@ -15,8 +15,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForSeq2SeqLM
 
 from meta_peft import preflight
-from meta_peft.adapter_loss import AdapterLoss
 from meta_peft.errors import MetaPeftError
+from meta_peft.functional.adapter_loss import AdapterLoss
 from meta_peft.preflight import check_model
 
 

@@ -17,14 +17,15 @@ from meta_peft import (
     ModelArguments,
     PromptFormat,
     adapt,
-    inner_loop,
     load,
 )
-from meta_peft.adapter_loss import AdapterLoss
-from meta_peft.base_model import SMOLLM2, load_base, load_tokenizer, lora_config, with_adapter
-from meta_peft.fast_weights import FastWeights
+from meta_peft.base import load_base, load_tokenizer, lora_config, with_adapter
+from meta_peft.base.locate import SMOLLM2
+from meta_peft.evaluation.predictions import references, written
+from meta_peft.functional.adapter_loss import AdapterLoss
+from meta_peft.inner_loop import inner_loop
 from meta_peft.inner_optimizers import Adam, InnerRule
-from meta_peft.predictions import references, written
+from meta_peft.lora.fast_weights import FastWeights
 from meta_peft.tasks.locale_formatting import locale_formatting
 
 pytestmark = pytest.mark.real

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from surface import ROOT
 
-from meta_peft.evaluate import interval
+from meta_peft.evaluation.evaluate import interval
 
 EVIDENCE = ROOT / "benchmarks" / "results" / "evidence"
 DECODER = EVIDENCE / "decoder_classification"

@@ -18,8 +18,8 @@ from surface import ROOT, environment, tiny_folder
 from tiny_models import random_batch, randomise, tiny_base, with_lora
 
 import meta_peft as mp
-from meta_peft.base_identity import BaseIdentity
-from meta_peft.base_model import load_base, with_adapter
+from meta_peft.adapters.base_identity import BaseIdentity
+from meta_peft.base import load_base, with_adapter
 from meta_peft.errors import MetaPeftError
 from meta_peft.sharding import (
     LockstepPlan,

@@ -14,9 +14,9 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from meta_peft.adapter_loss import AdapterLoss
-from meta_peft.fast_weights import FastWeights
-from meta_peft.frozen_linear import dequantise, quantised_layers
+from meta_peft.frozen.linear import dequantise, quantised_layers
+from meta_peft.functional.adapter_loss import AdapterLoss
+from meta_peft.lora.fast_weights import FastWeights
 from meta_peft.types import EpisodeBatch, Params, Rows
 
 VOCAB = 40

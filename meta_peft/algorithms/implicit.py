@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 
 from meta_peft.errors import MetaPeftError
-from meta_peft.hessian import GradientGraph, difference_product
-from meta_peft.inner_loop import adapt, recorded, start
+from meta_peft.inner_loop.hessian import GradientGraph, difference_product
+from meta_peft.inner_loop.inner_loop import adapt, recorded, start
+from meta_peft.inner_loop.inner_path import check_memory
 from meta_peft.inner_optimizers import InnerRule
-from meta_peft.inner_path import check_memory
 from meta_peft.params import dot, gradients, leaves, per_task
 from meta_peft.types import SUPPORT_LOSSES, EpisodeBatch, LossFn, Meta, MetaGradient, Params, Rows
 

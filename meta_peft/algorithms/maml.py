@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from meta_peft.errors import MetaPeftError
+from meta_peft.inner_loop.inner_path import Adjoint, InnerPath, Remember, check_memory
 from meta_peft.inner_optimizers import InnerRule
-from meta_peft.inner_path import Adjoint, InnerPath, Remember, check_memory
 from meta_peft.params import gradients, leaves
 from meta_peft.types import SUPPORT_LOSSES, EpisodeBatch, LossFn, Meta, MetaGradient, Params
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from meta_peft.errors import MetaPeftError
-from meta_peft.inner_loop import adapt, recorded
+from meta_peft.inner_loop.inner_loop import adapt, recorded
 from meta_peft.inner_optimizers import InnerRule
 from meta_peft.types import SUPPORT_LOSSES, EpisodeBatch, LossFn, Meta, MetaGradient, Params, Rows
 

@@ -35,9 +35,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    from meta_peft.adapt_stacks import check_hold_back
-    from meta_peft.checked import at_least, one_of
+    from meta_peft.adaptation.stacks import check_hold_back
     from meta_peft.tasks.row_index import LEAVE_OUT, LEFT_OUT_OR_NOT
+    from meta_peft.utils.checked import at_least, one_of
 
     one_of("--empty-rows", options.empty_rows, LEFT_OUT_OR_NOT)
     if options.empty_rows == LEAVE_OUT and options.task_column is None:
@@ -48,8 +48,8 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _one(options: argparse.Namespace) -> int:
-    from meta_peft.adaptation import adapt_many
-    from meta_peft.hub import meta_learned
+    from meta_peft.adaptation.adapt import adapt_many
+    from meta_peft.adapters.hub import meta_learned
     from meta_peft.tasks.sources import read_rows
 
     rows, model = read_rows(options.support), load_model(options)
@@ -73,7 +73,7 @@ def _check_one_task(rows: list[dict[str, Any]], task_column: tuple[str, ...]) ->
 def _each(options: argparse.Namespace) -> int:
     from tqdm import tqdm
 
-    from meta_peft.folder_of_adapters import FAILED, Made, adapt_folder
+    from meta_peft.adaptation.folder import FAILED, Made, adapt_folder
     from meta_peft.tasks import TaskSet
 
     tasks = TaskSet.of(options.support, options.task_column, empty_rows=options.empty_rows)

@@ -23,8 +23,8 @@ example:
 def run(words: Sequence[str]) -> int:
     """Where the memory of a run goes: options of `train`, and what an estimate has to know besides."""
     show_help(words, HELP)
-    from meta_peft.estimate import EstimateArguments
-    from meta_peft.estimate_report import account
+    from meta_peft.estimate.estimate import EstimateArguments
+    from meta_peft.estimate.estimate_report import account
 
     model_args, _, args, _, given = run_options(words, EstimateArguments, prog="meta-peft inspect --estimate")
     print(account(model_args, args, given))

@@ -56,18 +56,18 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Query loss and a metric of one adapter, with the rates that were chosen for it."""
-    from meta_peft.adapter_loss import AdapterLoss
-    from meta_peft.checked import one_of
-    from meta_peft.evaluate import Start, tuned_curve
-    from meta_peft.hub import meta_learned
+    from meta_peft.adapters.hub import meta_learned
+    from meta_peft.evaluation.evaluate import Start, tuned_curve
+    from meta_peft.evaluation.metrics import metric_named
+    from meta_peft.evaluation.report import Report
+    from meta_peft.evaluation.scoring import CHOICE_SCORES, scorer_for
+    from meta_peft.functional.adapter_loss import AdapterLoss
     from meta_peft.inner_optimizers.rule import RATES
-    from meta_peft.metrics import metric_named
-    from meta_peft.report import Report
-    from meta_peft.scoring import CHOICE_SCORES, scorer_for
     from meta_peft.tasks import TaskSet
     from meta_peft.tasks.held_out import held_out
     from meta_peft.tasks.labelling import large_enough, of_classes
     from meta_peft.tasks.row_index import LEFT_OUT_OR_NOT
+    from meta_peft.utils.checked import one_of
 
     _check_numbers(options)
     for option in ("empty_rows", "small_tasks"):

@@ -32,9 +32,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    from meta_peft.hub import fetch
-    from meta_peft.rate_map import RateMap
-    from meta_peft.sidecar import JSON, Sidecar
+    from meta_peft.adapters.hub import fetch
+    from meta_peft.adapters.rate_map import RateMap
+    from meta_peft.adapters.sidecar import JSON, Sidecar
 
     folder = fetch(options.adapter)
     if not (folder / JSON).is_file():
@@ -105,9 +105,9 @@ def _values(sidecar: Any, fast: list[str]) -> dict[str, Any]:
 
 def _adapted(folder: Path, options: argparse.Namespace) -> int:
     """A folder without a sidecar: an adapter that was adapted to a task, or any other of PEFT."""
-    from meta_peft.adapter_files import CONFIG
-    from meta_peft.checked import read_object
-    from meta_peft.folder_of_adapters import NOTE
+    from meta_peft.adaptation.folder import NOTE
+    from meta_peft.adapters.adapter_files import CONFIG
+    from meta_peft.utils.checked import read_object
 
     if options.plot:
         raise MetaPeftError(f"--plot draws learned rates, and {folder} has none: leave it out.")

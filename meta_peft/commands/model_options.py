@@ -21,7 +21,7 @@ def add_empty_rows(parser: argparse.ArgumentParser) -> None:
 
 
 def load_model(options: argparse.Namespace) -> Any:
-    from meta_peft.hub import load
+    from meta_peft.adapters.hub import load
 
     return load(
         options.model_name_or_path,

@@ -18,7 +18,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    from meta_peft.hub import push
+    from meta_peft.adapters.hub import push
 
     print(push(options.adapter, options.to, private=True if options.private else None, revision=options.revision))
     return 0

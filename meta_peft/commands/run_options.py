@@ -16,9 +16,9 @@ def show_help(words: Sequence[str], page: str) -> None:
 
 def run_options(words: Sequence[str], *own: type, prog: str) -> tuple[Any, ...]:
     """The four groups of a run's options, and one object of each class in `own`; ``--help_all`` lists every option."""
-    from meta_peft.compare import CompareArguments
+    from meta_peft.comparison.compare import CompareArguments
     from meta_peft.config import MetaLoraConfig, ModelArguments, TaskArguments
-    from meta_peft.config_file import parse
+    from meta_peft.config.config_file import parse
 
     every = {"--help_all", "--help-all"} & set(words)
     groups = (ModelArguments, TaskArguments, MetaLoraConfig, CompareArguments, *own)

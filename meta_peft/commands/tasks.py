@@ -28,8 +28,8 @@ examples:
 def run(words: Sequence[str]) -> int:
     """Which tasks of a run help and which hurt: options of `train`, and what the report has to know besides."""
     show_help(words, HELP)
-    from meta_peft.task_report import TaskReportArguments
-    from meta_peft.task_report import run as report
+    from meta_peft.comparison.task_report import TaskReportArguments
+    from meta_peft.comparison.task_report import run as report
 
     model_args, task_args, args, _, given = run_options(words, TaskReportArguments, prog="meta-peft tasks")
     report(model_args, task_args, args, given)

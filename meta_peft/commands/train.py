@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from meta_peft.allocator import keep_freed_memory
 from meta_peft.commands.run_options import run_options, show_help
+from meta_peft.utils.allocator import keep_freed_memory
 
 HELP = """usage: meta-peft train --config FILE [--key value ...]
        accelerate launch recipes/meta_lora.py --config FILE [--key value ...]

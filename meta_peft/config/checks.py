@@ -6,12 +6,12 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from meta_peft.algorithms.implicit import SOLVERS
-from meta_peft.checked import at_least, one_of
 from meta_peft.errors import MetaPeftError
-from meta_peft.metrics import metric_named
-from meta_peft.scoring import CHOICE_SCORES
+from meta_peft.evaluation.metrics import metric_named
+from meta_peft.evaluation.scoring import CHOICE_SCORES
 from meta_peft.tasks.sampling import ADAPTIVE, check_sampling
 from meta_peft.tasks.support_selection import NEED_THE_BASE, check_selection
+from meta_peft.utils.checked import at_least, one_of
 
 ALGORITHMS = ("maml", "fomaml", "imaml", "reptile", "multitask")
 INNER_OPTIMIZERS = ("sgd", "adam")

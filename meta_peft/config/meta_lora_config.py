@@ -10,19 +10,19 @@ import torch
 from transformers import TrainingArguments
 
 from meta_peft.algorithms import MAML, ImplicitMAML, MultiTask, Reptile
-from meta_peft.checked import one_of
 from meta_peft.config.checks import check_together, check_trackers, check_values
 from meta_peft.errors import MetaPeftError
+from meta_peft.evaluation.metrics import METRICS
+from meta_peft.inner_loop.inner_path import check_memory
 from meta_peft.inner_optimizers import SGD, Adam, InnerRule
-from meta_peft.inner_path import check_memory
-from meta_peft.memory_plan import MemoryPlan
-from meta_peft.metrics import METRICS
+from meta_peft.outer_loop.memory_plan import MemoryPlan
+from meta_peft.outer_loop.schedule import AnyAlgorithm, Schedule
 from meta_peft.processes import check_launch, join
-from meta_peft.schedule import AnyAlgorithm, Schedule
 from meta_peft.sharding import LockstepPlan, asked_for
 from meta_peft.tasks.labelling import LABEL_WORDS, Labelling
 from meta_peft.tasks.prompt import PromptFormat
 from meta_peft.tasks.sampling import TaskSampling, task_sampling
+from meta_peft.utils.checked import one_of
 
 
 @dataclass

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from meta_peft.checked import at_least, one_of, whole
 from meta_peft.errors import MetaPeftError
 from meta_peft.objectives import OBJECTIVES
 from meta_peft.tasks.encoding.facts import MOST_CLASSES
+from meta_peft.utils.checked import at_least, one_of, whole
 
 
 @dataclass

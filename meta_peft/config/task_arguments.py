@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from meta_peft.checked import at_least, is_number, one_of
 from meta_peft.errors import MetaPeftError
 from meta_peft.tasks.row_index import LEFT_OUT_OR_NOT
 from meta_peft.tasks.self_supervised import KINDS as SELF_SUPERVISED
+from meta_peft.utils.checked import at_least, is_number, one_of
 
 
 @dataclass

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 
 import torch
 
-from meta_peft.checked import at_least, is_number, shown
 from meta_peft.errors import MetaPeftError
 from meta_peft.types import Params
+from meta_peft.utils.checked import at_least, is_number, shown
 
 
 @dataclass(frozen=True)

@@ -18,13 +18,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from meta_peft.checked import flag, is_number, shown
 from meta_peft.errors import MetaPeftError
 from meta_peft.inner_optimizers.adam import Adam
 from meta_peft.inner_optimizers.sgd import SGD
 from meta_peft.params import dot, per_task
-from meta_peft.patterns import check_pattern, matches
 from meta_peft.types import Params
+from meta_peft.utils.checked import flag, is_number, shown
+from meta_peft.utils.patterns import check_pattern, matches
 
 RATES = "log_rates"
 MOST_STEPS = 10_000  # more would be a mistake, or somebody else's way to keep a machine busy

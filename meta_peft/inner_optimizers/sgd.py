@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from meta_peft.checked import at_least
 from meta_peft.types import Params
+from meta_peft.utils.checked import at_least
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from meta_peft.forwards import replaced_forwards
+from meta_peft.utils.forwards import replaced_forwards
 
 LAYERS = {f"{name}DecoderLayer" for name in ("Llama", "Mistral", "Qwen2", "Qwen3")}
 

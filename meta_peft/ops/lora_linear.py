@@ -22,7 +22,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from meta_peft.frozen_linear import frozen_bias, quantised_layers, times_frozen
+from meta_peft.frozen.linear import frozen_bias, quantised_layers, times_frozen
 from meta_peft.ops.last_derivative import last_derivative
 
 

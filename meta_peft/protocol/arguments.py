@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from meta_peft.checked import at_least, one_of
 from meta_peft.errors import MetaPeftError
 from meta_peft.objectives import CLASSIFYING
+from meta_peft.utils.checked import at_least, one_of
 
 META, DEFAULTS, IN_CONTEXT = "meta", "peft_defaults", "in_context"
 PLAIN, MULTITASK, CLASSIFIER, TASK_HEADS = "plain", "multitask", "classifier", "task_heads"

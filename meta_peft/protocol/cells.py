@@ -8,11 +8,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from meta_peft.atomic_files import write_file
-from meta_peft.checked import read_object
-from meta_peft.digests import of_texts
 from meta_peft.errors import MetaPeftError
 from meta_peft.protocol.arguments import DEFAULTS, IN_CONTEXT, PLAIN, ProtocolArguments
+from meta_peft.utils.atomic_files import write_file
+from meta_peft.utils.checked import read_object
+from meta_peft.utils.digests import of_texts
 
 FOLDER = "cells"
 UNTRAINED = (DEFAULTS, PLAIN, IN_CONTEXT)

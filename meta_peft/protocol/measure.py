@@ -10,19 +10,19 @@ from typing import Any
 
 import numpy as np
 
-from meta_peft.adapter_loss import AdapterLoss
-from meta_peft.compare import by_all_rules, held_out_episodes, start_curve
-from meta_peft.evaluate import Curve, Start, curve
-from meta_peft.in_context import in_context_scores
-from meta_peft.inner_loop import adapt
+from meta_peft.comparison.compare import by_all_rules, held_out_episodes, start_curve
+from meta_peft.evaluation.evaluate import Curve, Start, curve
+from meta_peft.evaluation.in_context import in_context_scores
+from meta_peft.evaluation.scoring import Scores
+from meta_peft.functional.adapter_loss import AdapterLoss
+from meta_peft.inner_loop.inner_loop import adapt
 from meta_peft.protocol.arguments import IN_CONTEXT
 from meta_peft.protocol.cells import PROTOCOL, Cell, Found
 from meta_peft.protocol.setting import Setting
 from meta_peft.protocol.starts import trained
-from meta_peft.run_episodes import RunEpisodes
-from meta_peft.scoring import Scores
+from meta_peft.run_tasks.run_episodes import RunEpisodes
 from meta_peft.tasks.collate import row_length
-from meta_peft.trainer import MetaTrainer
+from meta_peft.training.trainer import MetaTrainer
 from meta_peft.types import Episode
 
 

@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from meta_peft.atomic_files import write_file
-from meta_peft.evaluate import interval
+from meta_peft.evaluation.evaluate import interval
 from meta_peft.protocol.arguments import IN_CONTEXT, TITLES
 from meta_peft.protocol.summary import Summary
 from meta_peft.protocol.verdict import verdict
+from meta_peft.utils.atomic_files import write_file
 
 Table = tuple[str, list[str], list[list[str]]]
 """What it shows, its columns and its rows."""

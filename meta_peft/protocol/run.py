@@ -7,21 +7,22 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from meta_peft.about_run import about_run
-from meta_peft.base_model import objective_of, tokenizer_for
-from meta_peft.compare import CompareArguments
+from meta_peft.base.base_config import objective_of
+from meta_peft.base.tokenizers import tokenizer_for
+from meta_peft.comparison.about_run import about_run
+from meta_peft.comparison.compare import CompareArguments
 from meta_peft.config import MetaLoraConfig, ModelArguments, TaskArguments
 from meta_peft.errors import MetaPeftError
-from meta_peft.frozen_cache import FrozenCache
+from meta_peft.evaluation.report import check_plots
+from meta_peft.frozen.cache import FrozenCache
 from meta_peft.protocol.arguments import ProtocolArguments
 from meta_peft.protocol.cells import all_found, cells_of, digest, path_of
 from meta_peft.protocol.measure import measured
 from meta_peft.protocol.page import write_page
 from meta_peft.protocol.setting import Setting
 from meta_peft.protocol.summary import Summary
-from meta_peft.report import check_plots
-from meta_peft.run_episodes import with_classes
-from meta_peft.task_loading import run_tasks
+from meta_peft.run_tasks.run_episodes import with_classes
+from meta_peft.run_tasks.task_loading import run_tasks
 from meta_peft.tasks import TaskSet
 
 logger = logging.getLogger("meta_peft")

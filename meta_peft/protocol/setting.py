@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from meta_peft.compare import CompareArguments
+from meta_peft.comparison.compare import CompareArguments
 from meta_peft.config import MetaLoraConfig, ModelArguments
-from meta_peft.frozen_cache import FrozenCache
+from meta_peft.frozen.cache import FrozenCache
 from meta_peft.tasks import TaskSet
 
 REFERENCE_STEPS = 10

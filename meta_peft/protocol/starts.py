@@ -9,14 +9,14 @@ from typing import Any
 
 from peft import PeftModel
 
-from meta_peft.adapter_loss import AdapterLoss
-from meta_peft.base_model import new_model
-from meta_peft.compare import some_tasks, with_peft_rule
+from meta_peft.base.new_adapter import new_model
+from meta_peft.comparison.compare import some_tasks, with_peft_rule
+from meta_peft.comparison.early_stops import train_with_stops
+from meta_peft.comparison.equal_compute import at_equal_compute
 from meta_peft.config import MetaLoraConfig
-from meta_peft.early_stops import train_with_stops
-from meta_peft.equal_compute import at_equal_compute
-from meta_peft.evaluate import Start
-from meta_peft.fast_weights import is_lora
+from meta_peft.evaluation.evaluate import Start
+from meta_peft.functional.adapter_loss import AdapterLoss
+from meta_peft.lora.fast_weights import is_lora
 from meta_peft.protocol.arguments import (
     DEFAULTS,
     IMPLICIT,
@@ -30,11 +30,11 @@ from meta_peft.protocol.arguments import (
 from meta_peft.protocol.cells import Cell
 from meta_peft.protocol.setting import Setting
 from meta_peft.protocol.task_heads import TaskHeadsTrainer
-from meta_peft.run_episodes import labels_of
+from meta_peft.run_tasks.run_episodes import labels_of
 from meta_peft.tasks import TaskSet
 from meta_peft.tasks.encoding.classes import class_count
 from meta_peft.tasks.labelling import numbered_within
-from meta_peft.trainer import MetaTrainer
+from meta_peft.training.trainer import MetaTrainer
 
 # What `LoraConfig` has by default: LoRA of rank 8 where PEFT puts it in a model of this kind.
 PEFT_LORA: dict[str, Any] = {

@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 
 from meta_peft.errors import MetaPeftError
-from meta_peft.evaluate import Curve, calibration_error, interval
-from meta_peft.metrics import Metric
+from meta_peft.evaluation.evaluate import Curve, calibration_error, interval
+from meta_peft.evaluation.metrics import Metric
+from meta_peft.evaluation.report import Report
 from meta_peft.protocol.arguments import IN_CONTEXT, META, TITLES
 from meta_peft.protocol.cells import PROTOCOL, Found
-from meta_peft.report import Report
 
 
 @dataclass(frozen=True)

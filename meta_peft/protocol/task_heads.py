@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from meta_peft.algorithms import MultiTask
-from meta_peft.fast_weights import is_lora
+from meta_peft.lora.fast_weights import is_lora
 from meta_peft.processes import Share
-from meta_peft.trainer import MetaTrainer
+from meta_peft.training.trainer import MetaTrainer
 from meta_peft.types import Meta, Params
 
 

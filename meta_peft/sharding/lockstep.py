@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from meta_peft.errors import MetaPeftError
-from meta_peft.memory_plan import MemoryPlan
+from meta_peft.outer_loop.memory_plan import MemoryPlan
 
 
 def rounds_in_step(n_own_tasks: int, device: torch.device | str = "cpu") -> int:

@@ -17,12 +17,12 @@ from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
 from meta_peft.errors import MetaPeftError
-from meta_peft.frozen_linear import EIGHT_BIT, FOUR_BIT
-from meta_peft.frozen_prefix import layers_of
+from meta_peft.frozen.linear import EIGHT_BIT, FOUR_BIT
+from meta_peft.frozen.prefix import layers_of
+from meta_peft.frozen.whole_weights import is_elsewhere
 from meta_peft.sharding.asked import Sharding, asked_for
 from meta_peft.sharding.lockstep import check_even
 from meta_peft.sharding.table import check_sharding
-from meta_peft.whole_weights import is_elsewhere
 
 KNOWN = (nn.Linear, Conv1D, nn.Embedding, FOUR_BIT)
 

@@ -15,9 +15,9 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from meta_peft import digests
 from meta_peft.errors import MetaPeftError
 from meta_peft.survival import training_state
+from meta_peft.utils import digests
 
 logger = logging.getLogger("meta_peft")
 

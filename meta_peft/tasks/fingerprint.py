@@ -13,7 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from meta_peft import digests
+from meta_peft.utils import digests
 
 
 def fingerprint(*values: Any) -> str | None:

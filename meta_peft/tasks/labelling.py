@@ -17,12 +17,12 @@ from typing import Any
 
 import numpy as np
 
-from meta_peft.checked import one_of
 from meta_peft.errors import MetaPeftError
 from meta_peft.tasks.prompt import INPUT_TARGET, example_columns
 from meta_peft.tasks.row_index import LEAVE_OUT
 from meta_peft.tasks.task_set import TaskSet
 from meta_peft.tasks.written import written
+from meta_peft.utils.checked import one_of
 
 LABEL_WORDS = ("given", "permuted", "letters")
 HEADS = ("sequence_classification",)  # objectives whose answers are class numbers

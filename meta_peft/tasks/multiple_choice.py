@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from meta_peft.checked import shown
 from meta_peft.errors import MetaPeftError
 from meta_peft.objectives.labelled_tokens import IGNORED
+from meta_peft.utils.checked import shown
 
 CHOICES = "choices"
 Features = dict[str, Any]

@@ -16,9 +16,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset
 
-from meta_peft.checked import one_of, shown
 from meta_peft.errors import MetaPeftError
 from meta_peft.tasks.written import written
+from meta_peft.utils.checked import one_of, shown
 
 ROWS_AT_ONCE = 10_000
 ERROR, LEAVE_OUT = LEFT_OUT_OR_NOT = ("error", "leave_out")  # what becomes of rows, and tasks, that are of no use

@@ -7,8 +7,8 @@ from typing import Any
 
 from datasets import Audio, Value
 
-from meta_peft.checked import shown
 from meta_peft.errors import MetaPeftError
+from meta_peft.utils.checked import shown
 
 STORED = ({"array", "sampling_rate"}, {"bytes"}, {"path"})  # objects have at least one of these sets of keys
 

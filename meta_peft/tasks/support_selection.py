@@ -18,10 +18,10 @@ from zlib import crc32
 
 import numpy as np
 
-from meta_peft.checked import one_of
 from meta_peft.errors import MetaPeftError
 from meta_peft.objectives.labelled_tokens import IGNORED
 from meta_peft.tasks.task_set import TaskSet
+from meta_peft.utils.checked import one_of
 
 SELECTIONS = ("random", "balanced", "diverse", "uncertain")
 NEED_THE_BASE = ("diverse", "uncertain")

@@ -14,7 +14,6 @@ import numpy as np
 import pyarrow as pa
 from datasets import Dataset
 
-from meta_peft import digests
 from meta_peft.errors import MetaPeftError
 from meta_peft.tasks.encoding import Encoding
 from meta_peft.tasks.fingerprint import fingerprint
@@ -25,6 +24,7 @@ from meta_peft.tasks.sources import opened
 from meta_peft.tasks.sources.class_names import with_class_names
 from meta_peft.tasks.sources.opening import from_rows
 from meta_peft.tasks.sources.text_files import existing
+from meta_peft.utils import digests
 
 logger = logging.getLogger("meta_peft")
 

@@ -8,8 +8,8 @@ from typing import Any
 
 from datasets import Dataset
 
-from meta_peft.checked import shown
 from meta_peft.errors import MetaPeftError, did_you_mean
+from meta_peft.utils.checked import shown
 
 COLUMN = "translation"
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from meta_peft.packages import cache_folder, pip_download
+from meta_peft.base.packages import cache_folder, pip_download
 
 PACKAGE, VERSION = "bigbench", "1.0.0"
 FAMILIES = ("qa_wikidata", "mult_data_wrangling")

@@ -20,8 +20,8 @@ from pathlib import Path
 import numpy as np
 from family import Rows, Tasks, draws, run, sample
 
+from meta_peft.base.packages import pip_download
 from meta_peft.errors import MetaPeftError
-from meta_peft.packages import pip_download
 
 PACKAGE, VERSION = "simplemma", "2.0.0"
 SOURCE = f"""

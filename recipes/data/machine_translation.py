@@ -16,8 +16,8 @@ from pathlib import Path
 
 from family import Rows, Tasks, run, sample, split
 
+from meta_peft.base.packages import pip_download
 from meta_peft.errors import MetaPeftError
-from meta_peft.packages import pip_download
 
 PACKAGE, VERSION = "Django", "5.2"
 SOURCE = f"""

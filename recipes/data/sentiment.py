@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 from family import Rows, Tasks, run, sample
 
-from meta_peft.packages import pip_download
+from meta_peft.base.packages import pip_download
 
 PACKAGE, VERSION = "vaderSentiment", "3.3.2"
 SOURCE = f"""

@@ -19,8 +19,8 @@ from pathlib import Path
 from family import Tasks, run, sample
 from sound import RATE, samples_of, write_clip
 
+from meta_peft.base.packages import apt_download
 from meta_peft.errors import MetaPeftError
-from meta_peft.packages import apt_download
 
 SOURCE = """
 # Spoken prompts

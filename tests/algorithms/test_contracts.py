@@ -10,13 +10,13 @@ import torch
 from counted import CountedRows
 from tiny_models import assert_equal, fingerprint, narrow_loss, random_batch
 
-from meta_peft.adapter_loss import AdapterLoss
 from meta_peft.algorithms import MAML, ImplicitMAML, MultiTask, Reptile
+from meta_peft.functional.adapter_loss import AdapterLoss
 from meta_peft.inner_optimizers import SGD, Adam, InnerRule
 from meta_peft.inner_optimizers.rule import RATES
-from meta_peft.outer_loop import LearnedRates, assign_gradient, meta_gradient
+from meta_peft.outer_loop.outer_loop import LearnedRates, assign_gradient, meta_gradient
+from meta_peft.outer_loop.schedule import AnyAlgorithm
 from meta_peft.params import gradients, leaves
-from meta_peft.schedule import AnyAlgorithm
 from meta_peft.types import SUPPORT_LOSSES, EpisodeBatch, MetaGradient, Params, Rows
 
 RULE = InnerRule(Adam(eps_root=1e-2), lr=0.02, steps=2, learn_rates=True)

@@ -14,12 +14,12 @@ from tiny_models import assert_equal, random_batch, repeated, tiny
 from torch import Tensor
 from toys import network, network_problem, quadratic, quadratic_problem
 
-from meta_peft.adapter_loss import AdapterLoss
 from meta_peft.algorithms import ImplicitMAML
 from meta_peft.errors import MetaPeftError
-from meta_peft.inner_loop import adapt
+from meta_peft.functional.adapter_loss import AdapterLoss
+from meta_peft.inner_loop.inner_loop import adapt
 from meta_peft.inner_optimizers import SGD, Adam, InnerRule
-from meta_peft.outer_loop import meta_gradient
+from meta_peft.outer_loop.outer_loop import meta_gradient
 from meta_peft.types import EpisodeBatch, Meta, MetaGradient, Params
 
 

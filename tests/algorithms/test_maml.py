@@ -6,9 +6,9 @@ from tiny_models import assert_equal, plain_loss, random_batch, reference_model,
 from torch import Tensor
 from toys import quadratic, quadratic_problem
 
-from meta_peft.adapter_loss import AdapterLoss
 from meta_peft.algorithms import MAML
 from meta_peft.errors import MetaPeftError
+from meta_peft.functional.adapter_loss import AdapterLoss
 from meta_peft.inner_optimizers import SGD, InnerRule
 from meta_peft.inner_optimizers.rule import RATES
 from meta_peft.params import gradients, leaves

@@ -23,12 +23,12 @@ from tiny_models import (
 )
 from torch import Tensor
 
-from meta_peft.adapter_loss import AdapterLoss
 from meta_peft.algorithms import MAML
-from meta_peft.inner_loop import adapt
+from meta_peft.functional.adapter_loss import AdapterLoss
+from meta_peft.inner_loop.inner_loop import adapt
 from meta_peft.inner_optimizers import SGD, Adam, InnerRule
 from meta_peft.inner_optimizers.rule import RATES
-from meta_peft.outer_loop import LearnedRates, meta_gradient
+from meta_peft.outer_loop.outer_loop import LearnedRates, meta_gradient
 from meta_peft.params import gradients, leaves
 from meta_peft.types import EpisodeBatch, MetaGradient, Params
 

@@ -4,8 +4,8 @@ import torch
 from tiny_models import assert_equal, plain_loss, random_batch, reference_model, tiny
 
 from meta_peft.algorithms import MultiTask
-from meta_peft.fast_weights import FastWeights
-from meta_peft.outer_loop import meta_gradient
+from meta_peft.lora.fast_weights import FastWeights
+from meta_peft.outer_loop.outer_loop import meta_gradient
 from meta_peft.params import gradients, leaves
 
 

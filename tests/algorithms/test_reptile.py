@@ -5,11 +5,11 @@ import torch
 from tiny_models import assert_equal, random_batch, tiny
 from torch import Tensor
 
-from meta_peft.adapter_loss import AdapterLoss
 from meta_peft.algorithms import MultiTask, Reptile
 from meta_peft.errors import MetaPeftError
+from meta_peft.functional.adapter_loss import AdapterLoss
 from meta_peft.inner_optimizers import InnerRule
-from meta_peft.outer_loop import meta_gradient
+from meta_peft.outer_loop.outer_loop import meta_gradient
 from meta_peft.types import EpisodeBatch, Meta, Params, Rows
 
 

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_heads import model_of, rows_of
+from heads import model_of, rows_of
 from tiny_models import tiny_base
 from transformers import AutoConfig, AutoModelForSequenceClassification
 

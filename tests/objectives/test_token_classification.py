@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import torch
-from test_heads import model_of, rows_of
+from heads import model_of, rows_of
 
 from meta_peft.objectives.token_classification import TOKEN_CLASSIFICATION
 

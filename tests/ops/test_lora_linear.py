@@ -14,7 +14,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
-from meta_peft.frozen_linear import dequantise
+from meta_peft.frozen.linear import dequantise
 from meta_peft.ops.lora_linear import is_plain, lora_linear
 
 IN, OUT, RANK, TASKS = 4, 5, 2, 2

@@ -15,17 +15,17 @@ from safetensors.torch import load_file
 from surface import EVAL, TEST, TRAIN, config, letter_rows, letter_tasks, tiny_folder, write_jsonl
 
 from meta_peft import MetaPeftError, ModelArguments, TaskArguments, adapt, load
-from meta_peft.compare import CompareArguments
-from meta_peft.early_stops import PARTS, stops_of, train_with_stops
-from meta_peft.evaluate import Start
-from meta_peft.frozen_cache import FrozenCache
+from meta_peft.comparison.compare import CompareArguments
+from meta_peft.comparison.early_stops import PARTS, stops_of, train_with_stops
+from meta_peft.evaluation.evaluate import Start
+from meta_peft.frozen.cache import FrozenCache
 from meta_peft.protocol import ProtocolArguments, run, starts
 from meta_peft.protocol.arguments import TITLES
 from meta_peft.protocol.cells import all_found
 from meta_peft.protocol.summary import Summary
 from meta_peft.protocol.task_heads import TaskHeadsTrainer
 from meta_peft.protocol.verdict import verdict
-from meta_peft.trainer import MetaTrainer
+from meta_peft.training.trainer import MetaTrainer
 
 STARTS = ["peft_defaults", "plain", "multitask", "reptile", "fomaml", "imaml", "meta", "in_context"]
 
@@ -334,7 +334,7 @@ def test_what_is_there_of_other_rows_or_options_is_refused(tmp_path: Path, monke
 
 def test_what_cannot_be_drawn_is_not_trained_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Without matplotlib the whole training was done, and then its tuned rates were lost."""
-    monkeypatch.setattr("meta_peft.report.find_spec", lambda name: None)
+    monkeypatch.setattr("meta_peft.evaluation.report.find_spec", lambda name: None)
     with pytest.raises(MetaPeftError, match="needs matplotlib"):
         compared(tmp_path, protocol={"starts": ["plain"]})
     assert not (tmp_path / "out").exists()

@@ -9,8 +9,9 @@ import torch
 from surface import config, tiny_folder
 
 from meta_peft import ModelArguments
-from meta_peft.base_model import new_model, tokenizer_for
-from meta_peft.fast_weights import is_lora
+from meta_peft.base.new_adapter import new_model
+from meta_peft.base.tokenizers import tokenizer_for
+from meta_peft.lora.fast_weights import is_lora
 from meta_peft.protocol.task_heads import TaskHeadsTrainer
 
 

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from surface import ROOT, tiny_folder
 from two_steps import take_two_steps
 
-from meta_peft.sidecar import Sidecar
+from meta_peft.adapters.sidecar import Sidecar
 
 WORDS = words(60)
 PARTS = ("train", "validation", "test")

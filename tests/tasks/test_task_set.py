@@ -7,7 +7,7 @@ import pytest
 from datasets import Dataset
 from surface import run_python, tiny_folder, tiny_tokenizer
 
-from meta_peft.base_model import load_tokenizer
+from meta_peft.base import load_tokenizer
 from meta_peft.errors import MetaPeftError
 from meta_peft.tasks import EpisodeDataset, task_set
 from meta_peft.tasks.encoding import Encoding
@@ -162,7 +162,7 @@ def on_disk(tmp_path, n: int = 6) -> TaskSet:
 
 COUNTING = """
 import sys
-from meta_peft.base_model import load_tokenizer
+from meta_peft.base import load_tokenizer
 from meta_peft.tasks import PromptFormat, TaskSet
 from meta_peft.tasks.encoding import Encoding
 calls = []

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from meta_peft.checked import shown
 from meta_peft.errors import MetaPeftError
+from meta_peft.utils.checked import shown
 
 if TYPE_CHECKING:
     from meta_peft.tasks.encoding import Encoding

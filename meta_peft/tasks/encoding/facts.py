@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from meta_peft.checked import shown, text, whole
 from meta_peft.errors import MetaPeftError
 from meta_peft.objectives import CLASSIFYING
 from meta_peft.tasks.encoding.special_tokens import special_tokens
+from meta_peft.utils.checked import shown, text, whole
 
 MOST_CLASSES, LONGEST_NAME, LONGEST_PREFIX = 10_000, 1000, 64
 

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from meta_peft.checked import shown
 from meta_peft.errors import MetaPeftError
 from meta_peft.tasks.encoding.decoder import answer
 from meta_peft.tasks.prompt import SOUND
+from meta_peft.utils.checked import shown
 
 if TYPE_CHECKING:
     from meta_peft.tasks.encoding import Encoding

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from meta_peft.checked import shown
 from meta_peft.errors import MetaPeftError
 from meta_peft.objectives.labelled_tokens import IGNORED
 from meta_peft.tasks.encoding.classes import class_number
 from meta_peft.tasks.encoding.special_tokens import special_tokens
 from meta_peft.tasks.prompt import TAGGED
+from meta_peft.utils.checked import shown
 
 if TYPE_CHECKING:
     from meta_peft.tasks.encoding import Encoding

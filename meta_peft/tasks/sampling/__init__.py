@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from meta_peft.checked import at_least, one_of
 from meta_peft.errors import MetaPeftError
 from meta_peft.tasks.sampling.by_difficulty import ByDifficulty
 from meta_peft.tasks.sampling.by_gradient import ByGradient
@@ -12,6 +11,7 @@ from meta_peft.tasks.sampling.by_size import BySize
 from meta_peft.tasks.sampling.curriculum import Curriculum
 from meta_peft.tasks.sampling.rounds import Rounds
 from meta_peft.tasks.sampling.rule import Adaptive, TaskSampling
+from meta_peft.utils.checked import at_least, one_of
 
 ADAPTIVE = ("by_difficulty", "by_gradient_diversity", "by_gradient_similarity")
 SAMPLINGS = ("uniform", "by_size", *ADAPTIVE, "curriculum")

@@ -12,7 +12,7 @@ import numpy as np
 from torch import Tensor
 
 from meta_peft.errors import MetaPeftError
-from meta_peft.gradient_sketch import GradientSketch
+from meta_peft.tasks.sampling.gradient_sketch import GradientSketch
 from meta_peft.tasks.sampling.rule import Adaptive, Array, shared
 from meta_peft.types import MetaGradient
 

@@ -19,10 +19,10 @@ import datasets
 import pyarrow as pa
 from datasets import Dataset
 
-from meta_peft import digests
-from meta_peft.checked import shown
 from meta_peft.errors import MetaPeftError
 from meta_peft.tasks.fingerprint import digest_of_code
+from meta_peft.utils import digests
+from meta_peft.utils.checked import shown
 
 ROWS_AT_ONCE = 5000
 KINDS = (

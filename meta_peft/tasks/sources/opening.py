@@ -17,11 +17,11 @@ from datasets import (
     load_from_disk,
 )
 
-from meta_peft.checked import shown
 from meta_peft.errors import MetaPeftError, did_you_mean
 from meta_peft.tasks.sources.arrow_cache import cached, key_of_files, no_table, table_of, uncached
 from meta_peft.tasks.sources.class_names import name_classes
 from meta_peft.tasks.sources.text_files import READERS, existing, rows_of_file
+from meta_peft.utils.checked import shown
 
 SPLITS = ("train", "validation", "test")
 SPLIT_NAMES = (*SPLITS, "dev", "eval", "valid")

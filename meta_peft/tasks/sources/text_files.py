@@ -16,9 +16,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from meta_peft.checked import shown
 from meta_peft.errors import MetaPeftError, did_you_mean
 from meta_peft.tasks.sources.class_names import name_classes
+from meta_peft.utils.checked import shown
 
 Row = dict[str, Any]
 

@@ -12,7 +12,7 @@ import torch
 from kinds import folder, processor, rows, tokenizer, whisper_processor
 
 from meta_peft import MetaPeftError, PromptFormat, TaskSet
-from meta_peft.base_model import load_base
+from meta_peft.base import load_base
 from meta_peft.config import ModelArguments
 from meta_peft.tasks.encoding import Encoding, Facts
 from meta_peft.tasks.encoding.speech_seq2seq import samples

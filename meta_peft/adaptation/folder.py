@@ -1,0 +1,181 @@
+"""An adapter in a folder of its own for each task of a file; what is there already is not made again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+
+from meta_peft.adaptation.stacks import Adapted, Support, adapted_stacks, check_hold_back, encoded_support
+from meta_peft.adapters import hub
+from meta_peft.adapters.base_identity import BaseIdentity
+from meta_peft.errors import MetaPeftError
+from meta_peft.lora.fast_weights import FastWeights
+from meta_peft.tasks import TaskSet
+from meta_peft.utils.atomic_files import write_file
+from meta_peft.utils.digests import of_texts
+
+NOTE = "adaptation.json"  # beside an adapter: of what it was made; written last
+FAILED = "failed.json"
+STACKS = 16  # read and encoded at a time
+
+
+@dataclass(frozen=True)
+class Made:
+    """One task's adapter: where it is, its metrics, and whether it was there before."""
+
+    task: str
+    folder: Path
+    metrics: dict[str, float]
+    already: bool = False
+
+
+@dataclass
+class FolderOfAdapters:
+    """What `adapt_folder` did: how many adapters it `made`, how many were there `already`, and why tasks `failed`."""
+
+    made: int = 0
+    already: int = 0
+    failed: dict[str, str] = field(default_factory=dict)
+
+
+def adapt_folder(
+    model: PeftModel,
+    tasks: Any,
+    folder: str | Path,
+    *,
+    task_column: str | Sequence[str] = "task",
+    steps: int | None = None,
+    hold_back: float = 0.0,
+    tasks_per_forward: int = 8,
+    done: Callable[[Made], object] = lambda made: None,
+) -> FolderOfAdapters:
+    """Adapt to each task of a table of rows, and write each adapter as soon as it is there.
+
+    A task whose adapter is in `folder` already, made of the same rows from the same start with the same options, is left
+    as it is: a call that was stopped goes on when it is made again. A task that fails does not stop the others; what
+    failed, and why, is in ``failed.json``. Few tasks are in memory at a time.
+
+    Args:
+        model: from `meta_peft.load`, or trained by `MetaTrainer`; it is left unchanged.
+        tasks: whatever `TaskSet.of` takes: the path of a JSONL file, a `datasets.Dataset`, rows by task name.
+        folder: where the folders of adapters go, each called as its task, with ``_`` for what is no letter or digit.
+        task_column: names the task of each row.
+        steps, hold_back, tasks_per_forward: as for `adapt_many`.
+        done: called for every adapter.
+
+    Raises:
+        MetaPeftError: the rows cannot be read, or the model carries no meta-learned adapter.
+    """
+    learned = hub.meta_learned(model)
+    check_hold_back(hold_back)
+    named, folder = TaskSet.of(tasks, task_column), Path(folder)
+    folders = {name: folder / short for name, short in folder_names(named.names).items()}
+    start = _start(model, learned, steps, hold_back)
+    result = FolderOfAdapters()
+    size = STACKS * tasks_per_forward
+    for i in range(0, len(named), size):
+        missing: dict[str, list[dict[str, Any]]] = {}
+        digests: dict[str, str] = {}
+        for name in named.names[i : i + size]:
+            rows = named.rows(name)
+            digests[name] = of_texts(start, json.dumps(rows, sort_keys=True, default=repr))
+            metrics = _made_before(folders[name], digests[name])
+            if metrics is None:
+                missing[name] = rows
+            else:
+                result.already += 1
+                done(Made(name, folders[name], metrics, already=True))
+        for name, adapted in _adapted(model, learned, missing, result.failed, steps, hold_back, tasks_per_forward):
+            (folders[name] / NOTE).unlink(missing_ok=True)  # it is of the adapter that is replaced now
+            adapted.save(folders[name])
+            note = {"task": name, "digest": digests[name], "metrics": adapted.metrics}
+            write_file(folders[name] / NOTE, json.dumps(note, ensure_ascii=False) + "\n")
+            result.made += 1
+            done(Made(name, folders[name], adapted.metrics))
+        _write_failed(folder, result.failed)
+    return result
+
+
+def folder_names(tasks: Sequence[str]) -> dict[str, str]:
+    """Tasks' names as names of folders, nothing outside them. Those that would be the same get a digest behind them."""
+    plain = {task: _plain(task) for task in tasks}
+    count = Counter([FAILED, *(name.casefold() for name in plain.values())])  # whose place is the summary's
+    return {
+        task: name
+        if count[name.casefold()] == 1 and len(name.encode()) <= 200
+        else f"{name[:40]}-{of_texts(task)[:12]}"
+        for task, name in plain.items()
+    }
+
+
+def _plain(task: str) -> str:
+    name = "".join(character if character.isalnum() or character in "-_." else "_" for character in task).strip(".")
+    return name or "_"
+
+
+def _adapted(
+    model: PeftModel,
+    learned: hub.MetaLearned,
+    tasks: Mapping[str, list[dict[str, Any]]],
+    failed: dict[str, str],
+    steps: int | None,
+    hold_back: float,
+    tasks_per_forward: int,
+) -> Iterator[tuple[str, Adapted]]:
+    """Tasks with their adapters; reasons of those that fail go into `failed`."""
+    supports: dict[str, Support] = {}
+    for name, rows in tasks.items():
+        try:
+            supports[name] = encoded_support(learned, name, rows, hold_back)
+        except MetaPeftError as error:
+            failed[name] = str(error)
+    stacks = adapted_stacks(model, supports, steps=steps, tasks_per_forward=tasks_per_forward, failed=failed)
+    for stack in stacks:
+        for name, adapted in stack.items():
+            if all(bool(weight.isfinite().all()) for weight in adapted.weights.values()):
+                yield name, adapted
+            else:
+                failed[name] = (
+                    f"After {adapted.metrics['steps']} steps the weights are not finite: take fewer steps, or hold back"
+                    " rows (hold_back), so that the best step counts."
+                )
+
+
+def _start(model: PeftModel, learned: hub.MetaLearned, steps: int | None, hold_back: float) -> str:
+    """A digest of all that an adapter depends on besides its task's rows."""
+    sidecar, base = learned.sidecar, model.get_base_model()
+    weights = hashlib.sha256()
+    for tensor in (*FastWeights(model, learned.adapter).parameters().values(), sidecar.log_rates):
+        weights.update(tensor.detach().cpu().float().numpy().tobytes())
+    kept = [str(base.dtype), *(str(getattr(base, f"is_loaded_in_{bits}bit", False)) for bits in (4, 8))]
+    how: list[Any] = [
+        sidecar.inner.to_dict(),
+        asdict(BaseIdentity.of(base)),
+        asdict(sidecar.facts),
+        sidecar.prompt_format.to_dict(),
+    ]
+    how += [sidecar.max_length, sorted(sidecar.rate_factors.items()), steps, float(hold_back), *kept]
+    return of_texts(weights.hexdigest(), json.dumps(how, sort_keys=True))
+
+
+def _made_before(folder: Path, digest: str) -> dict[str, float] | None:
+    """The metrics of the adapter in `folder`, if it is there and was made of this."""
+    try:
+        note = json.loads((folder / NOTE).read_text(encoding="utf-8"))
+        return dict(note["metrics"]) if note["digest"] == digest else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _write_failed(folder: Path, failed: Mapping[str, str]) -> None:
+    if failed:
+        write_file(folder / FAILED, json.dumps(failed, indent=1, ensure_ascii=False) + "\n")
+    else:
+        (folder / FAILED).unlink(missing_ok=True)

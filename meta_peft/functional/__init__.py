@@ -1,0 +1,1 @@
+"""The PEFT model as a function of its fast weights."""

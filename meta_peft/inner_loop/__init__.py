@@ -1,0 +1,1 @@
+"""The steps that adapt fast weights to a task, and the way back through them."""

@@ -1,0 +1,1 @@
+"""The border to PEFT: LoRA layers, DoRA's norms, and heads."""

@@ -1,0 +1,1 @@
+"""The tasks and episodes that the options of a run name."""

@@ -1,0 +1,115 @@
+"""Support rows chosen from a pool: for a user who may label only a few, and for the episodes of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from meta_peft.adapters.hub import meta_learned
+from meta_peft.config import MetaLoraConfig
+from meta_peft.errors import MetaPeftError
+from meta_peft.objectives.labelled_tokens import IGNORED
+from meta_peft.run_tasks.base_view import BaseView
+from meta_peft.tasks.encoding import Encoding
+from meta_peft.tasks.prompt import INPUT_TARGET, example_columns
+from meta_peft.tasks.sources import rows_of_task
+from meta_peft.tasks.support_selection import (
+    NEED_THE_BASE,
+    SupportSelection,
+    check_selection,
+    chosen,
+    features,
+)
+from meta_peft.utils.checked import whole
+
+Row = Mapping[str, Any]
+PROMPT_ONLY = {first: (first, second) for first, second in [("prompt", "completion"), *INPUT_TARGET]}
+
+
+def select_support(model: Any, pool: Sequence[Row], shots: int, how: str = "diverse", *, seed: int = 0) -> list[Row]:
+    """The rows of a pool to adapt on, in the order they were chosen.
+
+    Args:
+        model: from `meta_peft.load`, or trained by `MetaTrainer`; it is left unchanged.
+        pool: rows of one task in any form that `PromptFormat` reads. For diverse and uncertain, none of them needs an
+            answer: rows with an ``input`` alone (or a ``prompt``, ``text`` or ``question``) give those worth labelling.
+        shots: how many.
+        how: random, balanced, diverse or uncertain (see `tasks.support_selection`). Uncertain takes the highest loss of
+            the base where rows have answers, else the highest entropy of its next token.
+        seed: of random and balanced.
+
+    Raises:
+        MetaPeftError: the pool is too small, or some of its rows have answers and some have none.
+    """
+    check_selection(how)
+    whole("shots", shots, 1, 10**6)
+    pool = rows_of_task(pool)
+    if len(pool) < shots:
+        raise MetaPeftError(f"The pool has {len(pool)} rows, and {shots} are to be chosen: lower shots, or add rows.")
+    if how == "random":
+        return [pool[i] for i in chosen(how, np.arange(len(pool)), shots, np.random.default_rng(seed))]
+    learned = meta_learned(model)
+    labelled = _labelled(pool)
+    if how == "balanced" and not labelled:
+        raise MetaPeftError(
+            "balanced goes over the answers, and the rows of this pool have none: use diverse or uncertain."
+        )
+    encoding = learned.encoding
+    if labelled:
+        encoded = list(map(encoding.of_task(pool), pool))
+    else:
+        encoded = [_prompt_and_one_more(encoding(_with_placeholder(row))) for row in pool]
+    view = BaseView(model, encoding.collator(), objective=encoding.objective, labelled=labelled)
+    known = features(how, encoded, view)
+    return [pool[i] for i in chosen(how, known, shots, np.random.default_rng(seed))]
+
+
+def episode_selection(
+    model: Any, encoding: Encoding, args: MetaLoraConfig, *, sharded: bool
+) -> SupportSelection | None:
+    """What the episodes of a run choose support rows by; None for random ones."""
+    how = args.support_selection
+    if how == "random":
+        return None
+    if how in NEED_THE_BASE and sharded:
+        raise MetaPeftError(
+            f"support_selection={how} asks the base for one row after another in each process by itself, and a base in"
+            " shards answers to all processes together: use random or balanced."
+        )
+    return SupportSelection(how, BaseView(model, encoding.collator(), objective=encoding.objective), args.seed)
+
+
+def _labelled(pool: Sequence[Row]) -> bool:
+    """Whether the rows have answers: all of them, or none."""
+    alone = ["messages" not in row and _form_of_prompt(row) is not None for row in pool]
+    if any(alone) and not all(alone):
+        raise MetaPeftError(
+            f"{sum(alone)} of {len(pool)} rows of the pool have no answer: give all of them one, or take it from all."
+        )
+    return not any(alone)
+
+
+def _form_of_prompt(row: Row) -> tuple[str, str] | None:
+    """The columns of a row that has a prompt and no answer."""
+    try:
+        example_columns(row.keys())
+    except MetaPeftError:
+        for first, form in PROMPT_ONLY.items():
+            if first in row:
+                return form
+        raise
+    return None
+
+
+def _with_placeholder(row: Row) -> Row:
+    form = _form_of_prompt(row)
+    assert form is not None
+    return {**row, form[1]: "?"}
+
+
+def _prompt_and_one_more(row: dict[str, list[int]]) -> dict[str, list[int]]:
+    """The prompt, and the one token behind it as a label, which marks the place of what comes next."""
+    end = next(i for i, label in enumerate(row["labels"]) if label != IGNORED) + 1
+    return {name: values[:end] for name, values in row.items()}

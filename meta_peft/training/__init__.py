@@ -1,0 +1,1 @@
+"""`MetaTrainer`, a thin layer over the Trainer."""

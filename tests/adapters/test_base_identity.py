@@ -1,0 +1,27 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from surface import base_model, tiny_folder
+from tiny_models import tiny_base
+
+from meta_peft import MetaPeftError, ModelArguments
+from meta_peft.adapters.base_identity import BaseIdentity
+from meta_peft.base import load_base
+
+
+def test_copies_of_a_model_are_the_same_base():
+    identities = [BaseIdentity.of(base_model(kind)) for kind in ("dense", "4bit", "8bit")]
+    identities.append(BaseIdentity.of(load_base(ModelArguments(str(tiny_folder()), dtype="bfloat16"))))
+    for identity in identities:
+        identities[0].check(identity)
+        identity.check(identities[0])
+
+
+def test_another_model_is_another_base():
+    mine = BaseIdentity.of(base_model())
+    message = "load the base model the adapter belongs to"
+    with pytest.raises(MetaPeftError, match=message):  # another size
+        mine.check(BaseIdentity.of(tiny_base("llama", torch.float32, layers=1, width=64)))
+    with pytest.raises(MetaPeftError, match=message):  # the same sizes, other weights
+        mine.check(BaseIdentity.of(base_model(folder=tiny_folder(seed=1))))

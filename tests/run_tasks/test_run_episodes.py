@@ -1,0 +1,45 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from surface import tiny_folder
+from transformers import AutoConfig
+
+from meta_peft import ModelArguments, TaskSet
+from meta_peft.run_tasks.run_episodes import most_classes, with_classes
+
+NAMES = {f"{n}": [{"text": f"{c}{i}", "label": c} for c in "abcd"[:n] for i in range(2)] for n in (2, 4, 3)}
+NUMBERS = {"a": [{"text": f"x{n}", "label": n} for n in (0, 2)], "b": [{"text": f"y{n}", "label": n} for n in (0, 1)]}
+WORDS = {"a": [{"tokens": ["x", "y"], "tags": [["o", "p"], ["o", "q"]][n]} for n in (0, 1)]}
+
+
+@pytest.mark.parametrize(
+    ("splits", "ways", "expected"),
+    [
+        ([NAMES], None, 4),
+        ([NAMES], 5, 5),
+        ([NUMBERS], None, 3),
+        ([WORDS], None, 3),
+        ([NUMBERS, NAMES], 2, 4),
+        ([], None, 2),
+        ([{"a": NAMES["2"][:2]}], None, 2),  # one class, and a head has two at least
+    ],
+)
+def test_most_classes(splits: list[dict], ways: int | None, expected: int):
+    assert most_classes([TaskSet.of(tasks) for tasks in splits], ways) == expected
+
+
+def test_where_neither_options_nor_base_say_how_many(tmp_path: Path):
+    tasks = [TaskSet.of(NAMES)]
+
+    def classes(folder: Path, **options) -> int | None:
+        return with_classes(ModelArguments(str(folder), **options), tasks, None).num_labels
+
+    assert classes(tiny_folder()) is None, "it writes"
+    assert classes(tiny_folder(), objective="sequence_classification") == 4
+    assert classes(tiny_folder(), objective="sequence_classification", num_labels=7) == 7
+    config = AutoConfig.from_pretrained(tiny_folder(), num_labels=6)
+    config.architectures = ["LlamaForSequenceClassification"]
+    config.save_pretrained(tmp_path)
+    assert classes(tmp_path) is None, "the base has a head of its own"

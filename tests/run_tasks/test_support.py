@@ -1,0 +1,107 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from surface import TRAIN, base_model, config, letter_rows, letter_tasks, tiny_tokenizer, trained_folder, trainer
+
+from meta_peft import Encoding, MetaPeftError, PromptFormat, adapt, load, select_support
+from meta_peft.run_tasks.support import episode_selection
+
+
+@pytest.fixture(scope="module")
+def model():
+    return load(base_model(), trained_folder())
+
+
+def pool() -> list[dict[str, str]]:
+    """Nine rows of one answer, three of another."""
+    return letter_rows("p", 9) + letter_rows("m", 3)
+
+
+def inputs(rows) -> list[str]:
+    return [row["input"] for row in rows]
+
+
+@pytest.mark.parametrize("how", ["random", "balanced", "diverse", "uncertain"])
+def test_rows_of_the_pool_each_once(model, how: str):
+    found = select_support(model, pool(), 6, how)
+    assert len(found) == 6
+    assert len(set(inputs(found))) == 6
+    assert all(row in pool() for row in found)
+    assert select_support(model, pool(), 6, how) == found
+    _, metrics = adapt(model, found, steps=1)
+    assert metrics["steps"] == 1
+    model.set_adapter("default")
+
+
+def test_balanced_takes_as_many_of_each_answer(model):
+    found = select_support(model, pool(), 6, "balanced")
+    assert sorted(row["target"] for row in found) == ["mm"] * 3 + ["pp"] * 3
+
+
+def test_the_choice_is_the_bases_and_not_the_adapters(model, tmp_path: Path):
+    """Of an untrained adapter and of a trained one the same rows."""
+    untrained = trainer(tmp_path, tasks=letter_tasks(TRAIN))
+    untrained.attach()
+    for how in ("diverse", "uncertain"):
+        assert select_support(model, pool(), 4, how) == select_support(untrained.model, pool(), 4, how)
+
+
+@pytest.mark.parametrize("how", ["diverse", "uncertain"])
+def test_prompts_without_answers(model, how: str):
+    prompts = [{"input": row["input"]} for row in pool()]
+    found = select_support(model, prompts, 4, how)
+    assert all(row in prompts for row in found)
+    if how == "diverse":  # it looks at prompts alone
+        assert inputs(found) == inputs(select_support(model, pool(), 4, how))
+    with pytest.raises(MetaPeftError, match="balanced goes over the answers, and the rows of this pool have none"):
+        select_support(model, prompts, 4, "balanced")
+    with pytest.raises(MetaPeftError, match="3 of 12 rows of the pool have no answer"):
+        select_support(model, [*pool()[:9], *prompts[:3]], 4, how)
+
+
+def test_what_cannot_be_chosen(model):
+    with pytest.raises(MetaPeftError, match="The pool has 12 rows, and 13 are to be chosen"):
+        select_support(model, pool(), 13)
+    with pytest.raises(MetaPeftError, match="Did you mean 'diverse'"):
+        select_support(model, pool(), 3, "divers")
+    with pytest.raises(MetaPeftError, match="Expected columns"):
+        select_support(model, [{"sentence": "a"}] * 3, 2)
+
+
+@pytest.mark.parametrize("how", ["balanced", "diverse", "uncertain"])
+def test_a_run_chooses_in_training_and_in_evaluation(tmp_path: Path, how: str):
+    """Support of other rows than at random, and the same query rows."""
+    tasks = {
+        name: rows + letter_rows(other, 4)
+        for (name, rows), other in zip(letter_tasks("abc").items(), "def", strict=True)
+    }
+    random, chosen = (
+        trainer(tmp_path, tasks=tasks, eval_tasks=letter_tasks("xyz"), support_selection=each)
+        for each in ("random", how)
+    )
+    for of_random, of_chosen in (
+        (random.train_dataset, chosen.train_dataset),
+        (random.eval_dataset, chosen.eval_dataset),
+    ):
+        drawn, selected = list(of_random), list(of_chosen)
+        assert [e.query for e in drawn] == [e.query for e in selected]
+    assert [e.support for e in random.train_dataset] != [e.support for e in chosen.train_dataset]
+    chosen.train()
+    chosen.evaluate()
+
+
+def test_workers_cannot_ask_the_base(tmp_path: Path):
+    with pytest.raises(MetaPeftError, match="support_selection=diverse with dataloader_num_workers is refused"):
+        trainer(tmp_path, support_selection="diverse", dataloader_num_workers=1)
+
+
+def test_a_base_in_shards_cannot_be_asked(tmp_path: Path, model):
+    encoding = Encoding("causal_lm", PromptFormat(), tiny_tokenizer(), 32)
+    for how in ("diverse", "uncertain"):
+        args = config(tmp_path, support_selection=how)
+        with pytest.raises(MetaPeftError, match="a base in shards answers to all processes together"):
+            episode_selection(model, encoding, args, sharded=True)
+    balanced = episode_selection(model, encoding, config(tmp_path, support_selection="balanced"), sharded=True)
+    assert balanced.how == "balanced"
