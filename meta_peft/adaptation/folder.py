@@ -67,7 +67,9 @@ def adapt_folder(
         tasks: whatever `TaskSet.of` takes: the path of a JSONL file, a `datasets.Dataset`, rows by task name.
         folder: where the folders of adapters go, each called as its task, with ``_`` for what is no letter or digit.
         task_column: names the task of each row.
-        steps, hold_back, tasks_per_forward: as for `adapt_many`.
+        steps: as for `adapt_many`.
+        hold_back: the same.
+        tasks_per_forward: the same.
         done: called for every adapter.
 
     Raises:

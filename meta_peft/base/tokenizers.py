@@ -23,7 +23,9 @@ def load_tokenizer(
     """The tokenizer of `name`, with a padding token; for speech the processor, which has one and makes features of sound.
 
     Args:
-        name, revision, trust_remote_code: as in `from_pretrained`.
+        name: as in `from_pretrained`.
+        revision: the same.
+        trust_remote_code: the same.
         objective: what the model is for; by default to write text.
         speech_language: in which a speech model is to write.
     """

@@ -37,7 +37,8 @@ class StepShares(Dataset[Share]):
         episodes: as many as all steps need, `tasks_per_step` for each.
         collate: makes a batch of episodes.
         turns: how many shares a process accumulates in a step.
-        processes, process: how many there are, and which one this is.
+        processes: how many there are.
+        process: which one this is.
         one_by_one: a batch for each episode, so that its padding does not depend on what it is read with.
     """
 
