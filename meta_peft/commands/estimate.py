@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 from meta_peft.commands.run_options import run_options, show_help
@@ -27,5 +28,11 @@ def run(words: Sequence[str]) -> int:
     from meta_peft.estimate.estimate_report import account
 
     model_args, _, args, _, given = run_options(words, EstimateArguments, prog="meta-peft inspect --estimate")
-    print(account(model_args, args, given))
+    logger = logging.getLogger("meta_peft")
+    level = logger.level
+    logger.setLevel(logging.WARNING)  # what is planned for each setting stands in the table
+    try:
+        print(account(model_args, args, given))
+    finally:
+        logger.setLevel(level)
     return 0

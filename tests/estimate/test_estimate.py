@@ -122,12 +122,15 @@ def test_auto_plans_for_the_device(folder: str):
     assert narrow.total < roomy.total
 
 
-def test_the_command_says_where_the_memory_goes(folder: str, capsys: pytest.CaptureFixture[str]):
+def test_the_command_says_where_the_memory_goes(
+    folder: str, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+):
     words = ["--model_name_or_path", folder, "--row_tokens", "24", "--device_gb", "4", "--inner_steps", "1"]
     assert main(["inspect", "--estimate", *words, "--use_cpu"]) == 0
     text = capsys.readouterr().out
     for part in ("all the time", "base: embeddings", "at the fullest moment", "in all", "fits into 4 GB", "unrolled"):
         assert part in text
+    assert "at once" not in caplog.text, "it stands in the table"
 
 
 @pytest.mark.parametrize(
