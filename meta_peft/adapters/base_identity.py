@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,8 @@ import torch
 from meta_peft.errors import MetaPeftError
 from meta_peft.frozen.whole_weights import whole_weight
 from meta_peft.utils.checked import is_number, shown, text, whole
+
+logger = logging.getLogger("meta_peft")
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,7 @@ class BaseIdentity:
         return cls(str(base.name_or_path), sizes, tuple(round(float(x), 5) for x in sample))
 
     def check(self, other: BaseIdentity) -> None:
-        """Raise unless `other` is the same base model."""
+        """Raise unless `other` is the same base model; warn if it was trained on since."""
         mine, its = torch.tensor(self.embedding), torch.tensor(other.embedding)
         alike = (
             self.sizes == other.sizes and mine.shape == its.shape and torch.cosine_similarity(mine, its, dim=0) > 0.95
@@ -53,4 +56,11 @@ class BaseIdentity:
             raise MetaPeftError(
                 f"The adapter was learned on {self.name} ({self.sizes}), the base model is {other.name}"
                 f" ({other.sizes}) with other weights: load the base model the adapter belongs to."
+            )
+        if not torch.allclose(mine, its, rtol=2**-7, atol=2e-5):  # bfloat16 moves a weight by 2^-9 of it, at most
+            logger.warning(
+                "The embeddings of %s are near those of %s, which the adapter was learned on, and not the same. If it was"
+                " fine-tuned since, the adapter may be worse on it, or of no use: evaluate it there first.",
+                other.name or "the base model",
+                self.name or "the one",
             )

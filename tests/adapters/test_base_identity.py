@@ -10,12 +10,13 @@ from meta_peft.adapters.base_identity import BaseIdentity
 from meta_peft.base import load_base
 
 
-def test_copies_of_a_model_are_the_same_base():
+def test_copies_of_a_model_are_the_same_base(caplog: pytest.LogCaptureFixture):
     identities = [BaseIdentity.of(base_model(kind)) for kind in ("dense", "4bit", "8bit")]
     identities.append(BaseIdentity.of(load_base(ModelArguments(str(tiny_folder()), dtype="bfloat16"))))
     for identity in identities:
         identities[0].check(identity)
         identity.check(identities[0])
+    assert caplog.text == ""
 
 
 def test_another_model_is_another_base():
@@ -25,3 +26,12 @@ def test_another_model_is_another_base():
         mine.check(BaseIdentity.of(tiny_base("llama", torch.float32, layers=1, width=64)))
     with pytest.raises(MetaPeftError, match=message):  # the same sizes, other weights
         mine.check(BaseIdentity.of(base_model(folder=tiny_folder(seed=1))))
+
+
+def test_a_base_that_was_fine_tuned_is_warned_of(caplog: pytest.LogCaptureFixture):
+    base = base_model()
+    mine, weight = BaseIdentity.of(base), base.get_input_embeddings().weight
+    generator = torch.Generator().manual_seed(0)
+    weight.data += 0.05 * weight.std() * torch.randn(weight.shape, generator=generator)
+    mine.check(BaseIdentity.of(base))
+    assert "If it was fine-tuned since, the adapter may be worse on it" in caplog.text
