@@ -35,9 +35,9 @@ FLOORS = [
     ["__init__"],
 ]
 ROOMS = {room: rank for rank, floor in enumerate(FLOORS) for room in floor}
-PEFT = "lora ops preflight functional.fast_forwards functional.adapter_loss outer_loop.outer_loop base.new_adapter"
-PEFT += " adapters.adapter_files adapters.hub adaptation estimate.weightless training.trainer comparison.compare"
-PEFT += " protocol main_job"
+PEFT = "lora.fast_weights lora.dora ops preflight functional.fast_forwards functional.adapter_loss"
+PEFT += " outer_loop.outer_loop base.new_adapter adapters.adapter_files adapters.hub adaptation estimate.weightless"
+PEFT += " training.trainer comparison.compare protocol main_job"
 ONLY_IN = {  # a library, and the rooms or the files of a room that may import it
     "peft": PEFT.split(),
     "bitsandbytes": ["frozen.linear", "preflight"],

@@ -87,7 +87,7 @@ class FrozenPrefix(Prefix):
         """A forward of `rows` inside this context skips what an earlier one has computed.
 
         Args:
-            recalled: gives what the one run there is returns for rows that are new, or None (see `frozen_cache`).
+            recalled: gives what the one run there is returns for rows that are new, or None (see `frozen.cache`).
         """
         known = self._known.setdefault(rows, {})
         if not known and len(self._runs) == 1 and (value := recalled(rows)) is not None:

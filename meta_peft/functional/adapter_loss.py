@@ -229,7 +229,7 @@ class AdapterLoss:
         return self._slow_prefixes[fast]
 
     def _recalled(self, rows: Rows) -> Tensor | None:
-        """What comes out below the adapter, if it is kept for all rows (see `frozen_cache`)."""
+        """What comes out below the adapter, if it is kept for all rows (see `frozen.cache`)."""
 
         def run(some: Rows) -> Any:
             return self._prefix.output(lambda: self._base(**some.inputs, **without_cache(self._base)))

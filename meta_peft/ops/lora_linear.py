@@ -10,7 +10,7 @@ Composed of single operations the same takes several passes over tensors of the 
 adding the adapter's part, summing gradients. Here the adapter's part is accumulated onto the frozen product, and
 everything else has the width r of the adapter. Such narrow matrices are kept lying, ``h^T [r, R]``, ``B^T [r, out]``: with
 the long side last, products with them are up to five times faster on a CPU. The frozen weight is not saved (see
-`frozen_linear`).
+`frozen.linear`).
 """
 
 from __future__ import annotations
