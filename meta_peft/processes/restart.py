@@ -16,9 +16,10 @@ import torch
 import torch.distributed as dist
 
 
-def restarts() -> int:
-    """How often the launcher has started this job again."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+def attempt() -> int | None:
+    """How often the launcher has started this job again; None if it never will."""
+    may_restart = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) if may_restart else None
 
 
 def join(timeout_seconds: float) -> None:
@@ -29,7 +30,7 @@ def join(timeout_seconds: float) -> None:
     """
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
-    may_restart = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0
+    may_restart = attempt() is not None
     if processes == 1 or dist.is_initialized() or not (on_cpu or (may_restart and torch.cuda.is_available())):
         return
     timeout = timedelta(seconds=timeout_seconds)
@@ -39,6 +40,6 @@ def join(timeout_seconds: float) -> None:
         whole: Any = dist.TCPStore(  # type: ignore[attr-defined]
             address, port, processes, is_master=False, timeout=timeout
         )
-        store = dist.PrefixStore(f"attempt_{restarts()}", whole)  # type: ignore[attr-defined]
+        store = dist.PrefixStore(f"attempt_{attempt()}", whole)  # type: ignore[attr-defined]
         where = {"store": store, "rank": int(os.environ["RANK"]), "world_size": processes}
     dist.init_process_group("gloo" if on_cpu else "nccl", timeout=timeout, **where)

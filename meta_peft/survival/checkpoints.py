@@ -24,6 +24,7 @@ logger = logging.getLogger("meta_peft")
 MANIFEST = "files.json"
 NAME = re.compile(r"checkpoint-(\d+)")
 PARTIAL, REPLACED = ".partial-", ".replaced-"
+BEGUN = ".begun"  # an empty file whose time says when the job that writes here now began
 
 
 def write(folder: Path, fill: Callable[[Path], None]) -> None:
@@ -84,37 +85,52 @@ def check(folder: Path) -> None:
         )
 
 
-def to_resume(asked: str | bool | None, parent: Path, *, restarted: bool) -> Path | None:
+def to_resume(asked: str | bool | None, parent: Path, *, attempt: int | None = None) -> Path | None:
     """The checkpoint that a run starts from; None for a new run.
 
     Args:
         asked: a folder, or True (as a word, too) for the newest whole one in `parent`.
         parent: where the run has its checkpoints.
-        restarted: whether the run was started again, and so wants the newest one, if there is one.
+        attempt: how often the launcher has started the job again; None for one that it never does. From the second
+            attempt on, the newest whole checkpoint that the job itself has written comes before what was asked; an
+            earlier job's in the same folder is left alone.
 
     Raises:
         MetaPeftError: the folder is no whole checkpoint, or there is none.
     """
+    begun = parent / BEGUN
+    if attempt and begun.exists():
+        clear_remains(parent)
+        if own := newest_whole(parent, since=begun.stat().st_mtime):
+            return own
+    elif attempt is not None:
+        parent.mkdir(parents=True, exist_ok=True)
+        begun.touch()
     if isinstance(asked, str) and asked.lower() in ("true", "false"):
         asked = asked.lower() == "true"
-    if asked and not isinstance(asked, bool):
+    if not asked:
+        return None
+    if not isinstance(asked, bool):
         check(Path(asked))
         return Path(asked)
-    if not asked and not restarted:
-        return None
     clear_remains(parent)
     found = newest_whole(parent)
-    if found is None and asked:
+    if found is None:
         raise MetaPeftError(f"There is no whole checkpoint in {parent} to resume from.")
     return found
 
 
-def newest_whole(parent: Path) -> Path | None:
+def newest_whole(parent: Path, since: float = 0.0) -> Path | None:
     """The whole checkpoint of the highest step, of the run in `parent` that began last.
 
     The log says which newer ones are not whole.
+
+    Args:
+        parent: where the checkpoints are.
+        since: only those that were written then or later, in seconds since 1970 by the file system's clock.
     """
-    named = [(int(match[1]), path) for path in _folders(parent) if (match := NAME.fullmatch(path.name))]
+    found = [path for path in _folders(parent) if path.stat().st_mtime >= since]
+    named = [(int(match[1]), path) for path in found if (match := NAME.fullmatch(path.name))]
     for _, _, folder in sorted(((training_state.started(path), step, path) for step, path in named), reverse=True):
         try:
             check(folder)

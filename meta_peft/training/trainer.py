@@ -37,7 +37,7 @@ from meta_peft.lora.whole_head import fixed_start
 from meta_peft.objectives import objective_name
 from meta_peft.outer_loop.outer_loop import LearnedRates, assign_gradient, bind
 from meta_peft.outer_loop.outer_step import OuterStep
-from meta_peft.processes import Share, StepShares, group, restarts
+from meta_peft.processes import Share, StepShares, attempt, group
 from meta_peft.processes.replicas import same_everywhere
 from meta_peft.processes.step_shares import only
 from meta_peft.run_tasks.run_episodes import RunEpisodes, most_classes, run_encoding
@@ -372,7 +372,7 @@ class MetaTrainer(PushingTrainer):
 
         Args:
             resume_from_checkpoint: a checkpoint's folder; or True for the newest whole one in `output_dir`. A job that its
-                launcher started again resumes by itself.
+                launcher started again resumes by itself, from its own newest one.
 
         Raises:
             MetaPeftError: another run trains in `output_dir` now; there is no such checkpoint, or it is damaged; or too
@@ -381,7 +381,7 @@ class MetaTrainer(PushingTrainer):
         folder = Path(str(self.args.output_dir))
         with Claim(folder) as claim:
             group.of_first(claim.take)
-            resume = partial(checkpoints.to_resume, resume_from_checkpoint, folder, restarted=restarts() > 0)
+            resume = partial(checkpoints.to_resume, resume_from_checkpoint, folder, attempt=attempt())
             found = group.of_first(resume)
             same_everywhere(self._trained())
             if found is None and self.train_dataset is not None:

@@ -1,7 +1,8 @@
 """A job that is killed again and again, and goes on each time: python killed.py FOLDER.
 
 Alone, the job runs in children of this process, which kills them at random moments. In two processes, one of them kills
-itself in its first attempt; what `torchrun` runs, here in this process, starts both again.
+itself in its first two attempts; what `torchrun` runs, here in this process, starts both again. An earlier job has left
+its checkpoints in their folder.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from tiny_models import tiny_base, with_lora
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from transformers import TrainerCallback
 
-from meta_peft.processes import group, restarts
+from meta_peft.processes import attempt, group
 
 STEPS = 30
 OPTIONS = {"max_steps": STEPS, "tasks_per_step": 3, "save_strategy": "steps", "save_steps": 1, "save_total_limit": 3}
@@ -30,10 +31,10 @@ OPTIONS |= {"task_sampling": "by_difficulty"}  # what it learned of the tasks ha
 
 
 class KillsItself(TrainerCallback):
-    """Process 1 dies at the end of step 9, the first time."""
+    """Process 1 dies before the first checkpoint is written, and the next time at the end of step 9."""
 
     def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == 9 and args.process_index == 1 and restarts() == 0:
+        if args.process_index == 1 and (attempt(), state.global_step) in ((0, 1), (1, 9)):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -109,6 +110,8 @@ def main(folder: Path) -> None:
     pid = forked(partial(job, folder / "half_of_one", max_steps=STEPS, save_total_limit=None))
     assert os.waitpid(pid, 0)[1] == 0
     assert load_file(folder / "half_of_one" / "adapter_model.safetensors")
+    pid = forked(partial(job, folder / "restarted", seed=9))
+    assert os.waitpid(pid, 0)[1] == 0
     standalone = {
         "min_nodes": 1,
         "max_nodes": 1,

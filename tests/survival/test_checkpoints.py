@@ -72,7 +72,7 @@ def test_killed_between_any_two_renames(tmp_path: Path, monkeypatch: pytest.Monk
     else:
         make(tmp_path, 3, "new")
     monkeypatch.undo()
-    found = checkpoints.to_resume(True, tmp_path, restarted=False)
+    found = checkpoints.to_resume(True, tmp_path)
     assert found is not None
     assert (found / "adapter.bin").read_text() == ("new" if renames == 2 else "old")
     make(tmp_path, 4)
@@ -131,18 +131,46 @@ def test_the_newest_is_that_of_the_highest_step(tmp_path: Path):
 
 
 def test_what_to_resume_from(tmp_path: Path):
-    def resume(asked, restarted=False):
-        return checkpoints.to_resume(asked, tmp_path, restarted=restarted)
+    def resume(asked):
+        return checkpoints.to_resume(asked, tmp_path)
 
     assert resume(None) is None
     assert resume(False) is None
-    assert resume(None, restarted=True) is None
     for asked in (True, "True"):
         with pytest.raises(MetaPeftError, match="There is no whole checkpoint in"):
             resume(asked)
     folder = make(tmp_path, 5)
     assert resume(None) is None
     assert resume("false") is None
-    assert [resume(True), resume("true"), resume(None, restarted=True), resume(str(folder))] == [folder] * 4
+    assert [resume(True), resume("true"), resume(str(folder))] == [folder] * 3
     with pytest.raises(MetaPeftError, match="is no whole checkpoint"):
         resume(str(tmp_path / "checkpoint-6"))
+    assert [path.name for path in tmp_path.iterdir()] == [
+        "checkpoint-5"
+    ]  # no mark of a job that is never started again
+
+
+@pytest.mark.parametrize("asked", [None, "checkpoint-100", True])
+def test_a_job_that_is_started_again_goes_on_from_its_own(tmp_path: Path, asked: str | bool | None):
+    earlier = make(tmp_path, 100)
+    os.utime(earlier, (0, 0))
+    asked = str(earlier) if isinstance(asked, str) else asked
+    at_first = earlier if asked else None
+
+    def resume(attempt):
+        return checkpoints.to_resume(asked, tmp_path, attempt=attempt)
+
+    assert [resume(0), resume(1), resume(2)] == [at_first] * 3
+    own = make(tmp_path, 10)
+    assert resume(3) == own
+    damaged_text(own)
+    assert resume(4) == at_first
+    os.utime(make(tmp_path, 20), (0, 0))  # and the next job there has none of its own
+    os.utime(own, (0, 0))
+    assert resume(0) == (tmp_path / "checkpoint-100" if asked else None)
+
+
+def test_a_job_whose_first_attempt_never_came_to_train_marks_its_beginning_at_the_second(tmp_path: Path):
+    assert checkpoints.to_resume(None, tmp_path, attempt=1) is None
+    own = make(tmp_path, 10)
+    assert checkpoints.to_resume(None, tmp_path, attempt=2) == own
