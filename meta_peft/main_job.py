@@ -12,6 +12,7 @@ from meta_peft.base.new_adapter import new_model
 from meta_peft.base.tokenizers import tokenizer_for
 from meta_peft.comparison.about_run import about_run
 from meta_peft.comparison.compare import CompareArguments, compare, multitask_starts
+from meta_peft.comparison.rate_edges import at_the_edge, edges_in_words
 from meta_peft.config import MetaLoraConfig, ModelArguments, TaskArguments
 from meta_peft.evaluation.report import Report, check_plots
 from meta_peft.run_tasks.run_episodes import with_classes
@@ -84,6 +85,9 @@ def run(
     trainer.save_model()
     examples = f"{args.shots} examples{of_classes(args.ways) or ' each'}"
     print(f"\nHeld-out tasks: {len(report.tasks)}, {examples}.\n\n{report.markdown()}\n")
+    for name, curve in report.curves.items():
+        for words in edges_in_words(name, at_the_edge(curve.steps, [curve.factors], comparison.rate_factors)):
+            print(words)
     print(f"Adapter, table and plot are in {args.output_dir}.")
     return report
 

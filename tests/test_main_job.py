@@ -57,7 +57,11 @@ def test_compared_with_plain_lora(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert isinstance(report, Report)
     assert list(report.curves) == ["plain LoRA", "meta-learned LoRA"]
     assert {path.name for path in output.iterdir()} == ADAPTER | RESULTS
-    assert report.markdown() in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert report.markdown() in shown
+    for name, curve in report.curves.items():  # of two rates that are tried each is at an edge
+        edge = {0.5: "smallest", 2.0: "largest"}[curve.factors[1]]
+        assert f"The best of the rates that were tried for {name} after 3 steps is the {edge}" in shown
     assert sorted(report.tasks) == sorted(letter_tasks(TEST))
 
     plain, learned = report.curves.values()

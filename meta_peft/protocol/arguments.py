@@ -26,6 +26,7 @@ TITLES = {
 """Starts by name, as tables call them. ``meta`` is what the run's own options say."""
 NEW_HEAD = (CLASSIFIER, TASK_HEADS)  # what these are trained with is thrown away
 WITHOUT_INNER_LOOP = (MULTITASK, *NEW_HEAD)
+UNTRAINED = (DEFAULTS, PLAIN, IN_CONTEXT)
 
 
 @dataclass

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from meta_peft.errors import MetaPeftError
-from meta_peft.protocol.arguments import DEFAULTS, IN_CONTEXT, PLAIN, ProtocolArguments
+from meta_peft.protocol.arguments import UNTRAINED, ProtocolArguments
 from meta_peft.utils.atomic_files import write_file
 from meta_peft.utils.checked import read_object
 from meta_peft.utils.digests import of_texts
 
 FOLDER = "cells"
-UNTRAINED = (DEFAULTS, PLAIN, IN_CONTEXT)
 PROTOCOL = 2
 """How trained starts are measured. 1: at the end of their training, the meta-learned one by the run's own rule alone. 2: at
 the point of it, and by the rule, that the validation tasks choose."""
@@ -114,6 +113,33 @@ def all_found(folder: Path, options: str | None = None, inputs: str = "") -> lis
                 " measured with, another output_dir, or remove it to have it measured again."
             )
     return found
+
+
+def trained_for(found: Sequence[Found]) -> dict[tuple[str, int | None], int]:
+    """For how many outer steps the starts of `found` were trained, by start and number of training tasks.
+
+    Raises:
+        MetaPeftError: a start was trained for longer with one seed than with another, so that they are not one start.
+    """
+    lengths: dict[tuple[str, int | None], int] = {}
+    for each in found:
+        if each.cell.trained:
+            steps = int(each.cost["outer_steps"])
+            check_length(each.cell, steps, lengths)
+            lengths[each.cell.start, each.cell.task_count] = steps
+    return lengths
+
+
+def check_length(cell: Cell, steps: int, lengths: Mapping[tuple[str, int | None], int]) -> None:
+    """Raise `MetaPeftError` if a start is trained for another number of outer steps in this cell than in others."""
+    expected = lengths.get((cell.start, cell.task_count), steps)
+    if steps != expected:
+        raise MetaPeftError(
+            f"{cell.name} is trained for {steps} outer steps, and this start for {expected} with another seed: together"
+            " they would be no one start. How many steps are of equal compute depends on frozen_cache_gb and memory too,"
+            " and an earlier version may have counted otherwise. Give the options that the other cells were measured with,"
+            " another output_dir, or remove the other cells."
+        )
 
 
 def digest(*parts: Any) -> str:

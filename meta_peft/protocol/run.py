@@ -16,7 +16,7 @@ from meta_peft.errors import MetaPeftError
 from meta_peft.evaluation.report import check_plots
 from meta_peft.frozen.cache import FrozenCache
 from meta_peft.protocol.arguments import ProtocolArguments
-from meta_peft.protocol.cells import all_found, cells_of, digest, path_of
+from meta_peft.protocol.cells import all_found, cells_of, digest, path_of, trained_for
 from meta_peft.protocol.measure import measured
 from meta_peft.protocol.page import write_page
 from meta_peft.protocol.setting import Setting
@@ -49,7 +49,7 @@ def run(
 
     Raises:
         MetaPeftError: there are no validation or test tasks, the job has several processes, or cells in the folder were
-            measured with other options.
+            measured with other options or trained for another number of outer steps.
     """
     if args.world_size > 1:
         raise MetaPeftError(
@@ -75,7 +75,7 @@ def run(
     if protocol.measure:
         processor = tokenizer_for(model_args)
         frozen = FrozenCache(args.frozen_cache_gb * 1e9)
-        setting = Setting(model_args, args, comparison, tasks, processor, curve, folder, frozen)
+        setting = Setting(model_args, args, comparison, tasks, processor, curve, folder, frozen, trained_for(found))
         cells = list(cells_of(protocol, starts))
         for i, cell in enumerate(cells, 1):
             if path_of(cell, folder).is_file():
@@ -85,6 +85,7 @@ def run(
         found = all_found(folder, options, inputs)  # other processes may have measured some
     if not found:
         raise MetaPeftError(f"There is nothing measured in {folder} yet: leave measure=false out.")
+    trained_for(found)  # the same for all seeds
     summary = Summary.of(found, about)
     write_page(summary, folder)
     return summary

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ class Setting:
     shots_curve: tuple[int, ...]
     folder: Path
     frozen: FrozenCache  # of the base, which all cells share
+    lengths: Mapping[tuple[str, int | None], int] = field(default_factory=dict)  # see `cells.trained_for`
 
     @property
     def steps(self) -> list[int]:

@@ -27,7 +27,7 @@ from meta_peft.protocol.arguments import (
     TASK_HEADS,
     TITLES,
 )
-from meta_peft.protocol.cells import Cell
+from meta_peft.protocol.cells import Cell, check_length
 from meta_peft.protocol.setting import Setting
 from meta_peft.protocol.task_heads import TaskHeadsTrainer
 from meta_peft.run_tasks.run_episodes import labels_of
@@ -52,6 +52,8 @@ def trained(cell: Cell, setting: Setting) -> tuple[MetaTrainer, list[Start], dic
     by_default = cell.start == DEFAULTS
     model = new_model(replace(setting.model, **PEFT_LORA) if by_default else setting.model, cell.seed)
     args = _options(cell, setting, model)
+    if cell.trained:
+        check_length(cell, args.max_steps, setting.lengths)
     title, cost = TITLES[cell.start], {"outer_steps": 0.0, "training_seconds": 0.0}
     trainer = _trainer(model, args, cell, setting)
     starts = [trainer.start(title)]

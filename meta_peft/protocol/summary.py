@@ -7,13 +7,14 @@ they are compared task by task: the interval of a difference is that of the mean
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 
+from meta_peft.comparison.rate_edges import at_the_edge
 from meta_peft.errors import MetaPeftError
 from meta_peft.evaluation.evaluate import Curve, calibration_error, interval
 from meta_peft.evaluation.metrics import Metric
@@ -52,11 +53,15 @@ class Difference:
 
 @dataclass(frozen=True)
 class Summary:
-    """Cells of the same options; `about` is what the run was."""
+    """Cells of the same options; `about` is what the run was.
+
+    `left_out` are seeds that only some starts were measured with, and which ones.
+    """
 
     found: Sequence[Found]
     about: dict[str, Any]
     seeds: tuple[int, ...]
+    left_out: Mapping[int, tuple[str, ...]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, found: Sequence[Found], about: dict[str, Any]) -> Summary:
@@ -70,7 +75,12 @@ class Summary:
         seeds = sorted(set.intersection(*by_kind))
         if not seeds:
             raise MetaPeftError("No seed has all its starts measured yet: go on measuring.")
-        return cls([f for f in found if f.cell.seed in seeds], about, tuple(seeds))
+        others = sorted({f.cell.seed for f in found} - set(seeds))
+        left_out = {
+            seed: tuple(s for s in TITLES if any((f.cell.seed, f.cell.start) == (seed, s) for f in found))
+            for seed in others
+        }
+        return cls([f for f in found if f.cell.seed in seeds], about, tuple(seeds), left_out)
 
     @cached_property
     def tasks(self) -> list[str]:
@@ -175,17 +185,9 @@ class Summary:
         return found
 
     def at_the_edge(self, start: str) -> dict[str, list[int]]:
-        """Numbers of steps at which most seeds chose the ``"smallest"`` or the ``"largest"`` rate that was tried."""
-        tried = sorted(self.about["comparison"]["rate_factors"])
-        if len(tried) == 1:
-            return {}
+        """See `rate_edges.at_the_edge`."""
         cells = self.of_start(start)
-        found: dict[str, list[int]] = {}
-        for edge, factor in (("smallest", tried[0]), ("largest", tried[-1])):
-            for column, steps in enumerate(cells[0].steps):
-                if steps and 2 * sum(cell.factors[column] == factor for cell in cells) > len(cells):
-                    found.setdefault(edge, []).append(steps)
-        return found
+        return at_the_edge(cells[0].steps, [cell.factors for cell in cells], self.about["comparison"]["rate_factors"])
 
     @property
     def by_earlier_protocols(self) -> dict[str, int]:

@@ -10,7 +10,7 @@ import pytest
 
 from meta_peft import MetaPeftError
 from meta_peft.protocol.arguments import ProtocolArguments
-from meta_peft.protocol.cells import Cell, Found, all_found, cells_of, path_of
+from meta_peft.protocol.cells import Cell, Found, all_found, cells_of, path_of, trained_for
 
 LOSS, SCORE, COUNTS = [[2.0, 1.0]] * 2, [[0.0, 0.5]] * 2, [[[1, 0.5, 1]]]
 FOUND = Found(Cell(1, "meta"), "exact_match", ["a", "b"], [0, 10], [1.0, 0.5], LOSS, SCORE, COUNTS, 10, options="these")
@@ -37,6 +37,19 @@ def test_cells_of_other_options_are_refused(tmp_path: Path):
     assert all_found(tmp_path, "these") == [FOUND]
     with pytest.raises(MetaPeftError, match=r"seed1-meta.json was measured with other options"):
         all_found(tmp_path, "those")
+
+
+def test_a_start_is_trained_for_as_long_with_each_seed():
+    def found(start: str, seed: int, steps: float, task_count: int | None = None) -> Found:
+        return replace(FOUND, cell=Cell(seed, start, task_count), cost={"outer_steps": steps})
+
+    one = [found("meta", 0, 70.0), found("meta", 1, 70.0), found("multitask", 0, 120.0), found("meta", 0, 60.0, 4)]
+    untrained = [found("plain", 0, 0.0), replace(FOUND, cell=Cell(1, "plain"))]
+    assert trained_for([*one, *untrained]) == {("meta", None): 70, ("multitask", None): 120, ("meta", 4): 60}
+    with pytest.raises(
+        MetaPeftError, match="seed1-multitask is trained for 150 outer steps, and this start for 120 with"
+    ):
+        trained_for([*one, found("multitask", 1, 150.0)])
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"cell": 3}', '{"cell": {"seed": 1, "start": "meta"}, "more": 1}'])

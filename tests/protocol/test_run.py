@@ -332,6 +332,17 @@ def test_what_is_there_of_other_rows_or_options_is_refused(tmp_path: Path, monke
         compared(tmp_path, protocol={"starts": ["plain", "meta"]}, **options)
 
 
+def test_a_start_that_would_be_trained_for_longer_than_with_another_seed_is_refused(tmp_path: Path):
+    """What is kept of the layers below the adapter counts as free, so that the same compute buys other outer steps."""
+    of_seeds = {"starts": ["meta", "multitask"]}
+    compared(tmp_path, protocol=of_seeds, layers=[1], steps=12)
+    with pytest.raises(
+        MetaPeftError, match=r"seed1-multitask is trained for \d+ outer steps, and this start for \d+ with"
+    ):
+        compared(tmp_path, protocol={**of_seeds, "seeds": [0, 1]}, layers=[1], steps=12, frozen_cache_gb=0.1)
+    assert not (tmp_path / "out" / "starts" / "seed1-multitask").exists()
+
+
 def test_what_cannot_be_drawn_is_not_trained_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Without matplotlib the whole training was done, and then its tuned rates were lost."""
     monkeypatch.setattr("meta_peft.evaluation.report.find_spec", lambda name: None)

@@ -53,6 +53,10 @@ def test_tasks_are_averaged_over_seeds_and_matched_by_name():
 def test_only_seeds_that_every_start_has_count():
     summary = summary_of(cell("plain", (0, 1)), cell("meta", (0, 1)), cell("meta", (0, 1), seed=1))
     assert summary.seeds == (0,)
+    left_out = "Left out, since not all starts are measured with them yet: seed 1 of meta-learned LoRA."
+    assert left_out in verdict(summary)
+    whole = summary_of(*(cell(start, (0, 1), seed) for start in ("plain", "meta") for seed in (0, 1)))
+    assert not any("Left out" in sentence for sentence in verdict(whole))
     with pytest.raises(MetaPeftError, match="No seed has all its starts"):
         summary_of(cell("plain", (0, 1)), cell("meta", (0, 1), seed=1))
 
@@ -132,6 +136,7 @@ def test_the_verdict_says_whether_it_paid(multitask: float, meta: float, said: s
     assert any(said in sentence for sentence in words)
     best = "multi-task LoRA" if multitask >= meta else "meta-learned LoRA"
     assert words[0].startswith(f"Best on these tasks: {best}, {100 * max(multitask, meta) - 1:.0f} % exact match")
+    assert ("level with it" in words[0]) == (multitask == meta)
 
 
 @pytest.mark.parametrize(
@@ -154,6 +159,55 @@ def test_what_was_trained_without_an_inner_loop_and_is_best_is_what_counts(class
     assert any(sentence.startswith(said) for sentence in words)
     assert sum("multi-task LoRA" in sentence for sentence in words[1:]) == 1
     assert sum("one classifier" in sentence for sentence in words[1:]) == 1
+
+
+@pytest.mark.parametrize(
+    ("plain", "in_context", "said"),
+    [
+        (0.5, 0.5, "Meta-training paid for itself: at equal compute it is ahead of multi-task LoRA by 10 points"),
+        (
+            0.6,
+            0.5,
+            "Whether meta-training paid for itself is open: at equal compute it is ahead of multi-task LoRA by 10",
+        ),
+        (
+            0.7,
+            0.6,
+            "Meta-training did not pay for itself: at equal compute it is ahead of multi-task LoRA by 10 points",
+        ),
+        (
+            0.5,
+            0.7,
+            "Meta-training did not pay for itself: at equal compute it is ahead of multi-task LoRA by 10 points",
+        ),
+    ],
+)
+def test_it_pays_only_if_it_is_better_than_no_training(plain: float, in_context: float, said: str):
+    found = [cell("plain", (0.1, plain)), cell("in_context", (in_context, 0)), cell("multitask", (0.1, 0.5))]
+    words = verdict(summary_of(*found, cell("meta", (0.1, 0.6))))
+    assert words[1].startswith(said)
+    if max(plain, in_context) >= 0.6:
+        cheapest = "plain LoRA" if plain > in_context else "in-context examples"
+        assert f"{cheapest} by 10 points" in words[1] or f"level with {cheapest}" in words[1]
+        assert words[1].endswith("which takes no training.")
+
+
+def test_a_rival_that_could_not_stop_early_leaves_it_open():
+    words = verdict(summary_of(cell("multitask", (0.1, 0.5), protocol=1), cell("meta", (0.1, 0.6))))
+    assert words[1].startswith(
+        "Whether meta-training paid for itself is open: at equal compute it is ahead of multi-task"
+    )
+    assert "may do better if stopped early" in words[1]
+
+
+def test_the_best_is_told_with_those_that_are_level():
+    """Better on some tasks and worse on others is level; worse by as much on each is not."""
+    unlike, same = [[0.1, 0.5 + 0.1 * (-1) ** i] for i in range(len(TASKS))], [[0.1, 0.5]] * len(TASKS)
+    scores = {"plain": unlike, "meta": same, "multitask": [[0.1, 0.4]] * len(TASKS), "in_context": [[0.5]] * len(TASKS)}
+    found = [replace(cell(start, (0, 0)), score=score) for start, score in scores.items()]
+    first, *_ = verdict(summary_of(*found))
+    level = "level with it: meta-learned LoRA and in-context examples"
+    assert first == f"Best on these tasks: plain LoRA, 50 % exact match after 10 steps on 4 examples; {level}."
 
 
 def test_to_be_ahead_of_what_cannot_learn_proves_nothing():
