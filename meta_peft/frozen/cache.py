@@ -84,9 +84,9 @@ def _lengths(rows: Rows) -> list[int] | None:
 
 
 def _digests(rows: Rows, length_B: list[int]) -> list[bytes]:
-    """All that a model is given of each row."""
+    """All that a model is given of each row, and how many inputs that is."""
     given = torch.stack([rows.inputs[name] for name in (IDS, TYPES) if name in rows.inputs], 1).cpu().numpy()
-    return [of_row[:, :length].tobytes() for of_row, length in zip(given, length_B, strict=True)]
+    return [bytes([len(of_row)]) + of_row[:, :length].tobytes() for of_row, length in zip(given, length_B, strict=True)]
 
 
 def _some(rows: Rows, which: list[int], longest: int) -> Rows:

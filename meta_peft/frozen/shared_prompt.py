@@ -32,7 +32,7 @@ class SharedPrompt:
         # By the whole model, as what shards a base hooks into; the last position's logits are as few as there can be.
         found = base(input_ids=ids_1P, attention_mask=torch.ones_like(ids_1P), use_cache=True, logits_to_keep=1)
         self._known = found.past_key_values
-        self._length = len(tokens)
+        self.length = len(tokens)
 
     def forward(self, *, input_ids: Tensor, attention_mask: Tensor, **options: Any) -> Any:
         """The model's forward for rows ``[B, L]`` that stand behind the prompt; their positions go on from its end."""
@@ -40,5 +40,5 @@ class SharedPrompt:
         n_rows = len(input_ids)
         known = copy.deepcopy(self._known)  # a forward adds its own
         known.batch_repeat_interleave(n_rows)
-        mask = torch.cat([attention_mask.new_ones(n_rows, self._length), attention_mask], 1)
+        mask = torch.cat([attention_mask.new_ones(n_rows, self.length), attention_mask], 1)
         return self._forward(input_ids=input_ids, attention_mask=mask, past_key_values=known, **options)

@@ -27,7 +27,7 @@ from meta_peft.functional.checkpointing import checkpointed
 from meta_peft.functional.fast_attention import twice_differentiable_attention
 from meta_peft.functional.fast_forwards import fast_forwards
 from meta_peft.functional.padding import TokenPositions
-from meta_peft.functional.rotary_length import check_length, longest
+from meta_peft.functional.rotary_length import check_length, check_rows, longest
 from meta_peft.functional.slow_prefix import AboveSlow, below_first
 from meta_peft.functional.task_rows import RowsRearrangedError, TasksApart, rows_in_place
 from meta_peft.inner_optimizers import InnerRule
@@ -144,6 +144,7 @@ class AdapterLoss:
         if tokens:
             own = self.weights.parameters()
             assert all(value.dim() == own[name].dim() for name, value in adapter.items()), "a prompt is for one task"
+            check_length(*self._longest, len(tokens))
             with self._forwards_in_place(adapter, False):
                 self._behind = SharedPrompt(self._base, tokens, next(iter(adapter.values())).device)
         try:
@@ -240,9 +241,11 @@ class AdapterLoss:
         self, measure: Callable[[Rows], Measured], adapter: Params, rows: Rows, *, all_layers: bool = False
     ) -> list[Measured]:
         """What `measure` returns for all tasks at once, or for one after the other."""
-        check_length(*self._longest, rows)
+        check_rows(*self._longest, rows, behind=0 if self._behind is None else self._behind.length)
         own = self.weights.parameters()
         stacked = {name for name, value in adapter.items() if value.dim() > own[name].dim()}
+        if wrong := {len(adapter[name]) for name in stacked} - {rows.n_tasks}:
+            raise MetaPeftError(f"The adapters of {wrong.pop()} tasks cannot be given rows of {rows.n_tasks}.")
         if not stacked or (self._at_once and rows.n_tasks > 1):
             try:
                 with self._running(adapter, rows, at_once=bool(stacked), all_layers=all_layers):

@@ -102,8 +102,12 @@ def _dense_layer(layer: nn.Module, positions: TokenPositions, x: Tensor) -> Tens
 def _norms(model: nn.Module) -> Iterator[tuple[nn.Module, Callable[..., Any]]]:
     for module in model.modules():
         if type(module).__name__ in RMS_NORMS:
-            norm: Any = module
-            yield module, partial(rms_norm, weight=whole_weight(norm), eps=norm.variance_epsilon)
+            yield module, partial(_norm, module)
+
+
+def _norm(layer: Any, x: Tensor) -> Tensor:
+    """With the weight that the layer has now: a model may be moved after its forwards were chosen."""
+    return rms_norm(x, whole_weight(layer), layer.variance_epsilon)
 
 
 def _gated(model: nn.Module) -> Iterator[tuple[nn.Module, Callable[..., Any]]]:

@@ -13,9 +13,14 @@ from meta_peft.errors import MetaPeftError
 from meta_peft.types import Rows
 
 
-def check_length(most: int | None, kind: str, rows: Rows) -> None:
-    """Raise if rows are so long that what one costs depends on others; `most` and `kind` are from `longest`."""
+def check_rows(most: int | None, kind: str, rows: Rows, behind: int = 0) -> None:
+    """`check_length` of rows that stand behind so many tokens of a prompt."""
     length = rows.labels_BL.shape[-1] if "input_ids" not in rows.inputs else rows.inputs["input_ids"].shape[-1]
+    check_length(most, kind, length + behind)
+
+
+def check_length(most: int | None, kind: str, length: int) -> None:
+    """Raise if rows are so long that what one costs depends on others; `most` and `kind` are from `longest`."""
     if most is not None and length > most:
         raise MetaPeftError(
             f"Rows of {length} tokens are longer than the {most} that rotary embeddings of type {kind} leave alone: beyond"

@@ -101,7 +101,7 @@ class LabelledTokens:
         """
         targets_BL = self.targets(rows.labels_BL)
         row_N, position_N = (targets_BL != IGNORED).nonzero(as_tuple=True)
-        _check_every_task_has_labels(row_N, rows)
+        check_every_task_has_labels(row_N, rows)
         inputs = in_precision_of(model, rows.inputs)
         with ExitStack() as stack:
             if self.causal:
@@ -130,7 +130,7 @@ def _up_to(length: int, inputs: dict[str, Tensor], shape: torch.Size) -> dict[st
     return {name: tensor[:, :length] for name, tensor in inputs.items()}
 
 
-def _check_every_task_has_labels(row_N: Tensor, rows: Rows) -> None:
+def check_every_task_has_labels(row_N: Tensor, rows: Rows) -> None:
     """Its loss would be the mean of nothing, which is no number, and its gradient 0."""
     task_N = row_N // (rows.labels_BL.shape[0] // rows.n_tasks)
     without = (torch.bincount(task_N, minlength=rows.n_tasks) == 0).nonzero().flatten().tolist()

@@ -9,7 +9,13 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from meta_peft.objectives.labelled_tokens import IGNORED, LabelledTokens, in_precision_of, without_cache
+from meta_peft.objectives.labelled_tokens import (
+    IGNORED,
+    LabelledTokens,
+    check_every_task_has_labels,
+    in_precision_of,
+    without_cache,
+)
 from meta_peft.types import Rows
 
 
@@ -19,6 +25,7 @@ class TokenClassification(LabelledTokens):
     def labelled_logits(self, model: nn.Module, head: nn.Module | None, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
         logits_BLC: Tensor = model(**in_precision_of(model, rows.inputs), **without_cache(model)).logits
         row_N, position_N = (rows.labels_BL != IGNORED).nonzero(as_tuple=True)
+        check_every_task_has_labels(row_N, rows)
         return logits_BLC[row_N, position_N], rows.labels_BL[row_N, position_N], row_N
 
 

@@ -18,7 +18,8 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from meta_peft.algorithms import MAML
 from meta_peft.errors import MetaPeftError
-from meta_peft.functional.slow_prefix import above_of
+from meta_peft.functional.slow_prefix import AboveSlow, above_of
+from meta_peft.functional.task_rows import RowsRearrangedError
 from meta_peft.inner_loop.hessian import GradientGraph
 from meta_peft.inner_loop.inner_loop import start
 from meta_peft.inner_optimizers import InnerRule
@@ -172,6 +173,17 @@ def _graphs(algorithm: Any) -> int:
 
 def _graph_bytes(loss_fn: LossFn, meta: Meta, support: Rows, algorithm: Any) -> tuple[int, int, int]:
     """What autograd saves for an inner step of one task, for the forward of it alone, and for what is run once below it."""
+    if (above := above_of(algorithm, loss_fn, meta.adapter)) is not None:
+        try:
+            return _saved_bytes(loss_fn, meta, support, algorithm, above)
+        except RowsRearrangedError as reason:
+            above.model.apart(reason)
+    return _saved_bytes(loss_fn, meta, support, algorithm, None)
+
+
+def _saved_bytes(
+    loss_fn: LossFn, meta: Meta, support: Rows, algorithm: Any, above: AboveSlow | None
+) -> tuple[int, int, int]:
     saved: dict[int, int] = {}
 
     def note(tensor: Tensor) -> Tensor:
@@ -184,7 +196,7 @@ def _graph_bytes(loss_fn: LossFn, meta: Meta, support: Rows, algorithm: Any) -> 
     fast, slow = start(meta.adapter, algorithm.inner, 1)
     below = 0
     with saved_tensors_hooks(note, lambda tensor: tensor):
-        if (above := above_of(algorithm, loss_fn, meta.adapter)) is not None:
+        if above is not None:
             reached = above.reach(leaves(slow), rows)
             loss_fn, slow, below = above, {**slow, **leaves(reached)}, sum(saved.values())
             saved.clear()

@@ -93,17 +93,23 @@ class OuterStep:
             self._bad = []
 
     def _reasons(self, batch: EpisodeBatch, algorithm: AnyAlgorithm) -> list[str]:
-        """Each task by itself, to see which it is."""
+        """Each task by itself, to see which it is.
+
+        The other processes wait for these words, so what goes wrong in finding them is part of them.
+        """
         if self._in_lockstep:
             return [f"one of the tasks {', '.join(map(repr, batch.tasks))}"]
         weights = {name: p.detach() for name, p in self.loss_fn.weights.parameters().items()}
         found = []
         for task in range(batch.n_tasks):
             alone = batch.part(task, task + 1)
-            gradient = meta_gradient(self.loss_fn, alone, algorithm, self.rates, tasks_per_forward=1)
-            if not is_finite(gradient):
-                meta = Meta(weights, self.rates.values())
-                found.append(what_is_not_finite(self.loss_fn, meta, algorithm.inner, alone, gradient))
+            try:
+                gradient = meta_gradient(self.loss_fn, alone, algorithm, self.rates, tasks_per_forward=1)
+                if not is_finite(gradient):
+                    meta = Meta(weights, self.rates.values())
+                    found.append(what_is_not_finite(self.loss_fn, meta, algorithm.inner, alone, gradient))
+            except Exception as error:
+                found.append(f"perhaps task {batch.tasks[task]!r}, which could not be looked at by itself ({error!r})")
         return found
 
     def _say_once(self, uphill: list[str]) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from meta_peft.errors import MetaPeftError
 
 Result = TypeVar("Result")
 
@@ -56,11 +59,20 @@ def of_first(compute: Callable[[], Result]) -> Result:
         try:
             found = compute()
         except Exception as raised:
-            error = raised
+            error = _sendable(raised)
     found, error = gathered_objects((found, error))[0]
     if error is not None:
         raise error
     return found
+
+
+def _sendable(error: Exception) -> Exception:
+    """The error, or its words where it cannot go to other processes."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return MetaPeftError(f"{type(error).__name__}: {error}")
+    return error
 
 
 def from_first(vector: Tensor) -> Tensor:

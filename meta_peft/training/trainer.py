@@ -25,6 +25,7 @@ from meta_peft.adapters.base_identity import BaseIdentity
 from meta_peft.adapters.card import CardResults
 from meta_peft.adapters.sidecar import Sidecar
 from meta_peft.base.new_adapter import peft_model_of
+from meta_peft.base.placing import place
 from meta_peft.base.tokenizers import agree_on_padding, load_tokenizer
 from meta_peft.config import MetaLoraConfig
 from meta_peft.errors import MetaPeftError
@@ -110,6 +111,8 @@ class MetaTrainer(PushingTrainer):
         self.algorithm = args.algorithm_object()
         shares = args.world_size * args.gradient_accumulation_steps
         sharded = shard_as_asked(peft_model, self.algorithm, tasks_per_step=args.tasks_in_a_step, shares=shares)
+        if not sharded:
+            place(peft_model, args.device, args.place_model_on_device)
         self.schedule, self.memory_plan = args.schedule(), args.memory_plan()
         self.loss_fn = bind(peft_model, self.algorithm, checkpoint=args.gradient_checkpointing)
         self.rates = LearnedRates(args.inner_rule(), dict(self.loss_fn.weights.parameters()))

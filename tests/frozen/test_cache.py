@@ -189,3 +189,16 @@ def test_memory_is_not_held_for_padding():
     batch = random_batch(n_tasks=2)
     meta_gradient(loss_fn, batch, ALGORITHM)
     assert all(kept.untyped_storage().nbytes() == kept.nbytes for kept in cache._known.values())
+
+
+def test_rows_with_token_types_are_not_taken_for_longer_ones_without():
+    """The same numbers in a row, as the ids of two tokens and as the id and the type of one."""
+    ids, types = torch.tensor([[5, 0]]), torch.tensor([[0]])
+    without = Rows({"input_ids": ids, "attention_mask": torch.ones_like(ids)}, ids, 1)
+    one = ids[:, :1]
+    with_types = Rows({"input_ids": one, "attention_mask": torch.ones_like(one), "token_type_ids": types}, one, 1)
+    cache = FrozenCache(1e9)
+    for rows, value in ((without, 1.0), (with_types, 2.0)):
+        found = cache.of(rows, 1, lambda some, value=value: torch.full((*some.inputs["input_ids"].shape, 3), value))
+        assert found is not None
+        assert found.unique().tolist() == [value]

@@ -17,7 +17,6 @@ from meta_peft.functional.adapter_loss import AdapterLoss
 from meta_peft.functional.fast_forwards import fast_forwards
 from meta_peft.functional.padding import TokenPositions
 from meta_peft.lora.dora import _forward as dora_forward
-from meta_peft.ops.rms_norm import rms_norm
 from meta_peft.params import expand, gradients, leaves
 
 NAMES = {
@@ -25,7 +24,7 @@ NAMES = {
     module._frozen_layer: "quantised",
     module._dense_layer: "dense",
     dora_forward: "DoRA",
-    rms_norm: "norm",
+    module._norm: "norm",
     module._gated_layer: "gated",
 }
 
@@ -157,3 +156,15 @@ def test_results_are_those_of_the_forwards_they_replace(monkeypatch: pytest.Monk
         found.append(({"loss": loss_T.detach()}, {n: g.detach() for n, g in grads.items()}, product))
     for ours, expected in zip(*found, strict=True):
         assert_equal(ours, expected, 1e-4)
+
+
+def test_weights_are_those_that_the_layers_have_now():
+    """A model may be moved once its losses are bound, as `Module.to` does it: by other tensors in its parameters."""
+    model = with_lora(tiny_base("llama"))
+    loss_fn, rows = AdapterLoss(model), random_rows()
+    before = loss_fn(loss_fn.own(), rows)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone() if parameter.requires_grad else parameter.data * 1.1
+    after = loss_fn(loss_fn.own(), rows)
+    assert (after - before).abs().max() > 1e-3
+    assert_equal({"": after}, {"": AdapterLoss(model)(loss_fn.own(), rows)}, 1e-12)

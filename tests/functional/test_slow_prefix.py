@@ -200,8 +200,10 @@ def test_adapting_where_tasks_go_apart_on_the_way():
     assert_equal(fast, plain, 1e-12)
 
 
-def test_rows_that_a_model_rearranges(monkeypatch: pytest.MonkeyPatch):
-    """Found out in the first inner step of training: the tasks go apart, with the same result."""
+@pytest.mark.parametrize("plan", [None, MemoryPlan(budget=1e9)])
+def test_rows_that_a_model_rearranges(monkeypatch: pytest.MonkeyPatch, plan: MemoryPlan | None):
+    """Found out in the first inner step of training, or when its memory is planned: the tasks go apart, with the same
+    result."""
     from meta_peft.functional.task_rows import RowsRearrangedError
 
     loss_fn, batch = adapted_everywhere("llama"), random_batch(n_tasks=2)
@@ -214,7 +216,7 @@ def test_rows_that_a_model_rearranges(monkeypatch: pytest.MonkeyPatch):
         return real(inside, adapter, rows, second_order=second_order)
 
     monkeypatch.setattr(loss_fn, "within", within)
-    assert_same(meta_gradient(loss_fn, batch, MAML(RULE)), expected)
+    assert_same(meta_gradient(loss_fn, batch, MAML(RULE), tasks_per_forward=plan), expected)
     assert loss_fn.above(tuple(RULE.fast_names(loss_fn.own()))) is None
 
 

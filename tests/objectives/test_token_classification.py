@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import pytest
 import torch
 from heads import model_of, rows_of
 
+from meta_peft import MetaPeftError
 from meta_peft.objectives.token_classification import TOKEN_CLASSIFICATION
 
 
@@ -25,3 +27,10 @@ def test_a_row_matches_when_all_its_words_are_right():
     last = labelled[0].nonzero().max()
     rows.labels_BL[0, last] = (predicted[0, last] + 1) % 3
     assert TOKEN_CLASSIFICATION.scores_per_task(model, None, rows).exact_match_T.tolist() == [0.5, 1]
+
+
+def test_a_task_without_a_labelled_word_is_refused():
+    model, rows = model_of("bert, tokens").get_base_model().eval(), rows_of("bert, tokens")
+    rows.labels_BL[: len(rows.labels_BL) // 2] = -100
+    with pytest.raises(MetaPeftError, match="Task 0 of a stack of 2 has no label"):
+        TOKEN_CLASSIFICATION.loss_per_task(model, None, rows)

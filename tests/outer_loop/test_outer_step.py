@@ -65,6 +65,23 @@ def test_a_gradient_that_is_not_finite_is_named_with_its_matrices(tmp_path: Path
     assert "lora_B" in caplog.text
 
 
+def test_looking_for_the_task_may_fail_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    """The other processes would wait for the words of one that ran out of memory on the way to them."""
+
+    def broken(*args):
+        raise MemoryError("looking closer")
+
+    monkeypatch.setattr("meta_peft.outer_loop.outer_step.what_is_not_finite", broken)
+    run = trainer(tmp_path, **{**OPTIONS, "max_steps": 1})
+    spoil(run, lambda rows, call: True, lambda loss: loss * float("nan"))
+    with caplog.at_level(logging.WARNING, logger="meta_peft"):
+        run.train()
+    assert "Outer step 1 changes nothing, its gradient is not finite: perhaps task 'say " in caplog.text
+    assert "which could not be looked at by itself (MemoryError('looking closer'))" in caplog.text
+
+
 def test_too_many_in_a_row_stop_training_with_the_state_saved(tmp_path: Path):
     run = trainer(tmp_path, max_skipped_updates=2, **OPTIONS)
     spoil(run, lambda rows, call: run.state.global_step >= 1, lambda loss: loss + float("inf"))
