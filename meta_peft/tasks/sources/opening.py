@@ -167,8 +167,7 @@ def _from_paths(paths: Sequence[str | Path], task_column: str) -> Dataset:
     def rows() -> Iterator[Mapping[str, Any]]:
         for name, path in named.items():
             for row in rows_of_file(path):
-                row = row if alone else {task_column: name, **row}
-                yield _with_sound_beside(row, path.parent)
+                yield row if alone else {task_column: name, **row}
 
     places = [str(path.parent.resolve()) for path in named.values()]  # of sounds that rows name
     key = [key_of_files(named.values()), *named, *places, task_column, str(alone)]
@@ -177,14 +176,6 @@ def _from_paths(paths: Sequence[str | Path], task_column: str) -> Dataset:
 
 def _holds_rows(path: Path) -> bool:
     return path.is_dir() or path.suffix.lower() in READERS
-
-
-def _with_sound_beside(row: Mapping[str, Any], folder: Path) -> Mapping[str, Any]:
-    """Sound is named by its path from the file that names it, or from anywhere."""
-    sound = row.get("audio")
-    if isinstance(sound, str) and (folder / sound).is_file():
-        return {**row, "audio": str((folder / sound).resolve())}
-    return row
 
 
 def _saved(folder: Path) -> Dataset | DatasetDict | None:
