@@ -501,6 +501,7 @@ def test_words_that_cannot_be_used(words: list[str], expected: str, capsys: pyte
     ("change", "expected"),
     [
         ({"--support": "nothing.jsonl"}, "There is no file 'nothing.jsonl'."),
+        ({"--support": "."}, "must be a file with the examples of one task, and '.' is a folder"),
         ({"--steps": "-1"}, "steps must be a whole number from 0 to 1000000; got -1."),
         ({"--hold-back": "2.5"}, "or a whole number of them; got 2.5"),
         ({"--hold-back": "some"}, "Argument --hold-back:"),

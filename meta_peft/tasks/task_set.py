@@ -24,6 +24,7 @@ from meta_peft.tasks.sources import opened
 from meta_peft.tasks.sources.class_names import with_class_names
 from meta_peft.tasks.sources.opening import from_rows
 from meta_peft.tasks.sources.text_files import existing
+from meta_peft.tasks.text_columns import check_text
 from meta_peft.utils import digests
 
 logger = logging.getLogger("meta_peft")
@@ -61,6 +62,7 @@ class TaskSet:
         needed, read = example_columns(dataset.column_names), read_columns(dataset.column_names)
         if needed in SOUND:
             check_sound(dataset.features)
+        check_text(dataset, needed, read)
         named = with_class_names(dataset)
         self.encoding: Any = None  # an `Encoding`, of encoded tasks
         index = index_rows(named, self.task_columns, read, needed, empty_rows=empty_rows)

@@ -18,6 +18,7 @@ from datasets import (
 )
 
 from meta_peft.errors import MetaPeftError, did_you_mean
+from meta_peft.tasks.plain import plain_row
 from meta_peft.tasks.sources.arrow_cache import cached, key_of_files, no_table, table_of, uncached
 from meta_peft.tasks.sources.class_names import name_classes
 from meta_peft.tasks.sources.text_files import READERS, existing, rows_of_file
@@ -66,7 +67,7 @@ def rows_of_task(rows: Any) -> list[Mapping[str, Any]]:
     if isinstance(rows, (str, Mapping)):
         raise MetaPeftError(f"Expected the rows of a task, got {shown(rows)}: give a list of rows, or a dataset.")
     named = name_classes(rows.features if isinstance(rows, (Dataset, IterableDataset)) else None)
-    return [named(dict(row)) for row in _objects(_first_seen(rows))]
+    return [named(row) for row in _objects(_first_seen(rows))]
 
 
 def streamed(stream: IterableDataset, max_rows: int | None = None) -> Dataset:
@@ -220,8 +221,8 @@ def _first_seen(rows: Any) -> Any:
     return rows
 
 
-def _objects(rows: Iterable[Any]) -> Iterator[Mapping[str, Any]]:
+def _objects(rows: Iterable[Any]) -> Iterator[dict[str, Any]]:
     for number, row in enumerate(rows, start=1):
         if not isinstance(row, Mapping):
             raise no_table(f"row {number} is {shown(row)}")
-        yield row
+        yield plain_row(row)

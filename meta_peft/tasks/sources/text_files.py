@@ -48,6 +48,8 @@ def rows_of_file(path: Path) -> Iterator[Row]:
 
 def existing(path: str | Path) -> Path:
     """The path, or an error if there is no such file."""
+    if Path(path).is_dir():
+        raise MetaPeftError(f"Expected a file of rows, and {str(path)!r} is a folder: name one of its files.")
     if not Path(path).is_file():
         raise MetaPeftError(f"There is no file {str(path)!r}.")
     return Path(path)

@@ -101,3 +101,8 @@ def test_sounds_are_beside_the_file_that_names_them(tmp_path: Path):
 def test_no_file(tmp_path: Path):
     with pytest.raises(MetaPeftError, match=r"There is no file '.*absent.jsonl'"):
         read_rows(tmp_path / "absent.jsonl")
+
+
+def test_a_folder_is_no_file(tmp_path: Path):
+    with pytest.raises(MetaPeftError, match=r"Expected a file of rows, and '.*' is a folder: name one of its files"):
+        read_rows(tmp_path)
