@@ -8,6 +8,8 @@ from surface import config, tiny_folder
 from transformers import AutoConfig
 
 from meta_peft import MetaTrainer, ModelArguments, TaskSet
+from meta_peft.adaptation.stacks import encoded_support
+from meta_peft.adapters.hub import meta_learned
 from meta_peft.run_tasks.run_episodes import labels_of, most_classes, with_classes
 
 NAMES = {f"{n}": [{"text": f"{c}{i}", "label": c} for c in "abcd"[:n] for i in range(2)] for n in (2, 4, 3)}
@@ -52,6 +54,28 @@ def test_labels_of_rows_that_were_left_out_are_none():
     tasks = TaskSet.of([{"task": t, **row} for t in given for row in given[t]], empty_rows="leave_out")
     assert list(labels_of(tasks)) == [0, 2, 0, 1]
     assert most_classes([tasks], None) == 3
+
+
+def test_classes_have_the_numbers_that_adapting_gives_them(tmp_path: Path):
+    """In training and in evaluation, where an episode has two of the three classes that all tasks share."""
+    words = {"b": "maybe", "c": "no", "d": "yes"}
+    tasks = {t: [{"text": f"{c}{t}{n}", "label": words[c]} for c in words for n in "xyz"] for t in "abcdef"}
+    how = {"ways": 2, "shots": 1, "query_size": 1, "max_steps": 6, "prompt_template": "{input}"}
+    train, held_out = ({t: tasks[t] for t in names} for names in ("abcd", "ef"))
+    read = processor(HEAD)
+    run = MetaTrainer(peft_model(HEAD), config(tmp_path, **how), train, held_out, processing_class=read)
+    run.train()
+    episodes = [drawn[i] for drawn in (run.train_dataset, run.eval_dataset) for i in range(len(drawn))]
+    seen = {
+        (read.decode(row["input_ids"], skip_special_tokens=True)[0], row["labels"][0])
+        for episode in episodes
+        for row in (*episode.support, *episode.query)
+    }
+    for names in ("bcd", "bd"):  # of all classes, and of some
+        support = [{"text": c, "label": words[c]} for c in names]
+        adapted = encoded_support(meta_learned(run.loss_fn.model), "new", support).rows
+        assert {(c, row["labels"][0]) for c, row in zip(names, adapted, strict=True)} <= seen
+    assert len(seen) == 3
 
 
 @pytest.mark.parametrize("empty", [None, ""])
