@@ -183,6 +183,19 @@ def test_rows_and_tasks_that_are_of_no_use(tmp_path: Path, capsys: pytest.Captur
     assert "Tasks: 1, 2 examples and 6 questions each." in capsys.readouterr().out
 
 
+def test_evaluate_leaves_empty_rows_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """The numbers are those of the same file without them."""
+    tables = []
+    for empty in ([], [{"input": "a", "target": None}, {"input": "", "target": "mm"}]):
+        file = write_jsonl(
+            tmp_path / "tasks.jsonl", {name: [*empty, *rows] for name, rows in letter_tasks("mn").items()}
+        )
+        words = ["evaluate", "--adapter", meta(), "--tasks", str(file), "--steps", "1", "--empty-rows", "leave_out"]
+        assert main(words) == 0
+        tables.append(capsys.readouterr().out)
+    assert tables[0] == tables[1]
+
+
 @pytest.mark.parametrize("option", ["--load-in-4bit", "--load-in-8bit", "--dtype=bfloat16"])
 def test_adapt_on_a_base_of_another_precision(tmp_path: Path, support: Path, option: str, capsys):
     words = ["--adapter", meta(), "--support", str(support), "--output", str(tmp_path / "a")]
@@ -488,6 +501,7 @@ def test_words_that_cannot_be_used(words: list[str], expected: str, capsys: pyte
     ("change", "expected"),
     [
         ({"--support": "nothing.jsonl"}, "There is no file 'nothing.jsonl'."),
+        ({"--support": "."}, "must be a file with the examples of one task, and '.' is a folder"),
         ({"--steps": "-1"}, "steps must be a whole number from 0 to 1000000; got -1."),
         ({"--hold-back": "2.5"}, "or a whole number of them; got 2.5"),
         ({"--hold-back": "some"}, "Argument --hold-back:"),

@@ -156,6 +156,20 @@ def test_another_column_names_the_task(tmp_path: Path):
     assert load_tasks(TaskArguments(str(file)), "family")["train"].names == ["say a", "say b"]
 
 
+@pytest.mark.parametrize("empty", [None, ""])
+def test_rows_without_an_answer_are_left_out(tmp_path: Path, empty: str | None):
+    """They are counted, and nothing of the run reads them."""
+    files = {}
+    for split, letters in (("train", TRAIN), ("validation", EVAL), ("test", TEST)):
+        tasks = {name: [{"input": "abc", "target": empty}, *rows] for name, rows in letter_tasks(letters).items()}
+        files[f"{split}_tasks"] = str(write_jsonl(tmp_path / f"{split}.jsonl", tasks))
+    model = ModelArguments(str(tiny_folder()), lora_r=4, lora_target_modules=["q_proj", "v_proj"])
+    options = TaskArguments(**files, empty_rows="leave_out")
+    report = run(model, options, config(tmp_path / "out"), CompareArguments("plain", [0, 1], [1.0]))
+    assert report.run["data"]["train"]["empty_rows"] == len(TRAIN)
+    assert_usable(tmp_path / "out")
+
+
 def test_a_task_in_two_splits(tmp_path: Path):
     files = [
         str(write_jsonl(tmp_path / f"{i}.jsonl", letter_tasks(letters))) for i, letters in enumerate(("ab", "cd", "de"))

@@ -52,6 +52,11 @@ def _one(options: argparse.Namespace) -> int:
     from meta_peft.adapters.hub import meta_learned
     from meta_peft.tasks.sources import read_rows
 
+    if Path(options.support).is_dir():
+        raise MetaPeftError(
+            f"--support must be a file with the examples of one task, and {options.support!r} is a folder: name one of its"
+            " files; or adapt to each task of the folder with --task-column task."
+        )
     rows, model = read_rows(options.support), load_model(options)
     _check_one_task(rows, meta_learned(model).sidecar.judged.task_column)
     result = adapt_many(model, {"task": rows}, steps=options.steps, hold_back=options.hold_back)["task"]

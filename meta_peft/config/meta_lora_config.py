@@ -161,7 +161,7 @@ class MetaLoraConfig(TrainingArguments):
         metadata={
             "help": "With ways, what the classes of an episode are called: given (as in the data), permuted (the same"
             " words, shuffled among the classes in each episode) or letters (A, B, C, at random). Under a head classes"
-            " are numbers: in the order of their words if given, else at random."
+            " are numbers: if given, the same that they have without ways and when you adapt, else at random."
         },
     )
     label_column: str = field(default="label", metadata={"help": "With ways, the column of labels."})

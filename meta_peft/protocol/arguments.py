@@ -48,7 +48,10 @@ class ProtocolArguments:
         default=None, metadata={"help": "Also compare with these numbers of support rows."}
     )
     task_counts: list[int] | None = field(
-        default=None, metadata={"help": "Also train on so many of the training tasks; each is a training of its own."}
+        default=None,
+        metadata={
+            "help": "Also train on so many of the training tasks, fewer than all; each is a training of its own."
+        },
     )
     measure: bool = field(
         default=True, metadata={"help": "Measure what is missing. If false, only write the report of what is there."}
@@ -64,6 +67,15 @@ class ProtocolArguments:
         for option in ("seeds", "shots_curve", "task_counts"):
             for value in getattr(self, option) or ():
                 at_least(option, value, 0 if option == "seeds" else 1)
+
+    def check_task_counts(self, tasks: int) -> None:
+        """Raise if one of `task_counts` is not below the number of training tasks: that training would be done twice."""
+        too_many = [count for count in self.task_counts or () if count >= tasks]
+        if too_many:
+            raise MetaPeftError(
+                f"task_counts must be below the number of training tasks, {tasks}, on all of which each start is trained"
+                f" anyway; got {', '.join(map(str, too_many))}. Lower or leave out what is not below."
+            )
 
     def starts_of(self, objective: str, label_words: str, *, tasks_are_classes: bool) -> list[str]:
         """The starts that are asked for, or all that an objective and what classes are called allow.

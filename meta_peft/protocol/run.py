@@ -48,8 +48,9 @@ def run(
     """Compare starts on held-out tasks; cells and report are in `args.output_dir`.
 
     Raises:
-        MetaPeftError: there are no validation or test tasks, the job has several processes, or cells in the folder were
-            measured with other options or trained for another number of outer steps.
+        MetaPeftError: there are no validation or test tasks, or too few training tasks for `task_counts`; the job has
+            several processes; or cells in the folder were measured with other options or trained for another number of
+            outer steps.
     """
     if args.world_size > 1:
         raise MetaPeftError(
@@ -65,6 +66,7 @@ def run(
         raise MetaPeftError(
             f"There are no {' and no '.join(missing)} tasks: rates are chosen on the one, judged on the other."
         )
+    protocol.check_task_counts(len(tasks["train"]))
     model_args = with_classes(model_args, tasks.values(), args.ways)
     about = {**about_run(model_args, task_args, args, tasks), "leakage": leakage, "comparison": _compared(comparison)}
     folder = Path(str(args.output_dir))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,6 +14,7 @@ from meta_peft.tasks import Encoding, EpisodeDataset, TaskSet
 from meta_peft.tasks.encoding.classes import class_count
 from meta_peft.tasks.held_out import held_out
 from meta_peft.tasks.prompt import example_columns
+from meta_peft.tasks.row_index import ROWS_AT_ONCE
 
 
 @dataclass(frozen=True)
@@ -69,9 +70,11 @@ def run_encoding(
     return encoding.naming(label for tasks in task_sets for label in labels_of(tasks))
 
 
-def labels_of(tasks: TaskSet) -> Any:
+def labels_of(tasks: TaskSet) -> Iterator[Any]:
     """The label of each row, tasks not yet encoded."""
-    return tasks.dataset[example_columns(tasks.dataset.column_names)[-1]]
+    column = example_columns(tasks.dataset.column_names)[-1]
+    for part in tasks.dataset.select_columns([column]).with_format("arrow").iter(ROWS_AT_ONCE):
+        yield from part[column].to_pylist()
 
 
 def most_classes(task_sets: Iterable[TaskSet], ways: int | None) -> int:

@@ -43,8 +43,11 @@ class Labelling:
             A, B, C and so on at random.
         column: the column of labels.
 
-    With a head in place of words, classes are numbers from 0: in the order of their labels if these are `given`, else in
-    any order.
+    With a head in place of words, classes are numbers. If `given`, a class has the same number in all episodes of a task,
+    however many of its classes are drawn, and it is the one that `adapt` gives it: itself, if it is a number; else the
+    place of its name among all names, or among those of its task (see `Encoding.naming`). Where each task is a class,
+    and the head has no room for all names, they are numbered from 0 in each episode in the order of their names, as
+    `adapt` does with those of its rows. With other words, classes are numbered from 0 in any order.
     """
 
     ways: int
@@ -71,19 +74,18 @@ class Labelling:
                 f"label_words: {self.words} puts other words in the place of the answer, so rows must be text + label, and"
                 f" label_column the label; they are {' + '.join(form)}, and label_column is {self.column}."
             )
-        if tasks.task_columns == (self.column,):
-            return Classes(self, dict(tasks.rows_of), within={})
         kind = getattr(tasks.table.features[self.column], "dtype", "")
-        return Classes(
-            self, {}, within=_by_label(tasks, self.column), numbers=kind.startswith(("int", "uint", "float"))
-        )
+        numbers = kind.startswith(("int", "uint", "float"))
+        if tasks.task_columns == (self.column,):
+            return Classes(self, dict(tasks.rows_of), within={}, numbers=numbers)
+        return Classes(self, {}, within=_by_label(tasks, self.column), numbers=numbers)
 
 
 @dataclass(frozen=True)
 class Classes:
     """Row numbers by class: of all tasks together (`everywhere`), or by task (`within`).
 
-    `numbers` says that labels are numbers, whose order is not that of their digits.
+    `numbers` says that labels are numbers, whose order is not that of their digits, and which a head takes as they are.
     """
 
     labelling: Labelling
@@ -151,7 +153,7 @@ class Classes:
         else:
             chosen = [chosen[i] for i in rng.permutation(len(chosen))]
         if getattr(encoding, "objective", None) in HEADS:
-            labels: list[Any] = list(range(len(chosen)))
+            labels: list[Any] = [None] * len(chosen) if self._have_numbers(encoding) else list(range(len(chosen)))
         elif labelling.words == "letters":
             labels = list(string.ascii_uppercase[: len(chosen)])
         elif labelling.words == "permuted":
@@ -159,6 +161,13 @@ class Classes:
         else:
             labels = [None] * len(chosen)
         return [(rows[label], called) for label, called in zip(chosen, labels, strict=True)]
+
+    def _have_numbers(self, encoding: Any) -> bool:
+        """Whether classes keep the numbers that their rows were encoded with, which are those that `adapt` gives them.
+
+        A task that is a class, and has no number among all names, has none: it is the only one of its task.
+        """
+        return self.labelling.words == "given" and bool(self.within or self.numbers or encoding.facts.label_names)
 
 
 def episodes_of(tasks: TaskSet, labels: Labelling | None) -> TaskSet | Classes:

@@ -11,6 +11,7 @@ from typing import Any
 from meta_peft.errors import MetaPeftError
 from meta_peft.objectives.labelled_tokens import IGNORED
 from meta_peft.tasks.multiple_choice import CHOICES
+from meta_peft.tasks.plain import plain
 from meta_peft.tasks.written import written
 from meta_peft.utils.checked import one_of, shown
 
@@ -148,7 +149,7 @@ def _first_token(tokenizer: Any) -> int:
 
 
 def _text(row: Mapping[str, Any], column: str) -> str:
-    value = row[column]
+    value = plain(row[column])
     if value is None or (isinstance(value, str) and not value) or (isinstance(value, float) and math.isnan(value)):
         raise MetaPeftError(f"Column {column!r} is empty in the row {shown(dict(row))}.")
     if not isinstance(value, (str, int, float, bool)):

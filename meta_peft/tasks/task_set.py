@@ -24,6 +24,7 @@ from meta_peft.tasks.sources import opened
 from meta_peft.tasks.sources.class_names import with_class_names
 from meta_peft.tasks.sources.opening import from_rows
 from meta_peft.tasks.sources.text_files import existing
+from meta_peft.tasks.text_columns import check_text
 from meta_peft.utils import digests
 
 logger = logging.getLogger("meta_peft")
@@ -46,8 +47,8 @@ class TaskSet:
     table stays on disk if it is there: of each row its number is kept.
 
     `names` are those of the tasks, in the order of their first rows, and `rows_of` has each one's row numbers. `dataset`
-    is what episodes are made of, `table` the same rows before they were encoded, and `found` counts what was
-    found in them.
+    is what episodes are made of, `table` the same rows before they were encoded: what was left out is in neither, so that
+    nothing reads it again. `found` counts what was found in all rows.
     """
 
     def __init__(self, dataset: Dataset, task_column: str | Sequence[str] = "task", *, empty_rows: str = "error"):
@@ -61,10 +62,13 @@ class TaskSet:
         needed, read = example_columns(dataset.column_names), read_columns(dataset.column_names)
         if needed in SOUND:
             check_sound(dataset.features)
-        self.dataset = self.table = with_class_names(dataset)
+        check_text(dataset, needed, read)
+        named = with_class_names(dataset)
         self.encoding: Any = None  # an `Encoding`, of encoded tasks
-        index = index_rows(self.table, self.task_columns, read, needed, empty_rows=empty_rows)
-        self.rows_of, self.names = index.rows_of, list(index.rows_of)
+        index = index_rows(named, self.task_columns, read, needed, empty_rows=empty_rows)
+        table, self.rows_of = _without_left_out(named, index.rows_of)
+        self.dataset = self.table = table
+        self.names = list(self.rows_of)
         self.found = {
             "rows": len(dataset),
             "tasks": len(self.rows_of),
@@ -231,6 +235,14 @@ class TaskSet:
             return source
         first = task_column if isinstance(task_column, str) else task_column[0]
         return cls(opened(source, first), task_column, empty_rows=empty_rows)
+
+
+def _without_left_out(table: Dataset, rows_of: dict[str, np.ndarray]) -> tuple[Dataset, dict[str, np.ndarray]]:
+    """The table of the rows that tasks have, and their numbers there. What is on disk is not copied."""
+    kept = np.sort(np.concatenate(list(rows_of.values())))
+    if len(kept) == len(table):
+        return table, rows_of
+    return table.select(kept), {task: np.searchsorted(kept, rows) for task, rows in rows_of.items()}
 
 
 def _encode_counted(row: Mapping[str, Any], encoding: Encodings, task_columns: Sequence[str]) -> dict[str, Any]:

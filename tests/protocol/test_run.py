@@ -351,6 +351,18 @@ def test_what_cannot_be_drawn_is_not_trained_for(tmp_path: Path, monkeypatch: py
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("counts", [[99], [4, len(TRAIN)]])
+def test_task_counts_that_are_no_fewer_than_all(tmp_path: Path, counts: list[int], monkeypatch: pytest.MonkeyPatch):
+    """Each start was trained again on all tasks, under a number that was not theirs; now no model is even loaded."""
+    loaded = []
+    monkeypatch.setattr(starts, "new_model", lambda *_: loaded.append(1))
+    message = f"task_counts must be below the number of training tasks, 8, .*; got {counts[-1]}. Lower"
+    with pytest.raises(MetaPeftError, match=message):
+        compared(tmp_path, protocol={"starts": ["plain", "multitask"], "task_counts": counts})
+    assert not loaded
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_report_without_measuring(tmp_path: Path):
     with pytest.raises(MetaPeftError, match="nothing measured"):
         compared(tmp_path, protocol={"measure": False})

@@ -177,6 +177,39 @@ def test_labels_numbered_within_each_task():
     assert [row["text"] for row in tasks.rows("b")] == ["b0", "b1", "b2", "b3"]
 
 
+def numbers_of(head: Encoding, tasks: TaskSet, ways: int) -> dict[str, dict[str, set[int]]]:
+    """The numbers that each class has in episodes, by task; texts start with the letter of their class."""
+    seen: dict[str, dict[str, set[int]]] = {}
+    drawn = episodes("given", tasks.encoded(head), ways)
+    for episode in (drawn[i] for i in range(len(drawn))):
+        for row in episode.support + episode.query:
+            text = head.tokenizer.decode(row["input_ids"], skip_special_tokens=True)
+            seen.setdefault(episode.task, {}).setdefault(text[0], set()).add(row["labels"][0])
+    return seen
+
+
+def test_a_given_class_keeps_its_number_whichever_others_are_drawn():
+    head = Encoding("sequence_classification", PromptFormat(), tiny_tokenizer(), 32, Facts(num_labels=5))
+    numbers = {c: {n} for n, c in enumerate(CLASSES)}
+    shared = head.naming(2 * c for c in CLASSES)
+    assert numbers_of(shared, TaskSet.from_rows(ROWS, "domain"), 2) == dict.fromkeys("xyz", numbers)
+    found = numbers_of(shared, TaskSet.from_rows(ROWS, "label"), 2)  # each task is a class
+    assert all(numbers[c] == n for of_task in found.values() for c, n in of_task.items())
+    coded = [{**row, "label": CLASSES.index(row["text"][0])} for row in ROWS]
+    assert numbers_of(head, TaskSet.from_rows(coded, "domain"), 2) == dict.fromkeys("xyz", numbers)
+    found = numbers_of(head, TaskSet.from_rows(coded, "label"), 2)
+    assert all(numbers[c] == n for of_task in found.values() for c, n in of_task.items())
+
+
+def test_a_given_class_of_one_task_keeps_its_number_in_it():
+    """Names that not all tasks share are numbered within each."""
+    rows = [{**row, "label": row["domain"] + row["label"]} for row in ROWS]
+    head = Encoding("sequence_classification", PromptFormat(), tiny_tokenizer(), 32, Facts(num_labels=5))
+    tasks = TaskSet.from_rows(rows, "domain")
+    assert head.naming(row["label"] for row in rows) is head
+    assert numbers_of(head, tasks, 2) == {t: {c: {n} for n, c in enumerate(CLASSES)} for t in "xyz"}
+
+
 def test_numbers_for_a_head_are_in_the_order_of_whole_numbers():
     """Not of their digits, by which 10 comes before 2: a head is adapted to the numbers as they are."""
     letters = "abcdefghijkl"

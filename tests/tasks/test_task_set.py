@@ -242,6 +242,48 @@ def test_rows_of_a_large_table_are_encoded_when_they_are_drawn(tmp_path, monkeyp
     assert len(calls) == 2 + 6
 
 
+@pytest.mark.parametrize("empty", [None, ""])
+def test_rows_that_were_left_out_are_not_encoded(empty: str | None, caplog):
+    """Neither what is empty nor what is repeated, which would be counted as cut once more."""
+    long, short = {"input": "x" * 9, "target": "y"}, {"input": "x", "target": "y"}
+    mixed = [{"input": "x", "target": empty}, long, long, {"input": empty, "target": "y"}, short]
+    kept = [long, short]
+    assert TaskSet.of([{"task": "a", **row} for row in mixed], empty_rows="leave_out").found["empty_rows"] == 2
+    for form in (mixed, kept):
+        tasks = TaskSet.of([{"task": t, **row} for t in "ab" for row in form], empty_rows="leave_out")
+        caplog.clear()
+        encoded = tasks.encoded(PromptFormat(), tiny_tokenizer(), 8)
+        assert caplog.messages == ["2 of 4 rows are longer than max_length=8 and lost the start of their prompt."]
+        assert contents(tasks) == {"a": kept, "b": kept}
+        expected = [PromptFormat().encode(row, tiny_tokenizer(), 8) for row in kept]
+        assert {t: encoded.rows(t) for t in "ab"} == {t: [{"task": t, **row} for row in expected] for t in "ab"}
+
+
+def test_a_table_of_which_nothing_is_left_out_stays_what_it_was():
+    table = Dataset.from_list(FLAT)
+    assert TaskSet(table).table is table
+
+
+def test_rows_left_out_of_a_table_on_disk(tmp_path, monkeypatch):
+    """Its rows are mapped from there still, and those encoded are found again."""
+    path = tmp_path / "tasks.jsonl"
+    lines = [{"task": "a", **row} for row in (*rows(3), {"input": "x", "target": None}, *rows(5))]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    calls = []
+    once = Encoding.__call__
+    monkeypatch.setattr(Encoding, "__call__", lambda self, row: calls.append(1) or once(self, row))
+    for times in (5, 0):
+        tasks = TaskSet.of(path, empty_rows="leave_out")
+        assert tasks.table.cache_files
+        assert contents(tasks) == {"a": rows(5)}
+        tasks.encoded(PromptFormat(), tiny_tokenizer(), 23)
+        assert len(calls) == times
+        calls.clear()
+    monkeypatch.setattr(task_set, "LARGE", 2)
+    drawn = tasks.encoded(PromptFormat(), tiny_tokenizer(), 24, rows_drawn=1)
+    assert len(drawn.rows("a")) == len(calls) == 5
+
+
 # ---- choosing tasks
 
 

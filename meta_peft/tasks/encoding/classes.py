@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from meta_peft.errors import MetaPeftError
+from meta_peft.tasks.plain import plain
 from meta_peft.utils.checked import shown
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ def class_count(labels: Iterable[Any]) -> int:
 
 def class_number(label: Any, how: Encoding) -> int:
     """The number of a class, given as itself or by name."""
-    names, most = how.facts.label_names, how.facts.num_labels
+    names, most, label = how.facts.label_names, how.facts.num_labels, plain(label)
     if isinstance(label, str):
         if label not in names:
             raise MetaPeftError(

@@ -18,6 +18,7 @@ from datasets import (
 )
 
 from meta_peft.errors import MetaPeftError, did_you_mean
+from meta_peft.tasks.plain import plain_row
 from meta_peft.tasks.sources.arrow_cache import cached, key_of_files, no_table, table_of, uncached
 from meta_peft.tasks.sources.class_names import name_classes
 from meta_peft.tasks.sources.text_files import READERS, existing, rows_of_file
@@ -66,7 +67,7 @@ def rows_of_task(rows: Any) -> list[Mapping[str, Any]]:
     if isinstance(rows, (str, Mapping)):
         raise MetaPeftError(f"Expected the rows of a task, got {shown(rows)}: give a list of rows, or a dataset.")
     named = name_classes(rows.features if isinstance(rows, (Dataset, IterableDataset)) else None)
-    return [named(dict(row)) for row in _objects(_first_seen(rows))]
+    return [named(row) for row in _objects(_first_seen(rows))]
 
 
 def streamed(stream: IterableDataset, max_rows: int | None = None) -> Dataset:
@@ -167,8 +168,7 @@ def _from_paths(paths: Sequence[str | Path], task_column: str) -> Dataset:
     def rows() -> Iterator[Mapping[str, Any]]:
         for name, path in named.items():
             for row in rows_of_file(path):
-                row = row if alone else {task_column: name, **row}
-                yield _with_sound_beside(row, path.parent)
+                yield row if alone else {task_column: name, **row}
 
     places = [str(path.parent.resolve()) for path in named.values()]  # of sounds that rows name
     key = [key_of_files(named.values()), *named, *places, task_column, str(alone)]
@@ -177,14 +177,6 @@ def _from_paths(paths: Sequence[str | Path], task_column: str) -> Dataset:
 
 def _holds_rows(path: Path) -> bool:
     return path.is_dir() or path.suffix.lower() in READERS
-
-
-def _with_sound_beside(row: Mapping[str, Any], folder: Path) -> Mapping[str, Any]:
-    """Sound is named by its path from the file that names it, or from anywhere."""
-    sound = row.get("audio")
-    if isinstance(sound, str) and (folder / sound).is_file():
-        return {**row, "audio": str((folder / sound).resolve())}
-    return row
 
 
 def _saved(folder: Path) -> Dataset | DatasetDict | None:
@@ -229,8 +221,8 @@ def _first_seen(rows: Any) -> Any:
     return rows
 
 
-def _objects(rows: Iterable[Any]) -> Iterator[Mapping[str, Any]]:
+def _objects(rows: Iterable[Any]) -> Iterator[dict[str, Any]]:
     for number, row in enumerate(rows, start=1):
         if not isinstance(row, Mapping):
             raise no_table(f"row {number} is {shown(row)}")
-        yield row
+        yield plain_row(row)

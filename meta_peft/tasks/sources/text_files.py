@@ -29,7 +29,10 @@ def read_rows(path: str | Path) -> list[Row]:
 
 
 def rows_of_file(path: Path) -> Iterator[Row]:
-    """Rows of a .jsonl, .json, .csv, .tsv, .txt or .parquet file. A line of a .txt file is a row with the column `text`."""
+    """Rows of a .jsonl, .json, .csv, .tsv, .txt or .parquet file. A line of a .txt file is a row with the column `text`.
+
+    Sound that lies beside the file is named by its whole path.
+    """
     reader = READERS.get(path.suffix.lower())
     if reader is None:
         raise MetaPeftError(
@@ -38,16 +41,26 @@ def rows_of_file(path: Path) -> Iterator[Row]:
     empty = True
     for row in reader(path):
         empty = False
-        yield row
+        yield _with_sound_beside(row, path.parent)
     if empty:
         raise MetaPeftError(f"{path} has no rows.")
 
 
 def existing(path: str | Path) -> Path:
     """The path, or an error if there is no such file."""
+    if Path(path).is_dir():
+        raise MetaPeftError(f"Expected a file of rows, and {str(path)!r} is a folder: name one of its files.")
     if not Path(path).is_file():
         raise MetaPeftError(f"There is no file {str(path)!r}.")
     return Path(path)
+
+
+def _with_sound_beside(row: Row, folder: Path) -> Row:
+    """Sound is named by its path from the file that names it, or from anywhere."""
+    sound = row.get("audio")
+    if isinstance(sound, str) and (folder / sound).is_file():
+        return {**row, "audio": str((folder / sound).resolve())}
+    return row
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:

@@ -89,6 +89,20 @@ def test_characters_that_end_a_line_elsewhere_are_content(tmp_path: Path):
     assert read_rows(written(tmp_path, "x.jsonl", line))[0]["input"] == "x\u2028y\x85z"
 
 
+def test_sounds_are_beside_the_file_that_names_them(tmp_path: Path):
+    """As in training, wherever the rows are read from."""
+    (tmp_path / "clips").mkdir()
+    (tmp_path / "clips" / "a.wav").write_bytes(b"RIFF")
+    lines = "".join(json.dumps({"audio": name, "text": "x"}) + "\n" for name in ("clips/a.wav", "elsewhere.wav"))
+    whole = str((tmp_path / "clips" / "a.wav").resolve())
+    assert [row["audio"] for row in read_rows(written(tmp_path, "x.jsonl", lines))] == [whole, "elsewhere.wav"]
+
+
 def test_no_file(tmp_path: Path):
     with pytest.raises(MetaPeftError, match=r"There is no file '.*absent.jsonl'"):
         read_rows(tmp_path / "absent.jsonl")
+
+
+def test_a_folder_is_no_file(tmp_path: Path):
+    with pytest.raises(MetaPeftError, match=r"Expected a file of rows, and '.*' is a folder: name one of its files"):
+        read_rows(tmp_path)
