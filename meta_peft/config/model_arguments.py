@@ -75,7 +75,9 @@ class ModelArguments:
     use_rslora: bool = field(default=False, metadata={"help": "Scale by lora_alpha / sqrt(lora_r) instead."})
     lora_target_modules: list[str] = field(
         default_factory=lambda: ["q_proj", "v_proj", "o_proj", "down_proj"],
-        metadata={"help": "Names of the linear layers that get LoRA."},
+        metadata={
+            "help": "Names of the linear layers that get LoRA, each of which the base must have; all-linear for all."
+        },
     )
     lora_layers: list[int] | None = field(
         default=None,
@@ -105,8 +107,13 @@ class ModelArguments:
         at_least("lora_r", self.lora_r, 1)
         if not 0 <= self.lora_dropout <= 1:
             raise MetaPeftError(f"lora_dropout must be a number from 0 to 1; got {self.lora_dropout}.")
-        if self.lora_target_modules == ["all-linear"]:
+        if self.lora_target_modules in ("all-linear", ["all-linear"]):
             self.lora_target_modules = "all-linear"  # type: ignore[assignment]  # what PEFT understands
+            if self.lora_layers is not None:
+                raise MetaPeftError(
+                    "lora_target_modules=all-linear is for all layers, and lora_layers chooses some: name the linear layers"
+                    " that are to get LoRA there, or leave lora_layers out."
+                )
 
     @property
     def quantisation(self) -> str:
