@@ -128,6 +128,9 @@ def test_training_options(tmp_path: Path, options: dict, message: str):
         ({"lora_dropout": 1.5}, "lora_dropout must be a number from 0 to 1; got 1.5"),
         ({"lora_dropout": math.nan}, "lora_dropout must be a number from 0 to 1; got nan"),
         ({"lora_r": 0}, "lora_r must be a number of 1 or more; got 0"),
+        ({"lora_alpha": 0}, "lora_alpha must be a number above 0, since LoRA is multiplied by it; got 0"),
+        ({"lora_alpha": -16}, "lora_alpha must be a number above 0, .*; got -16"),
+        ({"lora_alpha": math.nan}, "lora_alpha must be a number above 0, .*; got nan"),
         (
             {"lora_target_modules": ["all-linear"], "lora_layers": [1]},
             "lora_target_modules=all-linear is for all layers, and lora_layers chooses some: name the linear layers",
