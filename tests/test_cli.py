@@ -478,6 +478,11 @@ def message(capsys: pytest.CaptureFixture[str], words: list[str]) -> str:
             ["inspect", "--adapter", "no/such-adapter"],
             "'no/such-adapter' is neither a folder nor an adapter the hub gives",
         ),
+        (
+            ["inspect", "--adapter", "no/such-adapter", "--plot", "rates.xyz"],
+            "A picture cannot be written as rates.xyz",
+        ),
+        (["train", "--lr_scheduler_type", "cosine_with_min_lr"], "cannot be made: One of min_lr"),
     ],
 )
 def test_words_that_cannot_be_used(words: list[str], expected: str, capsys: pytest.CaptureFixture[str]):
