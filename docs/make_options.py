@@ -60,8 +60,8 @@ INHERITED = """### What is inherited
 | `use_cpu` | Stay on the CPU where there is a GPU. |
 
 `fp16`, `bf16`, `num_train_epochs`, `label_smoothing_factor`, `neftune_noise_alpha`, `torch_compile`,
-`remove_unused_columns`, `fsdp` and `deepspeed` are refused: see
-[limits](limits.md).
+`remove_unused_columns`, `fsdp` and `deepspeed` are refused, and so is an `optim` that follows a backward pass (GaLore,
+APOLLO, LOMO): see [limits](limits.md).
 """
 
 

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from meta_peft.adapters.card import CardResults
+from meta_peft.base.base_config import objective_of
 from meta_peft.base.new_adapter import new_model
 from meta_peft.base.tokenizers import tokenizer_for
 from meta_peft.comparison.about_run import about_run
@@ -21,6 +22,7 @@ from meta_peft.sharding import asked_for, check_sharding
 from meta_peft.tasks import TaskSet
 from meta_peft.tasks.labelling import of_classes
 from meta_peft.training.trainer import MetaTrainer
+from meta_peft.training.trainer_options import check_best_metric, check_evaluation, check_optimizer
 
 
 def run(
@@ -28,7 +30,10 @@ def run(
 ) -> Report | None:
     """Train, save to `args.output_dir`, compare, and write table and plot there."""
     _check_base(model_args, args)
+    check_optimizer(args)
     tasks, leakage = run_tasks(task_args, args)
+    check_evaluation(args, validation="validation" in tasks)
+    check_best_metric(args, objective_of(model_args))
     compared = comparison.compare != "none" and {"validation", "test"} <= set(tasks)
     if compared:
         check_plots()

@@ -486,11 +486,30 @@ def message(capsys: pytest.CaptureFixture[str], words: list[str]) -> str:
         (["train", "--shot", "3"], "There is no option --shot. Did you mean 'shots'?"),
         (["train", "--shots", "0"], "shots must be a number of 1 or more; got 0"),
         (["train", "--config", "nothing.yaml"], "There is no config file 'nothing.yaml'"),
+        (
+            ["train", "--config", "a.yaml", "--config=b.yaml"],
+            "--config is given twice: name one file, and what is to be",
+        ),
+        (
+            ["evaluate", "--config", "a.yaml", "--adapter", "b", "--tasks=c.jsonl"],
+            "evaluate takes either --config, to compare starts, or --adapter with --tasks, to judge one adapter: leave out"
+            " --config, or --adapter and --tasks.",
+        ),
+        (
+            ["adapt", "--adapter", "a", "--support", "b", "--output", "c", "--hold-back", "half"],
+            "Argument --hold-back: expected a share of the examples, 0 or more and below 1, or a whole number of them; got"
+            " 'half'; meta-peft adapt --help",
+        ),
         (["train", "--train_tasks", "nothing.jsonl"], "There is no file 'nothing.jsonl'"),
         (
             ["inspect", "--adapter", "no/such-adapter"],
             "'no/such-adapter' is neither a folder nor an adapter the hub gives",
         ),
+        (
+            ["inspect", "--adapter", "no/such-adapter", "--plot", "rates.xyz"],
+            "A picture cannot be written as rates.xyz",
+        ),
+        (["train", "--lr_scheduler_type", "cosine_with_min_lr"], "cannot be made: One of min_lr"),
     ],
 )
 def test_words_that_cannot_be_used(words: list[str], expected: str, capsys: pytest.CaptureFixture[str]):
@@ -510,6 +529,10 @@ def test_words_that_cannot_be_used(words: list[str], expected: str, capsys: pyte
         ({"--task-column": "family"}, "Expected a column 'family' that names the task of each row"),
         ({"--dtype": "float16"}, "dtype=float16 is refused"),
         ({"--model-name-or-path": "no/such-model"}, "The base model 'no/such-model' cannot be loaded"),
+        (
+            {"--model-name-or-path": "/no/such/folder"},
+            "There is no folder '/no/such/folder': correct the path, or give an",
+        ),
         ({"--adapter": "."}, "has no meta_peft.json"),
     ],
 )

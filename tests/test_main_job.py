@@ -52,6 +52,23 @@ def test_without_held_out_tasks_there_is_nothing_to_compare_on(tmp_path: Path, s
     assert {path.name for path in output.iterdir()} == ADAPTER
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"splits": ("train", "test")}, "eval_strategy=steps evaluates on validation tasks, and there are none"),
+        ({"metric_for_best_model": "accuracy"}, "metric_for_best_model=accuracy is not measured"),
+        ({"lr_scheduler_type": "cosine_with_min_lr"}, "lr_scheduler_type=cosine_with_min_lr .* cannot be made"),
+    ],
+    ids=str,
+)
+def test_what_the_trainer_would_stumble_over_is_known_before_the_base_is_loaded(
+    tmp_path: Path, options: dict, said: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("meta_peft.main_job.new_model", None)
+    with pytest.raises(MetaPeftError, match=said):
+        job(tmp_path, **{"eval_strategy": "steps", "eval_steps": 1} | options)
+
+
 def test_compared_with_plain_lora(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     output, report = job(tmp_path, "plain")
     assert isinstance(report, Report)

@@ -14,6 +14,7 @@ from meta_peft.adapters import hub
 from meta_peft.adapters.adapter_files import TEXTS
 from meta_peft.errors import MetaPeftError
 from meta_peft.lora.fast_weights import FastWeights
+from meta_peft.utils.checked import shown
 
 # What PEFT or a file changes of a config without another result.
 NOT_OF_THE_PLACEMENT = (*TEXTS, "inference_mode", "modules_to_save", "auto_mapping")
@@ -34,9 +35,11 @@ def adapt(
         name: of the new adapter.
 
     Raises:
-        MetaPeftError: the model carries no meta-learned adapter, or a row cannot be read.
+        MetaPeftError: the model carries no meta-learned adapter, a row cannot be read, or `name` cannot be one.
     """
     learned = hub.meta_learned(model)
+    if not isinstance(name, str):
+        raise MetaPeftError(f"name must be a text, what the new adapter is to be called; got {shown(name)}.")
     if name in ("", learned.adapter) or "." in name:
         raise MetaPeftError(f"name={name!r} is empty, taken by the meta-learned adapter or has a dot: choose another.")
     if hasattr(nn.ModuleDict, name):
@@ -80,7 +83,15 @@ def adapt_many(
         tasks_per_forward: how many tasks with equally many rows go through the model at once. Where memory runs out,
             fewer are tried.
         progress: called with the number of tasks just finished.
+
+    Raises:
+        MetaPeftError: the model carries no meta-learned adapter, `tasks` is no mapping, or a row cannot be read.
     """
+    if not isinstance(tasks, Mapping):
+        raise MetaPeftError(
+            f"tasks must be a mapping of task names to rows, such as {{'first': rows}}; got {type(tasks).__name__}. For the"
+            " rows of one task, there is meta_peft.adapt."
+        )
     learned = hub.meta_learned(model)
     check_hold_back(hold_back)
     supports = {name: encoded_support(learned, name, support, hold_back) for name, support in tasks.items()}

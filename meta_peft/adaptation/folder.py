@@ -12,13 +12,14 @@ from typing import Any
 
 from peft import PeftModel
 
-from meta_peft.adaptation.stacks import Adapted, Support, adapted_stacks, check_hold_back, encoded_support
+from meta_peft.adaptation.stacks import MOST, Adapted, Support, adapted_stacks, check_hold_back, encoded_support
 from meta_peft.adapters import hub
 from meta_peft.adapters.base_identity import BaseIdentity
 from meta_peft.errors import MetaPeftError
 from meta_peft.lora.fast_weights import FastWeights
 from meta_peft.tasks import TaskSet
 from meta_peft.utils.atomic_files import write_file
+from meta_peft.utils.checked import whole
 from meta_peft.utils.digests import of_texts
 
 NOTE = "adaptation.json"  # beside an adapter: of what it was made; written last
@@ -77,6 +78,8 @@ def adapt_folder(
     """
     learned = hub.meta_learned(model)
     check_hold_back(hold_back)
+    steps = None if steps is None else whole("steps", steps, 0, MOST)
+    tasks_per_forward = whole("tasks_per_forward", tasks_per_forward, 1, MOST)
     named, folder = TaskSet.of(tasks, task_column), Path(folder)
     folders = {name: folder / short for name, short in folder_names(named.names).items()}
     start = _start(model, learned, steps, hold_back)

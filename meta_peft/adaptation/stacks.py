@@ -32,6 +32,7 @@ from meta_peft.utils.memory import or_out_of_memory
 
 logger = logging.getLogger("meta_peft")
 
+MOST = 10**6  # steps, or tasks in a forward
 Examples = Iterable[Mapping[str, Any]]
 
 
@@ -127,8 +128,8 @@ def adapted_stacks(
     """
     learned = hub.meta_learned(model)
     steps = learned.sidecar.inner.steps if steps is None else steps
-    whole("steps", steps, 0, 10**6)
-    whole("tasks_per_forward", tasks_per_forward, 1, 10**6)
+    steps = whole("steps", steps, 0, MOST)
+    tasks_per_forward = whole("tasks_per_forward", tasks_per_forward, 1, MOST)
     loss_fn = AdapterLoss(model, second_order=False, adapter=learned.adapter)
     with loss_fn.dense_copies_where_room():
         for names in _stacks(supports, tasks_per_forward):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,8 +13,24 @@ from torch import Tensor
 
 from meta_peft.errors import MetaPeftError
 
+NO_MATPLOTLIB = "The picture needs matplotlib: pip install 'meta-peft[demo]'."
 SHADES = " ░▒▓█"
 LAYER = re.compile(r"\.(\d+)\.")
+
+
+def check_picture(path: str) -> None:
+    """Raise `MetaPeftError` if matplotlib is not installed, or writes no pictures of this ending."""
+    try:
+        from matplotlib.backend_bases import FigureCanvasBase
+    except ImportError as error:
+        raise MetaPeftError(NO_MATPLOTLIB) from error
+    ending = Path(path).suffix.removeprefix(".")
+    known = sorted(FigureCanvasBase.get_supported_filetypes())
+    if ending and ending.lower() not in known:
+        raise MetaPeftError(
+            f"A picture cannot be written as {path}, by its ending: give one that matplotlib knows, such as rates.png; it"
+            f" knows {', '.join(known)}."
+        )
 
 
 @dataclass(frozen=True)
@@ -60,7 +77,7 @@ class RateMap:
         try:
             from matplotlib.figure import Figure
         except ImportError as error:
-            raise MetaPeftError("The picture needs matplotlib: pip install 'meta-peft[demo]'.") from error
+            raise MetaPeftError(NO_MATPLOTLIB) from error
         n_rows, n_columns = self.rates.shape
         figure = Figure(figsize=(2.5 + 0.6 * n_columns, 1.8 + 0.3 * n_rows), layout="constrained")
         panel = figure.subplots()

@@ -15,9 +15,10 @@ def base_config(args: ModelArguments) -> Any:
     """The config of the base."""
     from transformers import AutoConfig
 
+    where = locate(args.model_name_or_path, args.model_revision)
     try:
         return AutoConfig.from_pretrained(
-            locate(args.model_name_or_path, args.model_revision),
+            where,
             revision=args.model_revision,
             trust_remote_code=args.trust_remote_code,
         )

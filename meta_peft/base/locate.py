@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 
 from meta_peft.base.registry_models import REGISTRY_MODELS
+from meta_peft.errors import MetaPeftError
 
 logger = logging.getLogger("meta_peft")
 
@@ -12,7 +14,16 @@ SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
 def locate(name: str, revision: str | None = None) -> str:
-    """Where `from_pretrained` finds `name`. `REGISTRY_MODELS` come from Python packages where no hub is reachable."""
+    """Where `from_pretrained` finds `name`. `REGISTRY_MODELS` come from Python packages where no hub is reachable.
+
+    Raises:
+        MetaPeftError: `name` is the path of a folder that there is not, which a hub would be asked for in vain.
+    """
+    if name.startswith(("/", ".", "~")) and not Path(name).is_dir():
+        hint = (
+            ": ~ stands for your home in a shell alone, write it out" if name.startswith("~") else ": correct the path"
+        )
+        raise MetaPeftError(f"There is no folder {name!r}{hint}, or give an id of the hub, such as user/name.")
     model = REGISTRY_MODELS.get(name)
     if model is None or revision is not None or _in_hub_cache(name):
         return name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +10,8 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import check_target_module_exists
+from transformers.pytorch_utils import Conv1D
 
 from meta_peft import preflight
 from meta_peft.base.base_config import lacks_classes, objective_of
@@ -37,21 +40,20 @@ def lora_config(args: ModelArguments, objective: str | None = None) -> LoraConfi
 
 
 def with_adapter(base: Any, config: LoraConfig) -> PeftModel:
-    """`get_peft_model`, with an error that names the layers there are if the targets match none."""
+    """`get_peft_model`, with an error that names the layers there are if a target or a layer's number matches none."""
     preflight.check_bare(base)
+    _check_all_match(base, config)
     try:
         model: Any = get_peft_model(base, config)
     except ValueError as error:
         if "target_modules" not in str(error).lower() and "target modules" not in str(error).lower():
             raise
-        names = sorted({path.rsplit(".", 1)[-1] for path, m in base.named_modules() if isinstance(m, torch.nn.Linear)})
         targets = (
             config.target_modules if isinstance(config.target_modules, str) else sorted(config.target_modules or ())
         )
-        n_layers = getattr(base.config, "num_hidden_layers", "?")
         raise MetaPeftError(
             f"lora_target_modules={targets} with lora_layers={config.layers_to_transform} match"
-            f" no layer of {type(base).__name__}, whose linear layers are called {names} in layers 0 to {n_layers} - 1."
+            f" no layer of {_layers_there_are(base)}."
         ) from error
     if config.modules_to_save:  # PEFT adds the names of heads to those that are there
         config.modules_to_save = list(dict.fromkeys(config.modules_to_save))
@@ -114,3 +116,38 @@ def _materialise(model: PeftModel, config: LoraConfig) -> None:
             for name in layer.adapter_layer_names:
                 getattr(layer, name).to_empty(device=device)
             layer.reset_lora_parameters("default", config.init_lora_weights)
+
+
+def _check_all_match(base: Any, config: LoraConfig) -> None:
+    """Raise if a target or a layer's number matches nothing while others do, of which PEFT says no word.
+
+    A regular expression, or a word for several targets, is one target. What matches nothing at all is left to PEFT.
+    """
+    if config.target_modules is None or isinstance(config.target_modules, str):
+        return
+    layers = config.layers_to_transform
+    numbers = [layers] if isinstance(layers, int) else list(layers or ())
+    found = [path for path, _ in base.named_modules() if path and check_target_module_exists(config, path)]
+    targets = sorted(t for t in config.target_modules if not any(f".{path}".endswith(f".{t}") for path in found))
+    unknown = [n for n in numbers if not any(_is_in_layer(path, n, config) for path in found)]
+    if not found or not (targets or unknown):
+        return
+    wrong = [f"lora_target_modules={targets}" + (f" with lora_layers={numbers}" if numbers else "")] if targets else []
+    wrong += [f"lora_layers={unknown}"] if unknown else []
+    raise MetaPeftError(
+        f"{' and '.join(wrong)} match no layer of {_layers_there_are(base)}: correct what is misspelt, or leave it out."
+    )
+
+
+def _is_in_layer(path: str, number: int, config: LoraConfig) -> bool:
+    """Whether PEFT takes `path` for a part of this layer. Of a target that is a whole path it does not ask."""
+    alone = copy.copy(config)
+    alone.target_modules, alone.layers_to_transform = {path.rpartition(".")[2]}, [number]
+    return bool(check_target_module_exists(alone, path))
+
+
+def _layers_there_are(base: Any) -> str:
+    linear = (torch.nn.Linear, Conv1D)
+    names = sorted({path.rsplit(".", 1)[-1] for path, m in base.named_modules() if isinstance(m, linear)})
+    n_layers = getattr(base.config, "num_hidden_layers", "?")
+    return f"{type(base).__name__}, whose linear layers are called {names} in layers 0 to {n_layers} - 1"

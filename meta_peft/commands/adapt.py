@@ -112,7 +112,12 @@ def _each(options: argparse.Namespace) -> int:
 
 def _share_or_rows(word: str) -> float:
     """As `hold_back` of `adapt_many`: a whole number is one of rows."""
-    return int(word) if word.isdecimal() else float(word)
+    try:
+        return int(word) if word.isdecimal() else float(word)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(
+            f"expected a share of the examples, 0 or more and below 1, or a whole number of them; got {word!r}"
+        ) from error
 
 
 def _say(task: str, folder: Any, metrics: dict[str, Any]) -> None:

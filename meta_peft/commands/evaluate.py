@@ -112,6 +112,11 @@ def run(options: argparse.Namespace) -> int:
 def compare(words: Sequence[str]) -> int:
     """The whole comparison: options of `train`, and what is compared (see `meta_peft.protocol`)."""
     show_help(words, COMPARE_HELP)
+    if of_one := sorted({"--adapter", "--tasks"} & {word.partition("=")[0] for word in words}):
+        raise MetaPeftError(
+            f"evaluate takes either --config, to compare starts, or --adapter with --tasks, to judge one adapter: leave out"
+            f" --config, or {' and '.join(of_one)}."
+        )
     from meta_peft.protocol import ProtocolArguments, run
     from meta_peft.protocol.verdict import verdict
 

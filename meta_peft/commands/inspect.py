@@ -33,9 +33,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     from meta_peft.adapters.hub import fetch
-    from meta_peft.adapters.rate_map import RateMap
+    from meta_peft.adapters.rate_map import RateMap, check_picture
     from meta_peft.adapters.sidecar import JSON, Sidecar
 
+    if options.plot:
+        check_picture(options.plot)
     folder = fetch(options.adapter)
     if not (folder / JSON).is_file():
         return _adapted(folder, options)

@@ -173,6 +173,8 @@ def run(
         raise MetaPeftError("The report compares training tasks with validation tasks: give validation_tasks.")
     tasks = with_enough_rows(tasks, task_args, args)
     model_args = with_classes(model_args, tasks.values(), args.ways)
+    args = copy.copy(args)
+    args.eval_strategy = IntervalStrategy.NO  # which is of a training
     trainer = MetaTrainer(
         new_model(model_args, args.seed),
         args=args,

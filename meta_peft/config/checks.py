@@ -11,19 +11,24 @@ from meta_peft.evaluation.metrics import metric_named
 from meta_peft.evaluation.scoring import CHOICE_SCORES
 from meta_peft.tasks.sampling import ADAPTIVE, check_sampling
 from meta_peft.tasks.support_selection import NEED_THE_BASE, check_selection
-from meta_peft.utils.checked import at_least, one_of
+from meta_peft.utils.checked import at_least, is_number, one_of, shown
 
 ALGORITHMS = ("maml", "fomaml", "imaml", "reptile", "multitask")
 INNER_OPTIMIZERS = ("sgd", "adam")
+POSITIVE = (
+    *("max_skipped_updates", "gradient_accumulation_steps"),
+    *("per_device_train_batch_size", "per_device_eval_batch_size"),
+)
 POSITIVE_OR_NONE = (
     *("shots", "query_size", "eval_query_size", "implicit_iterations", "tasks_per_forward", "tasks_per_step"),
-    *("max_new_tokens", "dataset_num_proc", "curriculum_steps"),
+    *("max_new_tokens", "dataset_num_proc", "curriculum_steps", "dataloader_prefetch_factor"),
 )
 NOT_NEGATIVE = (
     *("inner_lr_learning_rate", "multitask_warmup_steps", "inner_adam_eps_root", "inner_momentum", "proximal"),
     *("inner_weight_decay", "first_order_until", "multi_step_until", "learning_rate", "weight_decay", "max_grad_norm"),
-    *("frozen_cache_gb", "seed"),
+    *("frozen_cache_gb", "seed", "dataloader_num_workers", "adam_epsilon"),
 )
+OF_A_BACKWARD_PASS = ("galore", "apollo", "lomo", "adalomo")  # how optimizers are called that are given the model
 NOT_LOOKED_FOR = ("flyte", "kubeflow")  # trackers of platforms, of which transformers knows only there
 
 
@@ -42,12 +47,16 @@ def check_values(options: Any) -> None:
         metric_named(options.metric)
     at_least("inner_steps", options.inner_steps, 1 if options.algorithm in ("reptile", "imaml") else 0)
     at_least("max_length", options.max_length, 4)
-    at_least("max_skipped_updates", options.max_skipped_updates, 1)
+    for name in POSITIVE:
+        at_least(name, getattr(options, name), 1)
     for name in POSITIVE_OR_NONE:
         if getattr(options, name) is not None:
             at_least(name, getattr(options, name), 1)
     for name in NOT_NEGATIVE:
         at_least(name, getattr(options, name), 0)
+    for name in ("adam_beta1", "adam_beta2"):
+        if not (is_number(value := getattr(options, name)) and 0 <= value < 1):
+            raise MetaPeftError(f"{name} must be a number of 0 or more and below 1; got {shown(value)}.")
     if options.second_order_steps is not None:
         at_least("second_order_steps", options.second_order_steps, 0)
     if options.memory_budget_gb is not None and not options.memory_budget_gb > 0:
@@ -110,6 +119,12 @@ def _of_the_trainer(options: Any) -> Iterator[tuple[Any, str]]:
         " and start with accelerate launch --config_file recipes/accelerate/fsdp2.yaml, or deepspeed_zero3.yaml"
         " beside it, which shard the frozen base alone; or with a base that is whole in every process"
         " (docs/scaling.md).",
+    )
+    optim = str(getattr(options.optim, "value", options.optim))
+    yield (
+        optim.startswith(OF_A_BACKWARD_PASS),
+        f"optim={optim} is refused: it follows a backward pass through the layers of the model, and a meta-gradient comes"
+        " from none. Choose another one, such as adamw_torch.",
     )
     yield (
         options.torch_compile,

@@ -38,6 +38,10 @@ def parse(
     parser.add_argument("--config", help="A flat YAML file with any of these options.")
     known = {f.name for group in groups for f in fields(group) if f.init}
     path, rest = _config_option(list(argv))
+    if any(word.partition("=")[0] == "--config" for word in rest):
+        raise MetaPeftError(
+            "--config is given twice: name one file, and what is to be otherwise as options, which go before it."
+        )
     if "-h" in rest or "--help" in rest:
         parser.print_help()
         sys.exit(0)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from meta_peft.errors import MetaPeftError
 from meta_peft.objectives import OBJECTIVES
 from meta_peft.tasks.encoding.facts import MOST_CLASSES
-from meta_peft.utils.checked import at_least, one_of, whole
+from meta_peft.utils.checked import at_least, is_number, one_of, shown, whole
 
 
 @dataclass
@@ -75,7 +75,9 @@ class ModelArguments:
     use_rslora: bool = field(default=False, metadata={"help": "Scale by lora_alpha / sqrt(lora_r) instead."})
     lora_target_modules: list[str] = field(
         default_factory=lambda: ["q_proj", "v_proj", "o_proj", "down_proj"],
-        metadata={"help": "Names of the linear layers that get LoRA."},
+        metadata={
+            "help": "Names of the linear layers that get LoRA, each of which the base must have; all-linear for all."
+        },
     )
     lora_layers: list[int] | None = field(
         default=None,
@@ -103,10 +105,19 @@ class ModelArguments:
         if self.load_in_4bit and self.load_in_8bit:
             raise MetaPeftError("load_in_4bit and load_in_8bit are both set: choose one.")
         at_least("lora_r", self.lora_r, 1)
+        if not (is_number(self.lora_alpha) and self.lora_alpha > 0):
+            raise MetaPeftError(
+                f"lora_alpha must be a number above 0, since LoRA is multiplied by it; got {shown(self.lora_alpha)}."
+            )
         if not 0 <= self.lora_dropout <= 1:
             raise MetaPeftError(f"lora_dropout must be a number from 0 to 1; got {self.lora_dropout}.")
-        if self.lora_target_modules == ["all-linear"]:
+        if self.lora_target_modules in ("all-linear", ["all-linear"]):
             self.lora_target_modules = "all-linear"  # type: ignore[assignment]  # what PEFT understands
+            if self.lora_layers is not None:
+                raise MetaPeftError(
+                    "lora_target_modules=all-linear is for all layers, and lora_layers chooses some: name the linear layers"
+                    " that are to get LoRA there, or leave lora_layers out."
+                )
 
     @property
     def quantisation(self) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -34,6 +35,7 @@ from meta_peft.types import EpisodeBatch, Meta, Params, Rows
 SUPPORT, QUERY, BACK = "support rows, forward", "query rows, forward", "gradients on the way back"
 SCORES, LOGITS, DENSE, FAST = "attention scores", "logits", "dequantised weights", "fast weights"
 FEW = (2, 3)  # layers of the models that are run in place of one with many
+LAYER = re.compile(r"\.(\d+)\.")  # its number, in the path of what is in it
 CUDA_GB = 1.0  # an allowance for the context and the libraries' workspaces: not measured
 
 
@@ -106,7 +108,8 @@ def estimate(model_args: ModelArguments, args: MetaLoraConfig, given: EstimateAr
         plan.budget = max(SHARE["cuda"] * (left - CUDA_GB * 1e9), 1.0)
     with LiveMemory():  # which answers what has no values
         algorithm, tasks = plan.settle(algorithm, loss_fn, Meta(adapter, rates.values()), batch)
-    settled = _Settled(algorithm, args.gradient_checkpointing, batch.part(0, tasks))
+    alike = _alike(model, model_args.lora_target_modules)
+    settled = _Settled(algorithm, args.gradient_checkpointing, batch.part(0, tasks), alike)
     at_most = _of_all_layers(model_args, config, settled)
     working = [Line(kind, _how(kind, settled, loss_fn), n) for kind, n in at_most.most_common() if n]
     if plan.spare and (copies := _dense_copies(loss_fn, plan.spare)):
@@ -122,6 +125,7 @@ class _Settled:
     algorithm: Any
     checkpoint: bool
     batch: EpisodeBatch
+    alike: bool = True  # whether a few layers with LoRA tell what one more takes
 
 
 def _of_all_layers(model_args: ModelArguments, config: Any, settled: _Settled) -> Counter[str]:
@@ -134,10 +138,22 @@ def _of_all_layers(model_args: ModelArguments, config: Any, settled: _Settled) -
     n_layers = int(config.num_hidden_layers)
     adapted = sorted(range(n_layers) if model_args.lora_layers is None else model_args.lora_layers)
     kinds = set(getattr(config, "layer_types", None) or ())
-    if len(adapted) <= FEW[1] or adapted != list(range(adapted[0], n_layers)) or len(kinds) > 1:
+    whole = len(adapted) <= FEW[1] or adapted != list(range(adapted[0], n_layers)) or len(kinds) > 1
+    if whole or not settled.alike:
         return max(_alive(model_args, config, settled), key=Counter.total)
     one, two = (_alive(*_with_layers(n, adapted[0] > 0, model_args, config), settled) for n in FEW)
     return max((_line(a, b, len(adapted)) for a, b in zip(one, two, strict=True)), key=Counter.total)
+
+
+def _alike(model: Any, targets: Any) -> bool:
+    """Whether all layers with LoRA have it in the same places, and by targets that a model of fewer layers has too."""
+    if any(LAYER.search(target) for target in targets):  # a whole path
+        return False
+    places: dict[str, set[str]] = {}
+    for path, _ in lora_layers(model, "default"):
+        if found := LAYER.search(path):
+            places.setdefault(found[1], set()).add(path[found.end() :])
+    return len(set(map(frozenset, places.values()))) == 1
 
 
 def _with_layers(n: int, below: bool, model_args: ModelArguments, config: Any) -> tuple[ModelArguments, Any]:
@@ -147,7 +163,9 @@ def _with_layers(n: int, below: bool, model_args: ModelArguments, config: Any) -
     if getattr(config, "layer_types", None):
         config.layer_types = config.layer_types[:total]
     config.num_hidden_layers = total
-    return replace(model_args, lora_layers=list(range(total - n, total))), config
+    if model_args.lora_layers is not None:  # else what is in no layer may have LoRA too
+        model_args = replace(model_args, lora_layers=list(range(total - n, total)))
+    return model_args, config
 
 
 def _line(one: Counter[str], two: Counter[str], n: int) -> Counter[str]:

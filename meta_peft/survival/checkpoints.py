@@ -96,7 +96,8 @@ def to_resume(asked: str | bool | None, parent: Path, *, attempt: int | None = N
             earlier job's in the same folder is left alone.
 
     Raises:
-        MetaPeftError: the folder is no whole checkpoint, or there is none.
+        MetaPeftError: the folder is no whole checkpoint, or there is none; or the one that was written last holds no
+            training state, so that another run's would be taken for it.
     """
     begun = parent / BEGUN
     if attempt and begun.exists():
@@ -117,6 +118,7 @@ def to_resume(asked: str | bool | None, parent: Path, *, attempt: int | None = N
     found = newest_whole(parent)
     if found is None:
         raise MetaPeftError(f"There is no whole checkpoint in {parent} to resume from.")
+    _check_none_later_without_state(parent, found)
     return found
 
 
@@ -139,6 +141,24 @@ def newest_whole(parent: Path, since: float = 0.0) -> Path | None:
         else:
             return folder
     return None
+
+
+def _check_none_later_without_state(parent: Path, found: Path) -> None:
+    """Raise if a whole checkpoint without a training state was written after `found`, which has one."""
+    if not training_state.is_in(found):
+        return
+    last = max((path for path in _folders(parent) if NAME.fullmatch(path.name)), key=lambda path: path.stat().st_mtime)
+    if training_state.is_in(last) or last.stat().st_mtime <= found.stat().st_mtime:
+        return
+    try:
+        check(last)
+    except MetaPeftError:
+        return  # it is damaged, which the log says
+    raise MetaPeftError(
+        f"{last} was written last and has no training state (save_only_model): no run goes on from it, and {found}, which"
+        f" has one, is older and may be of another run. To go on from that, name it: resume_from_checkpoint={found}; to"
+        " start anew, leave resume_from_checkpoint out."
+    )
 
 
 def clear_remains(parent: Path) -> None:

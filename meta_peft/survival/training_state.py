@@ -47,6 +47,11 @@ def load(folder: Path) -> dict[str, Any]:
     return values
 
 
+def is_in(folder: Path) -> bool:
+    """Whether a checkpoint has a training state, which one of `save_only_model` has not."""
+    return (folder / JSON).is_file()
+
+
 def started(folder: Path) -> float:
     """When the run of a checkpoint began, in seconds since 1970; 0 where it does not say."""
     try:

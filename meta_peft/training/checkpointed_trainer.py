@@ -13,6 +13,7 @@ from transformers import Trainer
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import rotate_checkpoints
 
+from meta_peft.errors import MetaPeftError
 from meta_peft.processes import group
 from meta_peft.processes.replicas import check_replicas
 from meta_peft.survival import checkpoints, training_state
@@ -88,9 +89,25 @@ class CheckpointedTrainer(Trainer, ABC):
             return
         values = training_state.load(Path(checkpoint))
         self.started = values.get("started", 0.0)  # checkpoints from before it was kept have none
-        self.optimizer.load_state_dict(values["optimizer"])
-        self.lr_scheduler.load_state_dict(values["schedule"])
+        self._restore_optimizer(Path(checkpoint), values["optimizer"], values["schedule"])
         self._go_on(values)
+
+    def _restore_optimizer(self, checkpoint: Path, optimizer: dict[str, Any], schedule: dict[str, Any]) -> None:
+        """Raise `MetaPeftError` if the state is of another optimizer or of other parameters, which torch finds out late."""
+        own = [set(of) for of in self.optimizer.param_groups]
+        try:
+            self.optimizer.load_state_dict(optimizer)
+            self.lr_scheduler.load_state_dict(schedule)
+            # Options of a group that the checkpoint has not would be missed in the next step.
+            fits = all(names <= set(of) for names, of in zip(own, self.optimizer.param_groups, strict=True))
+        except (ValueError, KeyError, TypeError, AttributeError):
+            fits = False
+        if not fits:
+            raise MetaPeftError(
+                f"The optimizer or the schedule of {checkpoint} is not that of these options: resume with the options that"
+                " the checkpoint was made with, such as the same algorithm, learn_inner_lr, optim and lr_scheduler_type;"
+                " or train anew, in another output_dir."
+            )
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is None:

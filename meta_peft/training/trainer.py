@@ -60,6 +60,7 @@ from meta_peft.training.tracking import (
     rate_pictures,
     task_curves,
 )
+from meta_peft.training.trainer_options import check_best_metric, check_evaluation, check_optimizer
 from meta_peft.types import Episode, EpisodeBatch
 
 logger = logging.getLogger("meta_peft")
@@ -100,6 +101,8 @@ class MetaTrainer(PushingTrainer):
         encoding: Encoding | None = None,
     ):
         args = args or MetaLoraConfig()
+        check_optimizer(args, optimizers)
+        check_evaluation(args, validation=eval_dataset is not None)
         tasks = None if train_dataset is None else TaskSet.of(train_dataset, args.task_column)
         eval_tasks = None if eval_dataset is None else TaskSet.of(eval_dataset, args.task_column)
         if tasks is not None:
@@ -126,6 +129,7 @@ class MetaTrainer(PushingTrainer):
         self._failure: MetaPeftError | None = None
         base = peft_model.get_base_model()
         objective = objective_name(base)
+        check_best_metric(args, objective)
         processor = processing_class or load_tokenizer(identity.name, objective=objective)
         tokenizer = tokenizer_of(processor)
         if tokenizer.pad_token_id is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import operator
 import reprlib
 from collections.abc import Collection
 from pathlib import Path
@@ -28,10 +29,14 @@ def one_of(option: str, value: Any, choices: Collection[str]) -> None:
 
 
 def whole(option: str, value: Any, least: int, most: int) -> int:
-    """`value`, or an error unless it is an int from `least` to `most`."""
-    if not (isinstance(value, int) and not isinstance(value, bool) and least <= value <= most):
+    """`value` as an int, or an error unless it is a whole number from `least` to `most`, of NumPy or any other library."""
+    try:
+        number = None if isinstance(value, bool) else operator.index(value)
+    except (TypeError, ValueError, RuntimeError):  # torch has errors of its own
+        number = None
+    if number is None or not least <= number <= most:
         raise MetaPeftError(f"{option} must be a whole number from {least} to {most}; got {shown(value)}.")
-    return value
+    return number
 
 
 def text(option: str, value: Any, longest: int) -> str:

@@ -5,6 +5,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, Value
@@ -22,7 +23,7 @@ from surface import (
 )
 from tiny_models import assert_equal, fingerprint
 
-from meta_peft import MetaPeftError, adapt, adapt_many, load
+from meta_peft import MetaPeftError, adapt, adapt_folder, adapt_many, load
 from meta_peft.adapters.hub import MetaLearned
 from meta_peft.frozen.linear import COPY
 from meta_peft.functional import adapter_loss
@@ -288,6 +289,29 @@ def test_bad_names(model: PeftModel, name: str):
         adapt(model, SUPPORT, name=name)
 
 
+@pytest.mark.parametrize("name", [None, 3, ["a"]])
+def test_names_that_are_no_texts(model: PeftModel, name):
+    with pytest.raises(MetaPeftError, match="name must be a text, what the new adapter is to be called; got"):
+        adapt(model, SUPPORT, name=name)
+
+
+@pytest.mark.parametrize("tasks", [[SUPPORT], SUPPORT, None, "tasks.jsonl"])
+def test_tasks_without_names(model: PeftModel, tasks):
+    with pytest.raises(
+        MetaPeftError, match=r"tasks must be a mapping of task names to rows, .*; got (list|NoneType|str)\."
+    ):
+        adapt_many(model, tasks)
+
+
+def test_numbers_of_numpy(model: PeftModel, tmp_path: Path):
+    numbers = {"steps": np.int64(2), "tasks_per_forward": np.int32(1)}
+    found = adapt_many(model, {"t": SUPPORT}, **numbers)["t"]
+    assert bits(found.weights) == bits(adapt_many(model, {"t": SUPPORT}, steps=2)["t"].weights)
+    assert json.loads(json.dumps(found.metrics))["steps"] == 2
+    adapt_folder(model, {"t": SUPPORT}, tmp_path, **numbers)
+    assert adapt_folder(model, {"t": SUPPORT}, tmp_path, steps=2).already == 1
+
+
 def test_a_name_that_torch_has(model: PeftModel):
     with pytest.raises(MetaPeftError, match="name='keys' is taken by torch"):
         adapt(model, SUPPORT, name="keys")
@@ -367,7 +391,9 @@ def test_an_adapter_of_somebody_else_is_not_written_over(model: PeftModel):
     adapt(model, SUPPORT, name="mine")  # its own it may
 
 
-@pytest.mark.parametrize("options", [{"steps": 2.5}, {"steps": "2"}, {"tasks_per_forward": 0}, {"steps": -1}])
+@pytest.mark.parametrize(
+    "options", [{"steps": 2.5}, {"steps": "2"}, {"steps": True}, {"tasks_per_forward": 0}, {"steps": -1}]
+)
 def test_numbers_that_are_none(model: PeftModel, options: dict):
     with pytest.raises(MetaPeftError, match="must be a whole number from"):
         adapt_many(model, {"t": SUPPORT}, **options)

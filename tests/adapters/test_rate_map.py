@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from meta_peft.adapters.rate_map import RateMap
+from meta_peft import MetaPeftError
+from meta_peft.adapters.rate_map import RateMap, check_picture
 
 LAYERS = (2, 10)
 NAMES = [
@@ -70,3 +71,10 @@ def test_equal_rates_have_one_shade():
 def test_a_picture(tmp_path):
     rate_map([1, 2, 3, 4, 5, 6, 7, 8]).figure().savefig(tmp_path / "rates.png")
     assert (tmp_path / "rates.png").stat().st_size > 1000
+
+
+def test_a_picture_of_an_ending_that_there_is_not():
+    with pytest.raises(MetaPeftError, match=r"cannot be written as rates\.xyz, by its ending: .* it knows .*, png, "):
+        check_picture("rates.xyz")
+    for path in ("rates.png", "folder.v2/rates.PDF", "rates"):
+        check_picture(path)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -9,7 +10,8 @@ import pytest
 from huggingface_hub import constants
 from surface import tiny_folder
 
-from meta_peft import MetaPeftError
+from meta_peft import MetaPeftError, ModelArguments
+from meta_peft.base.base_config import base_config
 from meta_peft.base.locate import SMOLLM2, locate
 
 
@@ -107,3 +109,17 @@ def test_an_unreachable_hub_is_not(no_hub_cache: Path, monkeypatch: pytest.Monke
     monkeypatch.setenv("PIP_FIND_LINKS", "")
     with pytest.raises(MetaPeftError, match="neither from the hub nor from the package"):
         locate(SMOLLM2)
+
+
+@pytest.mark.parametrize("name", ["/no/such/folder", "./nothing", "../no/where", "~/nothing"])
+def test_a_path_that_there_is_not_is_no_id_of_a_hub(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    said = re.escape(f"There is no folder {name!r}: ") + (
+        "~ stands for" if name[0] == "~" else "correct the path, or give"
+    )
+    with pytest.raises(MetaPeftError, match=f"^{said}"):
+        locate(name)
+    with pytest.raises(MetaPeftError, match=f"^{said}"):
+        base_config(ModelArguments(name))
+    (tmp_path / "nothing").mkdir()
+    assert locate("./nothing") == "./nothing"

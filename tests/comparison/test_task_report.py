@@ -153,6 +153,10 @@ def test_from_a_trained_adapter(tmp_path: Path, capsys: pytest.CaptureFixture[st
     capsys.readouterr()
 
 
+def test_a_config_whose_training_evaluates(tmp_path: Path):
+    assert main([*words(tmp_path), "--eval_strategy", "steps", "--eval_steps", "1"]) == 0
+
+
 def test_help_is_one_page(capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit) as ended:
         main(["tasks", "--help"])

@@ -186,6 +186,7 @@ def test_files_that_cannot_be_used(tmp_path: Path, text: str, message: str):
         (["options.yaml"], r"not used by the HfArgumentParser: \['options.yaml'\]"),
         (["-c", "3"], r"not used by the HfArgumentParser: \['-c', '3'\]"),
         (["--config"], "--config needs the path of a YAML file"),
+        (["--config=a.yaml", "--config", "b.yaml"], "--config is given twice: name one file"),
         (["--config", "nothing.yaml"], "There is no config file 'nothing.yaml'"),
         (["--config", "."], "There is no config file '.'"),
     ],

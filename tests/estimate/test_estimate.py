@@ -165,3 +165,24 @@ def test_the_page_shows_what_the_command_says(
     monkeypatch.chdir(ROOT)
     assert main(shlex.split(command.replace("\\\n", " "))[1:]) == 0
     assert capsys.readouterr().out == output
+
+
+PATHS = "model.layers.{}.self_attn.q_proj"
+
+
+@pytest.mark.parametrize(
+    "targets",
+    [["all-linear"], ["q_proj", "embed_tokens"], [PATHS.format(5)], [PATHS.format(i) for i in range(6)]],
+    ids=["all-linear", "outside of the layers", "one path", "paths"],
+)
+def test_the_estimate_of_many_layers_is_that_of_all_of_them_whatever_the_targets(
+    tmp_path: Path, targets: list[str], monkeypatch: pytest.MonkeyPatch
+):
+    """Models of fewer layers stand in for it, and have not all targets that it has."""
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 6, "num_attention_heads": 4}
+    LlamaForCausalLM(LlamaConfig(**sizes, num_key_value_heads=2, vocab_size=300)).save_pretrained(tmp_path)
+    found = []
+    for few in ((2, 3), (99, 100)):
+        monkeypatch.setattr(module, "FEW", few)
+        found.append(estimate(ModelArguments(str(tmp_path), lora_target_modules=targets), options(), GIVEN).at_work)
+    assert found[0] == pytest.approx(found[1], rel=0.01)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from meta_peft import MetaPeftError
-from meta_peft.survival import checkpoints
+from meta_peft.survival import checkpoints, training_state
 
 
 def make(parent: Path, step: int, text: str = "weights") -> Path:
@@ -148,6 +148,37 @@ def test_what_to_resume_from(tmp_path: Path):
     assert [path.name for path in tmp_path.iterdir()] == [
         "checkpoint-5"
     ]  # no mark of a job that is never started again
+
+
+def with_state(parent: Path, step: int, started: float) -> Path:
+    folder = parent / f"checkpoint-{step}"
+    checkpoints.write(folder, lambda partial: training_state.save(partial, {"started": started}))
+    return folder
+
+
+def at(time: float, folder: Path) -> Path:
+    os.utime(folder, (time, time))
+    return folder
+
+
+def test_a_later_checkpoint_without_a_training_state_is_not_passed_over(tmp_path: Path):
+    """Of `save_only_model`; once an earlier run in the folder was gone on with, without a word."""
+    earlier = at(1, with_state(tmp_path, 10, started=1.0))
+    at(2, with_state(tmp_path, 5, started=0.5))
+    bare = at(3, make(tmp_path, 4))
+    with pytest.raises(
+        MetaPeftError, match=r"checkpoint-4 was written last and has no training state \(save_only"
+    ) as no:
+        checkpoints.to_resume(True, tmp_path)
+    assert f"resume_from_checkpoint={earlier};" in str(no.value)
+    assert checkpoints.to_resume(str(earlier), tmp_path) == earlier
+    at(0, bare)
+    assert checkpoints.to_resume(True, tmp_path) == earlier, "what was written before it says nothing"
+    damaged_text(bare)
+    at(3, bare)
+    assert checkpoints.to_resume(True, tmp_path) == earlier, "what is damaged is passed over, as ever"
+    newest = at(4, with_state(tmp_path, 1, started=2.0))
+    assert checkpoints.to_resume(True, tmp_path) == newest
 
 
 @pytest.mark.parametrize("asked", [None, "checkpoint-100", True])

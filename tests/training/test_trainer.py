@@ -422,6 +422,30 @@ def test_a_checkpoint_with_other_rates_is_refused(tmp_path: Path):
         other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
 
 
+PLATEAU = {"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "steps", "eval_steps": 5}
+
+
+@pytest.mark.parametrize(
+    ("first", "then"),
+    [
+        ({}, {"learn_inner_lr": False}),
+        ({"learn_inner_lr": False}, {}),
+        ({}, {"algorithm": "reptile"}),
+        ({}, {"optim": "sgd"}),
+        ({"optim": "sgd"}, {}),
+        (PLATEAU, {}),
+    ],
+    ids=str,
+)
+def test_a_checkpoint_of_another_optimizer_is_refused(tmp_path: Path, first: dict, then: dict):
+    """torch finds out in the next step only, if at all."""
+    both = {"eval_tasks": letter_tasks(EVAL), "save_strategy": "steps", "save_steps": 1}
+    trainer(tmp_path, max_steps=1, **both, **first).train()
+    other = trainer(tmp_path, max_steps=2, **both, **then)
+    with pytest.raises(MetaPeftError, match="resume with the options that the checkpoint was made with, such as"):
+        other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+
+
 def test_a_checkpoint_of_another_base_is_refused(tmp_path: Path):
     run = trainer(tmp_path, max_steps=1, save_strategy="steps", save_steps=1)
     run.train()

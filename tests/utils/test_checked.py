@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from meta_peft import MetaPeftError
@@ -18,11 +19,18 @@ def test_what_is_no_number(value: Any):
         at_least("x", value, 0)
 
 
-@pytest.mark.parametrize("value", [True, 1.0, "1", None, 0, 11, pytest.param(10**5000, id="long")])
+@pytest.mark.parametrize(
+    "value", [True, np.True_, np.float64(1), 1.0, "1", None, 0, 11, np.int64(11), pytest.param(10**5000, id="long")]
+)
 def test_what_is_no_whole_number_in_range(value: Any):
     with pytest.raises(MetaPeftError, match="x must be a whole number from 1 to 10; got"):
         whole("x", value, 1, 10)
     assert whole("x", 10, 1, 10) == 10
+
+
+@pytest.mark.parametrize("value", [np.int64(3), np.uint8(3), np.array(3)])
+def test_whole_numbers_of_other_libraries(value: Any):
+    assert type(whole("x", value, 1, 10)) is int
 
 
 @pytest.mark.parametrize("value", ["", "a\nb", "\x1b[2J", "\ud800", "\x00", "aaaaaa", 3, None])
