@@ -18,6 +18,7 @@ from meta_peft.base.base_config import lacks_classes, objective_of
 from meta_peft.base.base_model import load_base
 from meta_peft.base.model_kinds import KINDS
 from meta_peft.config import ModelArguments
+from meta_peft.config.model_arguments import DEFAULT_TARGETS
 from meta_peft.errors import MetaPeftError
 from meta_peft.frozen.whole_weights import whole_weight
 from meta_peft.lora.fast_weights import HEADS, lora_layers
@@ -121,14 +122,17 @@ def _materialise(model: PeftModel, config: LoraConfig) -> None:
 def _check_all_match(base: Any, config: LoraConfig) -> None:
     """Raise if a target or a layer's number matches nothing while others do, of which PEFT says no word.
 
-    A regular expression, or a word for several targets, is one target. What matches nothing at all is left to PEFT.
+    A regular expression, or a word for several targets, is one target. What matches nothing at all is left to PEFT, and of
+    the targets that are there by default some are enough.
     """
     if config.target_modules is None or isinstance(config.target_modules, str):
         return
     layers = config.layers_to_transform
     numbers = [layers] if isinstance(layers, int) else list(layers or ())
     found = [path for path, _ in base.named_modules() if path and check_target_module_exists(config, path)]
-    targets = sorted(t for t in config.target_modules if not any(f".{path}".endswith(f".{t}") for path in found))
+    by_default = set(config.target_modules) == set(DEFAULT_TARGETS)  # nobody chose them for this base
+    named = () if by_default else config.target_modules
+    targets = sorted(t for t in named if not any(f".{path}".endswith(f".{t}") for path in found))
     unknown = [n for n in numbers if not any(_is_in_layer(path, n, config) for path in found)]
     if not found or not (targets or unknown):
         return

@@ -9,6 +9,8 @@ from meta_peft.objectives import OBJECTIVES
 from meta_peft.tasks.encoding.facts import MOST_CLASSES
 from meta_peft.utils.checked import at_least, is_number, one_of, shown, whole
 
+DEFAULT_TARGETS = ("q_proj", "v_proj", "o_proj", "down_proj")
+
 
 @dataclass
 class ModelArguments:
@@ -74,9 +76,10 @@ class ModelArguments:
     )
     use_rslora: bool = field(default=False, metadata={"help": "Scale by lora_alpha / sqrt(lora_r) instead."})
     lora_target_modules: list[str] = field(
-        default_factory=lambda: ["q_proj", "v_proj", "o_proj", "down_proj"],
+        default_factory=lambda: list(DEFAULT_TARGETS),
         metadata={
-            "help": "Names of the linear layers that get LoRA, each of which the base must have; all-linear for all."
+            "help": "Names of the linear layers that get LoRA; all-linear for all. Of those that are named here the base must"
+            " have each, of the default ones some."
         },
     )
     lora_layers: list[int] | None = field(

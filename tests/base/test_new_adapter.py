@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import kinds
 import pytest
+from architectures import base_of
 from surface import base_model, lora
 
 from meta_peft import MetaPeftError, ModelArguments
@@ -97,6 +98,14 @@ def test_a_layer_of_one_stack_is_enough(kind: str):
     kinds.peft_model(kind, lora_layers=[0])
     with pytest.raises(MetaPeftError, match=r"^lora_layers=\[5\] match no layer"):
         kinds.peft_model(kind, lora_layers=[0, 5])
+
+
+def test_of_the_default_targets_some_are_enough():
+    """Which nobody chose for this base; OPT's layers are called otherwise but for two."""
+    model = with_adapter(base_of("opt"), lora_config(ModelArguments("opt")))
+    assert {n.split(".")[-4] for n, _ in model.named_parameters() if "lora_A" in n} == {"q_proj", "v_proj"}
+    with pytest.raises(MetaPeftError, match=r"^lora_target_modules=\['down_proj', 'o_proj'\] match no layer"):
+        with_adapter(base_of("opt"), lora(target_modules=["q_proj", "o_proj", "down_proj"]))
 
 
 def test_other_errors_of_peft_come_through():
