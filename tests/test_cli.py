@@ -331,6 +331,15 @@ def test_inspect_an_adapted_adapter(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "not the config of a PEFT adapter" in capsys.readouterr().err
 
 
+def test_inspect_says_nothing_of_an_adapter_that_was_there_before(tmp_path: Path, support: Path, capsys):
+    adapt_folder(load(None, meta()), {"say m": letter_rows("m")[:2]}, tmp_path)
+    folder = str(tmp_path / "say_m")
+    assert main(["adapt", "--adapter", meta(), "--support", str(support), "--output", folder]) == 0
+    capsys.readouterr()
+    assert main(["inspect", "--adapter", folder]) == 0
+    assert "adapted to" not in capsys.readouterr().out
+
+
 # ---- help
 
 

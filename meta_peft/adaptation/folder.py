@@ -14,14 +14,15 @@ from peft import PeftModel
 
 from meta_peft.adaptation.stacks import Adapted, Support, adapted_stacks, check_hold_back, encoded_support
 from meta_peft.adapters import hub
+from meta_peft.adapters.adapter_files import CONFIG, WEIGHTS
 from meta_peft.adapters.base_identity import BaseIdentity
+from meta_peft.adapters.hub import NOTE
 from meta_peft.errors import MetaPeftError
 from meta_peft.lora.fast_weights import FastWeights
 from meta_peft.tasks import TaskSet
 from meta_peft.utils.atomic_files import write_file
-from meta_peft.utils.digests import of_texts
+from meta_peft.utils.digests import of_file, of_texts
 
-NOTE = "adaptation.json"  # beside an adapter: of what it was made; written last
 FAILED = "failed.json"
 STACKS = 16  # read and encoded at a time
 
@@ -95,10 +96,8 @@ def adapt_folder(
                 result.already += 1
                 done(Made(name, folders[name], metrics, already=True))
         for name, adapted in _adapted(model, learned, missing, result.failed, steps, hold_back, tasks_per_forward):
-            (folders[name] / NOTE).unlink(missing_ok=True)  # it is of the adapter that is replaced now
             adapted.save(folders[name])
-            note = {"task": name, "digest": digests[name], "metrics": adapted.metrics}
-            write_file(folders[name] / NOTE, json.dumps(note, ensure_ascii=False) + "\n")
+            _write_note(folders[name], name, digests[name], adapted.metrics)
             result.made += 1
             done(Made(name, folders[name], adapted.metrics))
         _write_failed(folder, result.failed)
@@ -167,13 +166,29 @@ def _start(model: PeftModel, learned: hub.MetaLearned, steps: int | None, hold_b
     return of_texts(weights.hexdigest(), json.dumps(how, sort_keys=True))
 
 
-def _made_before(folder: Path, digest: str) -> dict[str, float] | None:
-    """The metrics of the adapter in `folder`, if it is there and was made of this."""
+def read_note(folder: Path) -> dict[str, Any]:
+    """What the note beside an adapter says: its `task`, `metrics`, the `digest` of what it was made of.
+
+    Empty if there is none, or none of this adapter: its weights are others than those that the note was written for, or
+    are not known, as in notes of earlier versions.
+    """
     try:
         note = json.loads((folder / NOTE).read_text(encoding="utf-8"))
-        return dict(note["metrics"]) if note["digest"] == digest else None
+        whole = (folder / CONFIG).is_file() and note["weights"] == of_file(folder / WEIGHTS)
+        return {**note, "metrics": dict(note["metrics"])} if whole else {}
     except (OSError, ValueError, KeyError, TypeError):
-        return None
+        return {}
+
+
+def _write_note(folder: Path, task: str, digest: str, metrics: Mapping[str, float]) -> None:
+    note = {"task": task, "digest": digest, "weights": of_file(folder / WEIGHTS), "metrics": dict(metrics)}
+    write_file(folder / NOTE, json.dumps(note, ensure_ascii=False) + "\n")
+
+
+def _made_before(folder: Path, digest: str) -> dict[str, float] | None:
+    """The metrics of the adapter in `folder`, if it is there and was made of this."""
+    note = read_note(folder)
+    return note["metrics"] if note.get("digest") == digest else None
 
 
 def _write_failed(folder: Path, failed: Mapping[str, str]) -> None:

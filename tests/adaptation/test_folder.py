@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,9 @@ from safetensors.torch import load_file
 from surface import base_model, bits, letter_rows, letter_tasks, trained_folder, write_jsonl
 
 from meta_peft import MetaPeftError, adapt_folder, adapt_many, load
-from meta_peft.adaptation.folder import NOTE, Made, folder_names
+from meta_peft.adaptation.folder import Made, folder_names
+from meta_peft.adapters.adapter_files import CONFIG, WEIGHTS
+from meta_peft.adapters.hub import LABELS, NOTE
 from meta_peft.functional.adapter_loss import AdapterLoss
 
 TASKS = {"say p": letter_rows("p")[:3], "say m": letter_rows("m")[:3], "say n": letter_rows("n")[:2]}
@@ -55,7 +58,10 @@ def test_what_is_there_is_left_alone(model: PeftModel, tmp_path: Path):
     assert times_written(tmp_path) == before
 
 
-@pytest.mark.parametrize("change", ["rows", "steps", "hold_back", "killed", "damaged"])
+@pytest.mark.parametrize(
+    "change",
+    ["rows", "steps", "hold_back", "killed", "damaged", "no config", "no weights", "other weights", "earlier version"],
+)
 def test_what_is_not_what_would_be_made_is_made_again(model: PeftModel, tmp_path: Path, change: str):
     adapt_folder(model, TASKS, tmp_path)
     before, tasks, options = times_written(tmp_path), dict(TASKS), {}
@@ -67,13 +73,37 @@ def test_what_is_not_what_would_be_made_is_made_again(model: PeftModel, tmp_path
         options = {"hold_back": 0.4}
     elif change == "killed":  # the note is written last
         (tmp_path / "say_m" / NOTE).unlink()
-    else:
+    elif change == "damaged":
         (tmp_path / "say_m" / NOTE).write_text("{")
+    elif change == "no config":
+        (tmp_path / "say_m" / CONFIG).unlink()
+    elif change == "no weights":
+        (tmp_path / "say_m" / WEIGHTS).unlink()
+    elif change == "other weights":
+        shutil.copy(tmp_path / "say_p" / WEIGHTS, tmp_path / "say_m" / WEIGHTS)
+    else:  # which did not say what weights it was of
+        note = json.loads((tmp_path / "say_m" / NOTE).read_text())
+        del note["weights"]
+        (tmp_path / "say_m" / NOTE).write_text(json.dumps(note))
     result = adapt_folder(model, tasks, tmp_path, **options)
     after = times_written(tmp_path)
     changed = {name for name, when in after.items() if when != before.get(name)}
     assert changed == (FOLDERS if options else {"say_m"})
     assert result.made == len(changed)
+
+
+def test_an_adapter_that_another_call_writes_there_has_none_of_its_notes(model: PeftModel, tmp_path: Path):
+    """Once the folder was said to hold what it was first made of, with the metrics of that."""
+    adapt_folder(model, TASKS, tmp_path)
+    folder = tmp_path / "say_m"
+    (folder / LABELS).write_text("{}")  # as of a classifier
+    adapt_many(model, {"other": TASKS["say p"]})["other"].save(folder)
+    assert not (folder / NOTE).exists()
+    assert not (folder / LABELS).exists()
+    assert (adapt_folder(model, TASKS, tmp_path).made, bits(weights_in(folder))) == (
+        1,
+        bits(adapt_many(model, {"say m": TASKS["say m"]})["say m"].weights),
+    )
 
 
 def test_another_start_makes_all_again(model: PeftModel, tmp_path: Path):
