@@ -79,7 +79,7 @@ def adapt_folder(
     learned = hub.meta_learned(model)
     check_hold_back(hold_back)
     named, folder = TaskSet.of(tasks, task_column), Path(folder)
-    folders = {name: folder / short for name, short in folder_names(named.names).items()}
+    folders = {name: folder / short for name, short in folder_names(named.names, folder).items()}
     start = _start(model, learned, steps, hold_back)
     result = FolderOfAdapters()
     size = STACKS * tasks_per_forward
@@ -104,16 +104,32 @@ def adapt_folder(
     return result
 
 
-def folder_names(tasks: Sequence[str]) -> dict[str, str]:
-    """Tasks' names as names of folders, nothing outside them. Those that would be the same get a digest behind them."""
+def folder_names(tasks: Sequence[str], beside: Path) -> dict[str, str]:
+    """Tasks' names as names of folders in `beside`, nothing outside it.
+
+    Those that would be the same get a digest behind them. A task that has a folder from an earlier call keeps it, and no
+    other one gets it.
+    """
     plain = {task: _plain(task) for task in tasks}
-    count = Counter([FAILED, *(name.casefold() for name in plain.values())])  # whose place is the summary's
-    return {
-        task: name
-        if count[name.casefold()] == 1 and len(name.encode()) <= 200
-        else f"{name[:40]}-{of_texts(task)[:12]}"
-        for task, name in plain.items()
-    }
+    count = Counter(name.casefold() for name in plain.values())
+
+    def name_of(task: str, name: str) -> str:
+        with_digest = f"{name[:40]}-{of_texts(task)[:12]}"
+        if name.casefold() == FAILED or len(name.encode()) > 200:  # the summary has a place of its own
+            return with_digest
+        if (there := _task_in(beside / name)) is not None:
+            return name if there == task else with_digest
+        return name if count[name.casefold()] == 1 and _task_in(beside / with_digest) != task else with_digest
+
+    return {task: name_of(task, name) for task, name in plain.items()}
+
+
+def _task_in(folder: Path) -> str | None:
+    """The task that the note in `folder` names, whatever became of its adapter; None where no note names one."""
+    try:
+        return str(json.loads((folder / NOTE).read_text(encoding="utf-8"))["task"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _plain(task: str) -> str:

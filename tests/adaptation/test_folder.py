@@ -237,11 +237,36 @@ def test_a_file_of_rows(model: PeftModel, tmp_path: Path):
         adapt_folder(model, file, tmp_path / "out")
 
 
-def test_names_of_folders():
-    names = folder_names(["de/date", "..", "Task", "task", "plain-1_x", "ä" * 101])
+def test_a_task_of_another_call_keeps_its_folder(model: PeftModel, tmp_path: Path):
+    """Once the second of two names that make one folder's name took the first one's place, without a word."""
+    seen: dict[str, Path] = {}
+
+    def note(made: Made) -> None:
+        assert seen.setdefault(made.task, made.folder) == made.folder
+
+    adapt_folder(model, {"A&B": TASKS["say p"]}, tmp_path, done=note)
+    first = bits(weights_in(tmp_path / "A_B"))
+    assert adapt_folder(model, {"A/B": TASKS["say m"]}, tmp_path, done=note).made == 1
+    assert seen == {"A&B": tmp_path / "A_B", "A/B": tmp_path / folder_names(["A/B"], tmp_path)["A/B"]}
+    assert seen["A/B"].name.startswith("A_B-")
+    assert bits(weights_in(tmp_path / "A_B")) == first
+    both = {"A&B": TASKS["say p"], "A/B": TASKS["say m"]}
+    for tasks in (both, *({task: rows} for task, rows in both.items())):
+        assert adapt_folder(model, tasks, tmp_path, done=note).already == len(tasks)
+
+
+def test_tasks_of_one_call_keep_their_folders_when_they_come_alone(model: PeftModel, tmp_path: Path):
+    both = {"A&B": TASKS["say p"], "A/B": TASKS["say m"]}
+    adapt_folder(model, both, tmp_path)
+    assert all(adapt_folder(model, {task: rows}, tmp_path).already == 1 for task, rows in both.items())
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_names_of_folders(tmp_path: Path):
+    names = folder_names(["de/date", "..", "Task", "task", "plain-1_x", "ä" * 101], tmp_path)
     assert (names["de/date"], names[".."], names["plain-1_x"]) == ("de_date", "_", "plain-1_x")
     assert names["Task"].startswith("Task-")
     assert names["task"].startswith("task-")
     assert len({name.casefold() for name in names.values()}) == 6
     assert all(len(name.encode()) <= 200 for name in names.values())
-    assert folder_names(["task"]) == {"task": "task"}
+    assert folder_names(["task"], tmp_path) == {"task": "task"}
