@@ -479,6 +479,16 @@ def message(capsys: pytest.CaptureFixture[str], words: list[str]) -> str:
         (["inspect", "--adapter", "x", "--what"], "There is no option --what. Try --help."),
         (["adapt", "--adaptor", "x"], "There is no option --adaptor. Did you mean '--adapter'?"),
         (["evaluate", "--task_columns=x"], "There is no option --task-columns. Did you mean '--task-column'?"),
+        (
+            ["adapt", "--task-column", "a", "--support", "x", "--task_column=b"],
+            "--task-column is given twice: give it once",
+        ),
+        (["evaluate", "--steps", "1", "--steps", "2"], "--steps is given twice"),
+        (["inspect", "--adapter", "x", "--json", "--json"], "--json is given twice"),
+        (["push", "--to", "a/b", "--to=a/c"], "--to is given twice"),
+        (["tasks", "--shots", "2", "--shots", "3"], "--shots is given twice"),
+        (["train", "--task_column", "a", "--task-column=b"], "--task_column is given twice"),
+        (["train", "--config", "a.yaml", "--config=b.yaml"], "--config is given twice"),
         (["train", "--shot", "3"], "There is no option --shot. Did you mean 'shots'?"),
         (["train", "--shots", "0"], "shots must be a number of 1 or more; got 0"),
         (["train", "--config", "nothing.yaml"], "There is no config file 'nothing.yaml'"),
@@ -567,3 +577,22 @@ def test_adapting_to_rows_of_several_tasks_asks_which_column_names_them(tmp_path
     words = ["adapt", "--adapter", meta(), "--support", str(rows), "--output", str(tmp_path / "adapted")]
     assert "The rows are of 2 tasks by their column 'task'" in message(capsys, words)
     assert not (tmp_path / "adapted").exists()
+
+
+def test_several_columns_name_the_tasks_to_adapt_to(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """As the message says, which once named one column that there was not."""
+    rows = [
+        {"customer": customer, "the language": language, **row}
+        for customer, language, letter in (("acme", "de", "p"), ("acme", "en", "q"), ("b", "de", "r"))
+        for row in letter_rows(letter)[:2]
+    ]
+    file, output = tmp_path / "rows.jsonl", tmp_path / "adapted"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    adapter = judged_adapter(tmp_path / "adapter", task_column=["customer", "the language"])
+    words = ["adapt", "--adapter", adapter, "--support", str(file), "--output", str(output)]
+    said = message(capsys, words)
+    assert "3 tasks by their columns 'customer' and 'the language'" in said
+    assert "give --task-column customer 'the language' to adapt to each" in said
+    assert main([*words, "--task-column", "customer", "the language"]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["task"] for line in lines] == ["acme / de", "acme / en", "b / de"]

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
 
 from meta_peft.commands.model_options import add_empty_rows, add_model_options, load_model
 from meta_peft.errors import MetaPeftError
+from meta_peft.utils.words import listed
 
 ABOUT = "Adapt to one task, or to each task of a file."
 USAGE = "--adapter DIR_OR_ID --support FILE --output DIR [options]"
@@ -26,7 +28,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add_model_options(parser)
     parser.add_argument("--support", required=True, metavar="FILE", help="examples; with --task-column, of many tasks")
     parser.add_argument("--output", required=True, metavar="DIR", help="where the adapted PEFT adapter goes")
-    parser.add_argument("--task-column", metavar="NAME", help="adapt to each task it names, a folder each")
+    parser.add_argument("--task-column", nargs="+", metavar="C", help="columns that name tasks: adapt to each")
     parser.add_argument("--steps", type=int, metavar="N", help="gradient steps (as in meta-training)")
     held = "share or number of examples that tell when to stop (0)"
     parser.add_argument("--hold-back", type=_share_or_rows, default=0.0, metavar="X", help=held)
@@ -64,9 +66,11 @@ def _check_one_task(rows: list[dict[str, Any]], task_column: tuple[str, ...]) ->
     """Rows of several tasks, by the column that named them in training, are no examples of one."""
     found = {tuple(str(row.get(column)) for column in task_column) for row in rows}
     if len(found) > 1 and all(column in row for row in rows for column in task_column):
+        several = len(task_column) > 1
         raise MetaPeftError(
-            f"The rows are of {len(found)} tasks by their column {' and '.join(task_column)!r}, which named tasks in"
-            " training: give it as --task-column to adapt to each, or remove it to take them all for one task."
+            f"The rows are of {len(found)} tasks by their column{'s'[:several]} {listed(map(repr, task_column))}, which"
+            f" named tasks in training: give --task-column {shlex.join(task_column)} to adapt to each, or remove"
+            f" {'them' if several else 'it'} to take all rows for one task."
         )
 
 
