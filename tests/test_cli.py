@@ -153,6 +153,54 @@ def test_adapt_to_each_task_of_a_file(tmp_path: Path, capsys: pytest.CaptureFixt
             assert made.read_bytes() == (in_python / folder / made.name).read_bytes(), made
 
 
+def with_old_names(file: Path) -> str:
+    """The rows of a file, as one has them who trains with ``rename_columns``."""
+    old = {"task": "kind", "input": "word", "target": "answer"}
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    file.write_text("".join(json.dumps({old[c]: value for c, value in row.items()}) + "\n" for row in rows))
+    return str(file)
+
+
+def test_what_train_reads_the_other_commands_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """Once the names that `train` was told of were not known to `adapt` and `evaluate`."""
+    words = train_words(tmp_path, "--rename_columns", "kind=task", "word=input", "answer=target", "--compare", "none")
+    for split in ("train", "validation", "test"):
+        with_old_names(tmp_path / f"{split}.jsonl")
+    assert main(words) == 0
+    adapter = ["--adapter", f"{tmp_path}/out"]
+    file = with_old_names(write_jsonl(tmp_path / "tasks.jsonl", letter_tasks("mn", 4)))
+    one = with_old_names(write_jsonl(tmp_path / "one.jsonl", letter_tasks("m", 4)))
+    adapting = ["adapt", *adapter, "--support", file, "--output", f"{tmp_path}/each"]
+    capsys.readouterr()
+    assert "of 2 tasks by their column 'task'" in message(capsys, adapting)
+    assert main([*adapting, "--task-column", "kind"]) == 0
+    assert main(["adapt", *adapter, "--support", one, "--output", f"{tmp_path}/alone"]) == 0
+    each, alone = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("each/say_m", "alone"))
+    assert all(torch.equal(each[name], alone[name]) for name in each)
+    capsys.readouterr()
+    assert main(["evaluate", *adapter, "--tasks", file, "--steps", "1"]) == 0
+    assert "Tasks: 2, 2 examples and 2 questions each." in capsys.readouterr().out
+    assert main(["inspect", *adapter]) == 0
+    assert "columns renamed kind=task word=input answer=target" in capsys.readouterr().out
+
+
+def test_translations_that_train_reads_the_other_commands_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    rows = [{"translation": {"a": row["input"], "b": row["target"]}} for row in letter_rows("p")]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = train_words(tmp_path, "--compare", "none", "--train_tasks", str(file), "--max_steps", "1")
+    assert main([*words, "--validation_tasks", "null", "--test_tasks", "null"]) == 0
+    adapter = ["--adapter", f"{tmp_path}/out"]
+    adapting = ["adapt", *adapter, "--support", str(file), "--output", f"{tmp_path}/adapted"]
+    capsys.readouterr()
+    assert "in the directions a-b and b-a, each of which is a task" in message(capsys, adapting)
+    assert main([*adapting, "--task-column", "task"]) == 0
+    assert {path.name for path in (tmp_path / "adapted").iterdir()} == {"a-b", "b-a"}
+    capsys.readouterr()
+    assert main(["evaluate", *adapter, "--tasks", str(file), "--steps", "1"]) == 0
+    assert "Tasks: 2, 2 examples and" in capsys.readouterr().out
+
+
 def test_a_task_that_fails_is_reported_by_the_exit_code(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     file = write_jsonl(tmp_path / "tasks.jsonl", {"good": letter_rows("p")[:2], "small": letter_rows("m")[:1]})
     output = tmp_path / "adapted"

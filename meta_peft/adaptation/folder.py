@@ -65,7 +65,8 @@ def adapt_folder(
 
     Args:
         model: from `meta_peft.load`, or trained by `MetaTrainer`; it is left unchanged.
-        tasks: whatever `TaskSet.of` takes: the path of a JSONL file, a `datasets.Dataset`, rows by task name.
+        tasks: whatever `TaskSet.of` takes: the path of a JSONL file, a `datasets.Dataset`, rows by task name. Unless it is
+            a `TaskSet`, columns may have the names that they had in training, which renamed them.
         folder: where the folders of adapters go, each called as its task, with ``_`` for what is no letter or digit.
         task_column: names the task of each row.
         steps: as for `adapt_many`.
@@ -78,7 +79,7 @@ def adapt_folder(
     """
     learned = hub.meta_learned(model)
     check_hold_back(hold_back)
-    named, folder = TaskSet.of(tasks, task_column), Path(folder)
+    named, folder = TaskSet.of(tasks, task_column, row_form=learned.sidecar.row_form), Path(folder)
     folders = {name: folder / short for name, short in folder_names(named.names, folder).items()}
     start = _start(model, learned, steps, hold_back)
     result = FolderOfAdapters()

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from meta_peft.commands.model_options import add_empty_rows, add_model_options, load_model
+from meta_peft.commands.model_options import add_empty_rows, add_model_options, load_model, read_adapter
 from meta_peft.errors import MetaPeftError
 from meta_peft.utils.words import listed
 
@@ -51,11 +51,13 @@ def run(options: argparse.Namespace) -> int:
 
 def _one(options: argparse.Namespace) -> int:
     from meta_peft.adaptation.adapt import adapt_many
-    from meta_peft.adapters.hub import meta_learned
     from meta_peft.tasks.sources import read_rows
 
-    rows, model = read_rows(options.support), load_model(options)
-    _check_one_task(rows, meta_learned(model).sidecar.judged.task_column)
+    rows = read_rows(options.support)
+    folder, sidecar = read_adapter(options)
+    columns = sidecar.judged.task_column
+    _check_one_task(sidecar.row_form.of_rows(rows, columns[0]), columns)
+    model = load_model(options, folder)
     result = adapt_many(model, {"task": rows}, steps=options.steps, hold_back=options.hold_back)["task"]
     result.save(options.output)
     _say("task", options.output, result.metrics)
@@ -80,8 +82,10 @@ def _each(options: argparse.Namespace) -> int:
     from meta_peft.adaptation.folder import FAILED, Made, adapt_folder
     from meta_peft.tasks import TaskSet
 
-    tasks = TaskSet.of(options.support, options.task_column, empty_rows=options.empty_rows)
-    model = load_model(options)
+    folder, sidecar = read_adapter(options)
+    how = {"empty_rows": options.empty_rows, "row_form": sidecar.row_form}
+    tasks = TaskSet.of(options.support, options.task_column, **how)
+    model = load_model(options, folder)
     with tqdm(total=len(tasks), desc="adapting", unit="task", disable=None) as bar:
 
         def done(made: Made) -> None:

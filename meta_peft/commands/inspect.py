@@ -80,6 +80,8 @@ def _facts(sidecar: Any, fast: list[str]) -> list[tuple[str, str]]:
         facts.append(("rate factors", f"{found} steps"))
     template = sidecar.prompt_format
     facts.append(("prompt", f"{template.prompt_template!r} {template.completion_template!r}"))
+    if str(sidecar.row_form):
+        facts.append(("rows", str(sidecar.row_form)))
     if len(fast) < len(sidecar.names):
         facts.append(("fast weights", f"{len(fast)} of them, those with {inner.fast!r} in their names"))
     return facts
@@ -100,6 +102,7 @@ def _values(sidecar: Any, fast: list[str]) -> dict[str, Any]:
         "rate_factors": sidecar.rate_factors,
         "prompt_format": sidecar.prompt_format.to_dict(),
         "judged": asdict(sidecar.judged),
+        "row_form": asdict(sidecar.row_form),
     }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from meta_peft.adaptation.folder import Made, folder_names
 from meta_peft.adapters.adapter_files import CONFIG, WEIGHTS
 from meta_peft.adapters.hub import LABELS, NOTE
 from meta_peft.functional.adapter_loss import AdapterLoss
+from meta_peft.tasks.row_form import RowForm
 
 TASKS = {"say p": letter_rows("p")[:3], "say m": letter_rows("m")[:3], "say n": letter_rows("n")[:2]}
 FOLDERS = {"say_p", "say_m", "say_n"}
@@ -260,6 +262,20 @@ def test_tasks_of_one_call_keep_their_folders_when_they_come_alone(model: PeftMo
     adapt_folder(model, both, tmp_path)
     assert all(adapt_folder(model, {task: rows}, tmp_path).already == 1 for task, rows in both.items())
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_rows_with_the_names_that_training_changed(model: PeftModel, tmp_path: Path):
+    adapt_folder(model, TASKS, tmp_path / "new")
+    learned = model.meta_peft
+    form = RowForm({"input": "target", "target": "input", "customer": "task"})  # once each, and not there and back
+    model.meta_peft = replace(learned, sidecar=replace(learned.sidecar, row_form=form))
+    rows = [
+        {"customer": name, "input": row["target"], "target": row["input"]} for name, of in TASKS.items() for row in of
+    ]
+    for column in ("task", "customer"):
+        assert adapt_folder(model, rows, tmp_path / column, task_column=column).made == 3
+        for name in FOLDERS:
+            assert bits(weights_in(tmp_path / column / name)) == bits(weights_in(tmp_path / "new" / name))
 
 
 def test_names_of_folders(tmp_path: Path):
