@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from meta_peft import preflight
 from meta_peft.adapters.adapter_files import CONFIG, WEIGHTS, load_adapter, undone_on_error
 from meta_peft.adapters.base_identity import BaseIdentity
+from meta_peft.adapters.card_file import CARD, may_replace
 from meta_peft.adapters.hub_errors import explained
 from meta_peft.adapters.sidecar import JSON, TENSORS, Sidecar
 from meta_peft.base.base_model import load_base
@@ -33,7 +34,6 @@ from meta_peft.types import Params
 
 LABELS = "label_names.json"  # names of classes, which neither PEFT nor transformers reads by itself
 NOTE = "adaptation.json"  # beside an adapter of `adapt_folder`: of what it was made; written last
-CARD = "README.md"
 
 
 @dataclass(frozen=True)
@@ -58,14 +58,14 @@ def save(
 ) -> None:
     """Write an adapter, by default the active one, its sidecar and, if given, a model card.
 
-    Each file is whole or not there.
+    Each file is whole or not there. A card that meta_peft made does not replace a README of your own.
     """
     adapter = adapter or active_adapter(model)
     weights: Params = {n: p.detach() for n, p in FastWeights(model, adapter).parameters().items()}
     with _replacing_files(Path(folder), of_the_old=(NOTE, LABELS)) as partial:
         write_adapter(weights, model.peft_config[adapter], sidecar.base.name, partial)
         sidecar.write(partial)
-        if card is not None:
+        if card is not None and may_replace(Path(folder), card):
             (partial / CARD).write_text(card, encoding="utf-8")
 
 
@@ -88,7 +88,7 @@ def save_adapted(
         )
     with _replacing_files(Path(folder), of_the_old=(NOTE, LABELS)) as partial:
         write_adapter(weights, config, base_name, partial)
-        if card is not None:
+        if card is not None and may_replace(Path(folder), card):
             (partial / CARD).write_text(card, encoding="utf-8")
         if label_names:
             names = {"id2label": dict(enumerate(label_names)), "label2id": {n: i for i, n in enumerate(label_names)}}
