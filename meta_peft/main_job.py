@@ -15,7 +15,7 @@ from meta_peft.comparison.about_run import about_run
 from meta_peft.comparison.compare import CompareArguments, compare, multitask_starts
 from meta_peft.comparison.rate_edges import at_the_edge, edges_in_words
 from meta_peft.config import MetaLoraConfig, ModelArguments, TaskArguments
-from meta_peft.evaluation.report import Report, check_plots
+from meta_peft.evaluation.report import PLOT, Report, check_plots, remove_report
 from meta_peft.run_tasks.run_episodes import with_classes
 from meta_peft.run_tasks.task_loading import run_tasks
 from meta_peft.sharding import asked_for, check_sharding
@@ -28,7 +28,7 @@ from meta_peft.training.trainer_options import check_best_metric, check_evaluati
 def run(
     model_args: ModelArguments, task_args: TaskArguments, args: MetaLoraConfig, comparison: CompareArguments
 ) -> Report | None:
-    """Train, save to `args.output_dir`, compare, and write table and plot there."""
+    """Train, save to `args.output_dir`, compare, and write table and plot there; those of an earlier run go."""
     _check_base(model_args, args)
     check_optimizer(args)
     tasks, leakage = run_tasks(task_args, args)
@@ -47,12 +47,14 @@ def run(
         processing_class=tokenizer,
     )
     plain = trainer.start("plain LoRA")
-    began = time.monotonic()
+    output_dir, began = Path(str(args.output_dir)), time.monotonic()
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     seconds = time.monotonic() - began
+    if not args.process_index:
+        remove_report(output_dir)  # of an earlier run there: it would be pushed with this one's adapter
     trainer.save_model()
     if trainer.interrupted is not None:
-        last = Path(str(args.output_dir)) / f"checkpoint-{trainer.state.global_step}"
+        last = output_dir / f"checkpoint-{trainer.state.global_step}"
         print(f"Stopped by a signal. To go on: --output_dir {args.output_dir} --resume_from_checkpoint {last}")
         raise SystemExit(128 + trainer.interrupted)
     if not compared:
@@ -83,10 +85,10 @@ def run(
             ()
             if task_args.dataset_name is None or Path(task_args.dataset_name).exists()
             else (task_args.dataset_name,),
-            "results.png",
+            PLOT,
         ),
     )
-    report.write(Path(str(args.output_dir)))  # first: the card shows the plot, and may be pushed with it
+    report.write(output_dir)  # first: the card shows the plot, and may be pushed with it
     trainer.save_model()
     examples = f"{args.shots} examples{of_classes(args.ways) or ' each'}"
     print(f"\nHeld-out tasks: {len(report.tasks)}, {examples}.\n\n{report.markdown()}\n")

@@ -153,6 +153,54 @@ def test_adapt_to_each_task_of_a_file(tmp_path: Path, capsys: pytest.CaptureFixt
             assert made.read_bytes() == (in_python / folder / made.name).read_bytes(), made
 
 
+def with_old_names(file: Path) -> str:
+    """The rows of a file, as one has them who trains with ``rename_columns``."""
+    old = {"task": "kind", "input": "word", "target": "answer"}
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    file.write_text("".join(json.dumps({old[c]: value for c, value in row.items()}) + "\n" for row in rows))
+    return str(file)
+
+
+def test_what_train_reads_the_other_commands_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """Once the names that `train` was told of were not known to `adapt` and `evaluate`."""
+    words = train_words(tmp_path, "--rename_columns", "kind=task", "word=input", "answer=target", "--compare", "none")
+    for split in ("train", "validation", "test"):
+        with_old_names(tmp_path / f"{split}.jsonl")
+    assert main(words) == 0
+    adapter = ["--adapter", f"{tmp_path}/out"]
+    file = with_old_names(write_jsonl(tmp_path / "tasks.jsonl", letter_tasks("mn", 4)))
+    one = with_old_names(write_jsonl(tmp_path / "one.jsonl", letter_tasks("m", 4)))
+    adapting = ["adapt", *adapter, "--support", file, "--output", f"{tmp_path}/each"]
+    capsys.readouterr()
+    assert "of 2 tasks by their column 'task'" in message(capsys, adapting)
+    assert main([*adapting, "--task-column", "kind"]) == 0
+    assert main(["adapt", *adapter, "--support", one, "--output", f"{tmp_path}/alone"]) == 0
+    each, alone = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("each/say_m", "alone"))
+    assert all(torch.equal(each[name], alone[name]) for name in each)
+    capsys.readouterr()
+    assert main(["evaluate", *adapter, "--tasks", file, "--steps", "1"]) == 0
+    assert "Tasks: 2, 2 examples and 2 questions each." in capsys.readouterr().out
+    assert main(["inspect", *adapter]) == 0
+    assert "columns renamed kind=task word=input answer=target" in capsys.readouterr().out
+
+
+def test_translations_that_train_reads_the_other_commands_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    rows = [{"translation": {"a": row["input"], "b": row["target"]}} for row in letter_rows("p")]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = train_words(tmp_path, "--compare", "none", "--train_tasks", str(file), "--max_steps", "1")
+    assert main([*words, "--validation_tasks", "null", "--test_tasks", "null"]) == 0
+    adapter = ["--adapter", f"{tmp_path}/out"]
+    adapting = ["adapt", *adapter, "--support", str(file), "--output", f"{tmp_path}/adapted"]
+    capsys.readouterr()
+    assert "in the directions a-b and b-a, each of which is a task" in message(capsys, adapting)
+    assert main([*adapting, "--task-column", "task"]) == 0
+    assert {path.name for path in (tmp_path / "adapted").iterdir()} == {"a-b", "b-a"}
+    capsys.readouterr()
+    assert main(["evaluate", *adapter, "--tasks", str(file), "--steps", "1"]) == 0
+    assert "Tasks: 2, 2 examples and" in capsys.readouterr().out
+
+
 def test_a_task_that_fails_is_reported_by_the_exit_code(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     file = write_jsonl(tmp_path / "tasks.jsonl", {"good": letter_rows("p")[:2], "small": letter_rows("m")[:1]})
     output = tmp_path / "adapted"
@@ -344,6 +392,15 @@ def test_inspect_an_adapted_adapter(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "not the config of a PEFT adapter" in capsys.readouterr().err
 
 
+def test_inspect_says_nothing_of_an_adapter_that_was_there_before(tmp_path: Path, support: Path, capsys):
+    adapt_folder(load(None, meta()), {"say m": letter_rows("m")[:2]}, tmp_path)
+    folder = str(tmp_path / "say_m")
+    assert main(["adapt", "--adapter", meta(), "--support", str(support), "--output", folder]) == 0
+    capsys.readouterr()
+    assert main(["inspect", "--adapter", folder]) == 0
+    assert "adapted to" not in capsys.readouterr().out
+
+
 # ---- help
 
 
@@ -483,6 +540,16 @@ def message(capsys: pytest.CaptureFixture[str], words: list[str]) -> str:
         (["inspect", "--adapter", "x", "--what"], "There is no option --what. Try --help."),
         (["adapt", "--adaptor", "x"], "There is no option --adaptor. Did you mean '--adapter'?"),
         (["evaluate", "--task_columns=x"], "There is no option --task-columns. Did you mean '--task-column'?"),
+        (
+            ["adapt", "--task-column", "a", "--support", "x", "--task_column=b"],
+            "--task-column is given twice: give it once",
+        ),
+        (["evaluate", "--steps", "1", "--steps", "2"], "--steps is given twice"),
+        (["inspect", "--adapter", "x", "--json", "--json"], "--json is given twice"),
+        (["push", "--to", "a/b", "--to=a/c"], "--to is given twice"),
+        (["tasks", "--shots", "2", "--shots", "3"], "--shots is given twice"),
+        (["train", "--task_column", "a", "--task-column=b"], "--task_column is given twice"),
+        (["train", "--config", "a.yaml", "--config=b.yaml"], "--config is given twice"),
         (["train", "--shot", "3"], "There is no option --shot. Did you mean 'shots'?"),
         (["train", "--shots", "0"], "shots must be a number of 1 or more; got 0"),
         (["train", "--config", "nothing.yaml"], "There is no config file 'nothing.yaml'"),
@@ -595,3 +662,22 @@ def test_adapting_to_rows_of_several_tasks_asks_which_column_names_them(tmp_path
     words = ["adapt", "--adapter", meta(), "--support", str(rows), "--output", str(tmp_path / "adapted")]
     assert "The rows are of 2 tasks by their column 'task'" in message(capsys, words)
     assert not (tmp_path / "adapted").exists()
+
+
+def test_several_columns_name_the_tasks_to_adapt_to(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """As the message says, which once named one column that there was not."""
+    rows = [
+        {"customer": customer, "the language": language, **row}
+        for customer, language, letter in (("acme", "de", "p"), ("acme", "en", "q"), ("b", "de", "r"))
+        for row in letter_rows(letter)[:2]
+    ]
+    file, output = tmp_path / "rows.jsonl", tmp_path / "adapted"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    adapter = judged_adapter(tmp_path / "adapter", task_column=["customer", "the language"])
+    words = ["adapt", "--adapter", adapter, "--support", str(file), "--output", str(output)]
+    said = message(capsys, words)
+    assert "3 tasks by their columns 'customer' and 'the language'" in said
+    assert "give --task-column customer 'the language' to adapt to each" in said
+    assert main([*words, "--task-column", "customer", "the language"]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["task"] for line in lines] == ["acme / de", "acme / en", "b / de"]

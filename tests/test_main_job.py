@@ -114,6 +114,24 @@ def test_compared_with_plain_lora(tmp_path: Path, capsys: pytest.CaptureFixture[
     }
 
 
+def test_the_results_of_an_earlier_run_do_not_stay_beside_another_adapter(tmp_path: Path):
+    job(tmp_path, "plain")
+    output, _ = job(tmp_path, "none", seed=7)
+    assert {path.name for path in output.iterdir()} == ADAPTER
+
+
+def test_a_run_that_stops_before_its_comparison_leaves_no_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    output, _ = job(tmp_path, "plain")
+
+    def stops(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("meta_peft.main_job.compare", stops)
+    with pytest.raises(KeyboardInterrupt):
+        job(tmp_path, "plain", seed=7)
+    assert {path.name for path in output.iterdir()} == ADAPTER
+
+
 def test_baselines_adapt_as_users_do_where_the_run_does_not(tmp_path: Path):
     """At a rate that moves nothing, so that Adam on all weights is what the validation tasks choose."""
     _, report = job(tmp_path, "full", fast_weights="lora_B", inner_lr=1e-9, learn_inner_lr=False)

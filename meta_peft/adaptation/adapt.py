@@ -14,6 +14,7 @@ from meta_peft.adapters import hub
 from meta_peft.adapters.adapter_files import TEXTS
 from meta_peft.errors import MetaPeftError
 from meta_peft.lora.fast_weights import FastWeights
+from meta_peft.tasks.sources import rows_of_task
 from meta_peft.utils.checked import shown
 
 # What PEFT or a file changes of a config without another result.
@@ -29,7 +30,8 @@ def adapt(
 
     Args:
         model: from `meta_peft.load`, or trained by `MetaTrainer`.
-        support: a handful of rows, in any form that the model's objective reads.
+        support: a handful of rows, in any form that the model's objective reads; or as they were in training, which renamed
+            columns or made pairs of translations.
         steps: gradient steps; by default as many as in meta-training.
         hold_back: see `adapt_many`.
         name: of the new adapter.
@@ -75,7 +77,7 @@ def adapt_many(
 
     Args:
         model: from `meta_peft.load`, or trained by `MetaTrainer`; it is left unchanged.
-        tasks: support rows by task name.
+        tasks: support rows by task name, as for `adapt`.
         steps: gradient steps; by default as many as in meta-training.
         hold_back: a share of each task's rows, or a whole number of them, drawn at random, that it is not adapted on. Of
             the weights after 0, 1, ... `steps` steps, each task gets those with which the loss of its held-back rows is
@@ -94,7 +96,11 @@ def adapt_many(
         )
     learned = hub.meta_learned(model)
     check_hold_back(hold_back)
-    supports = {name: encoded_support(learned, name, support, hold_back) for name, support in tasks.items()}
+    form, judged = learned.sidecar.row_form, learned.sidecar.judged
+    supports = {
+        name: encoded_support(learned, name, form.of_rows(rows_of_task(support), judged.task_column[0]), hold_back)
+        for name, support in tasks.items()
+    }
     results: dict[str, Adapted] = {}
     for stack in adapted_stacks(model, supports, steps=steps, tasks_per_forward=tasks_per_forward):
         results.update(stack)

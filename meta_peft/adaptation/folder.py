@@ -14,15 +14,16 @@ from peft import PeftModel
 
 from meta_peft.adaptation.stacks import MOST, Adapted, Support, adapted_stacks, check_hold_back, encoded_support
 from meta_peft.adapters import hub
+from meta_peft.adapters.adapter_files import CONFIG, WEIGHTS
 from meta_peft.adapters.base_identity import BaseIdentity
+from meta_peft.adapters.hub import NOTE
 from meta_peft.errors import MetaPeftError
 from meta_peft.lora.fast_weights import FastWeights
 from meta_peft.tasks import TaskSet
 from meta_peft.utils.atomic_files import write_file
 from meta_peft.utils.checked import whole
-from meta_peft.utils.digests import of_texts
+from meta_peft.utils.digests import of_file, of_texts
 
-NOTE = "adaptation.json"  # beside an adapter: of what it was made; written last
 FAILED = "failed.json"
 STACKS = 16  # read and encoded at a time
 
@@ -65,7 +66,8 @@ def adapt_folder(
 
     Args:
         model: from `meta_peft.load`, or trained by `MetaTrainer`; it is left unchanged.
-        tasks: whatever `TaskSet.of` takes: the path of a JSONL file, a `datasets.Dataset`, rows by task name.
+        tasks: whatever `TaskSet.of` takes: the path of a JSONL file, a `datasets.Dataset`, rows by task name. Unless it is
+            a `TaskSet`, columns may have the names that they had in training, which renamed them.
         folder: where the folders of adapters go, each called as its task, with ``_`` for what is no letter or digit.
         task_column: names the task of each row.
         steps: as for `adapt_many`.
@@ -80,8 +82,8 @@ def adapt_folder(
     check_hold_back(hold_back)
     steps = None if steps is None else whole("steps", steps, 0, MOST)
     tasks_per_forward = whole("tasks_per_forward", tasks_per_forward, 1, MOST)
-    named, folder = TaskSet.of(tasks, task_column), Path(folder)
-    folders = {name: folder / short for name, short in folder_names(named.names).items()}
+    named, folder = TaskSet.of(tasks, task_column, row_form=learned.sidecar.row_form), Path(folder)
+    folders = {name: folder / short for name, short in folder_names(named.names, folder).items()}
     start = _start(model, learned, steps, hold_back)
     result = FolderOfAdapters()
     size = STACKS * tasks_per_forward
@@ -98,26 +100,40 @@ def adapt_folder(
                 result.already += 1
                 done(Made(name, folders[name], metrics, already=True))
         for name, adapted in _adapted(model, learned, missing, result.failed, steps, hold_back, tasks_per_forward):
-            (folders[name] / NOTE).unlink(missing_ok=True)  # it is of the adapter that is replaced now
             adapted.save(folders[name])
-            note = {"task": name, "digest": digests[name], "metrics": adapted.metrics}
-            write_file(folders[name] / NOTE, json.dumps(note, ensure_ascii=False) + "\n")
+            _write_note(folders[name], name, digests[name], adapted.metrics)
             result.made += 1
             done(Made(name, folders[name], adapted.metrics))
         _write_failed(folder, result.failed)
     return result
 
 
-def folder_names(tasks: Sequence[str]) -> dict[str, str]:
-    """Tasks' names as names of folders, nothing outside them. Those that would be the same get a digest behind them."""
+def folder_names(tasks: Sequence[str], beside: Path) -> dict[str, str]:
+    """Tasks' names as names of folders in `beside`, nothing outside it.
+
+    Those that would be the same get a digest behind them. A task that has a folder from an earlier call keeps it, and no
+    other one gets it.
+    """
     plain = {task: _plain(task) for task in tasks}
-    count = Counter([FAILED, *(name.casefold() for name in plain.values())])  # whose place is the summary's
-    return {
-        task: name
-        if count[name.casefold()] == 1 and len(name.encode()) <= 200
-        else f"{name[:40]}-{of_texts(task)[:12]}"
-        for task, name in plain.items()
-    }
+    count = Counter(name.casefold() for name in plain.values())
+
+    def name_of(task: str, name: str) -> str:
+        with_digest = f"{name[:40]}-{of_texts(task)[:12]}"
+        if name.casefold() == FAILED or len(name.encode()) > 200:  # the summary has a place of its own
+            return with_digest
+        if (there := _task_in(beside / name)) is not None:
+            return name if there == task else with_digest
+        return name if count[name.casefold()] == 1 and _task_in(beside / with_digest) != task else with_digest
+
+    return {task: name_of(task, name) for task, name in plain.items()}
+
+
+def _task_in(folder: Path) -> str | None:
+    """The task that the note in `folder` names, whatever became of its adapter; None where no note names one."""
+    try:
+        return str(json.loads((folder / NOTE).read_text(encoding="utf-8"))["task"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _plain(task: str) -> str:
@@ -170,13 +186,29 @@ def _start(model: PeftModel, learned: hub.MetaLearned, steps: int | None, hold_b
     return of_texts(weights.hexdigest(), json.dumps(how, sort_keys=True))
 
 
-def _made_before(folder: Path, digest: str) -> dict[str, float] | None:
-    """The metrics of the adapter in `folder`, if it is there and was made of this."""
+def read_note(folder: Path) -> dict[str, Any]:
+    """What the note beside an adapter says: its `task`, `metrics`, the `digest` of what it was made of.
+
+    Empty if there is none, or none of this adapter: its weights are others than those that the note was written for, or
+    are not known, as in notes of earlier versions.
+    """
     try:
         note = json.loads((folder / NOTE).read_text(encoding="utf-8"))
-        return dict(note["metrics"]) if note["digest"] == digest else None
+        whole = (folder / CONFIG).is_file() and note["weights"] == of_file(folder / WEIGHTS)
+        return {**note, "metrics": dict(note["metrics"])} if whole else {}
     except (OSError, ValueError, KeyError, TypeError):
-        return None
+        return {}
+
+
+def _write_note(folder: Path, task: str, digest: str, metrics: Mapping[str, float]) -> None:
+    note = {"task": task, "digest": digest, "weights": of_file(folder / WEIGHTS), "metrics": dict(metrics)}
+    write_file(folder / NOTE, json.dumps(note, ensure_ascii=False) + "\n")
+
+
+def _made_before(folder: Path, digest: str) -> dict[str, float] | None:
+    """The metrics of the adapter in `folder`, if it is there and was made of this."""
+    note = read_note(folder)
+    return note["metrics"] if note.get("digest") == digest else None
 
 
 def _write_failed(folder: Path, failed: Mapping[str, str]) -> None:

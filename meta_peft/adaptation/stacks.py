@@ -25,10 +25,12 @@ from meta_peft.inner_loop import inner_loop
 from meta_peft.inner_optimizers.rule import RATES, scaled
 from meta_peft.params import per_task, take_task
 from meta_peft.tasks.collate import row_length
+from meta_peft.tasks.prompt import example_columns
 from meta_peft.tasks.sources import rows_of_task
 from meta_peft.types import Params, Rows
-from meta_peft.utils.checked import is_number, whole
+from meta_peft.utils.checked import is_number, shown, whole
 from meta_peft.utils.memory import or_out_of_memory
+from meta_peft.utils.words import listed
 
 logger = logging.getLogger("meta_peft")
 
@@ -77,6 +79,7 @@ def encoded_support(learned: hub.MetaLearned, name: str, support: Examples, hold
     """The rows of one task as the adapter's model reads them.
 
     Args:
+        support: rows of a known form.
         hold_back: the share of rows to hold back, rounded, one at least if it is above 0; or, as a whole number, how
             many. They are drawn at random, by a fixed seed.
 
@@ -92,11 +95,28 @@ def encoded_support(learned: hub.MetaLearned, name: str, support: Examples, hold
             f"Task {name!r} has {len(rows)} support rows, and hold_back={hold_back:g} leaves none of them to adapt on:"
             " give it more rows, or hold back less."
         )
+    _check_columns(name, rows)
     of_task = learned.encoding.of_task(rows)
     encoded = [of_task(row) for row in rows]
     held = set(np.random.default_rng(0).permutation(len(rows))[:n_held].tolist())
     kept = [row for i, row in enumerate(encoded) if i not in held]
     return Support(kept, [row for i, row in enumerate(encoded) if i in held], of_task.facts.label_names)
+
+
+def _check_columns(name: str, rows: list[Mapping[str, Any]]) -> None:
+    """Raise unless each row has the columns of a known form."""
+    for number, row in enumerate(rows, start=1):
+        try:
+            example_columns(row.keys())
+        except MetaPeftError as error:
+            form = () if number == 1 else example_columns(rows[0].keys())
+            missing = [repr(column) for column in form if column not in row]
+            if len(missing) == len(form):  # there is nothing of it, so that it may be meant to be of another one
+                raise MetaPeftError(f"Row {number} of task {name!r} cannot be read. {error}") from error
+            raise MetaPeftError(
+                f"Row {number} of task {name!r} has no column {listed(missing)}, which row 1 has: its columns are"
+                f" {shown(sorted(row))}."
+            ) from error
 
 
 def check_hold_back(hold_back: float) -> None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from meta_peft.adapters.card_file import TAG
 from meta_peft.adapters.sidecar import Sidecar
 from meta_peft.base.model_kinds import KINDS
 from meta_peft.evaluation.metrics import METRICS
@@ -110,7 +111,7 @@ def adapted_card(
     task_type = config.task_type
     kind = next((kind for kind in KINDS.values() if task_type and kind.task_type == task_type), None)
     pipeline = None if kind is None else kind.pipeline
-    tags = ["lora", "peft", "meta_peft"]
+    tags = ["lora", "peft", TAG]
     data = ModelCardData(**_base(base), library_name="peft", pipeline_tag=pipeline, tags=tags)
     seen = "\n".join(f"| {name.replace('_', ' ')} | {value:.4g} |" for name, value in metrics.items())
     parts = [
@@ -178,7 +179,7 @@ def _metadata(sidecar: Sidecar, where: str, results: CardResults, licence: Mappi
         **dict[str, Any](licence),
         library_name="peft",
         pipeline_tag=KINDS[sidecar.objective].pipeline,
-        tags=["lora", "peft", "meta-learning", "meta_peft"],
+        tags=["lora", "peft", "meta-learning", TAG],
         datasets=list(results.sources) or None,
         metrics=[metric.name] if metric else None,
         model_name=Path(where).name if found else None,

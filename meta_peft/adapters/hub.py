@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from meta_peft import preflight
 from meta_peft.adapters.adapter_files import CONFIG, WEIGHTS, load_adapter, undone_on_error
 from meta_peft.adapters.base_identity import BaseIdentity
+from meta_peft.adapters.card_file import CARD, may_replace
 from meta_peft.adapters.hub_errors import explained
 from meta_peft.adapters.sidecar import JSON, TENSORS, Sidecar
 from meta_peft.base.base_model import load_base
@@ -32,7 +33,7 @@ from meta_peft.tasks.encoding import Encoding, tokenizer_of
 from meta_peft.types import Params
 
 LABELS = "label_names.json"  # names of classes, which neither PEFT nor transformers reads by itself
-CARD = "README.md"
+NOTE = "adaptation.json"  # beside an adapter of `adapt_folder`: of what it was made; written last
 
 
 @dataclass(frozen=True)
@@ -57,14 +58,14 @@ def save(
 ) -> None:
     """Write an adapter, by default the active one, its sidecar and, if given, a model card.
 
-    Each file is whole or not there.
+    Each file is whole or not there. A card that meta_peft made does not replace a README of your own.
     """
     adapter = adapter or active_adapter(model)
     weights: Params = {n: p.detach() for n, p in FastWeights(model, adapter).parameters().items()}
-    with _replacing_files(Path(folder)) as partial:
+    with _replacing_files(Path(folder), of_the_old=(NOTE, LABELS)) as partial:
         write_adapter(weights, model.peft_config[adapter], sidecar.base.name, partial)
         sidecar.write(partial)
-        if card is not None:
+        if card is not None and may_replace(Path(folder), card):
             (partial / CARD).write_text(card, encoding="utf-8")
 
 
@@ -77,14 +78,17 @@ def save_adapted(
     label_names: tuple[str, ...] = (),
     card: str | None = None,
 ) -> None:
-    """Write adapted weights as an ordinary PEFT adapter, and names of classes beside it as `transformers` calls them."""
+    """Write adapted weights as an ordinary PEFT adapter, and names of classes beside it as `transformers` calls them.
+
+    What an earlier adapter left beside it goes first: the note of what that was made of, and its names of classes.
+    """
     if (Path(folder) / JSON).is_file():
         raise MetaPeftError(
             f"{folder} holds a meta-learned adapter, which an adapted one would replace: choose another folder."
         )
-    with _replacing_files(Path(folder)) as partial:
+    with _replacing_files(Path(folder), of_the_old=(NOTE, LABELS)) as partial:
         write_adapter(weights, config, base_name, partial)
-        if card is not None:
+        if card is not None and may_replace(Path(folder), card):
             (partial / CARD).write_text(card, encoding="utf-8")
         if label_names:
             names = {"id2label": dict(enumerate(label_names)), "label2id": {n: i for i, n in enumerate(label_names)}}
@@ -263,11 +267,12 @@ def push_checkpoint(
 
 
 @contextmanager
-def _replacing_files(folder: Path) -> Iterator[Path]:
+def _replacing_files(folder: Path, *, of_the_old: Sequence[str]) -> Iterator[Path]:
     """A folder to write into; its files then replace those of `folder` one by one, each by a rename.
 
     The sidecar goes first and comes last. Whoever is killed in between leaves an adapter without one, which is refused,
-    and not one whose files do not belong together.
+    and not one whose files do not belong together. `of_the_old` are files that say something of the adapter that is
+    replaced, and go first too.
     """
     folder.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=".writing-", dir=folder))
@@ -276,6 +281,8 @@ def _replacing_files(folder: Path) -> Iterator[Path]:
         files = sorted(partial.iterdir(), key=lambda file: (file.name == JSON, file.name))
         if files and files[-1].name == JSON:
             (folder / JSON).unlink(missing_ok=True)
+        for name in of_the_old:
+            (folder / name).unlink(missing_ok=True)
         for file in files:
             os.replace(file, folder / file.name)
     finally:

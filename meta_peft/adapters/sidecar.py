@@ -28,6 +28,7 @@ from meta_peft.objectives import CLASSIFYING, OBJECTIVES
 from meta_peft.tasks.encoding import Encoding, Facts
 from meta_peft.tasks.labelling import Labelling
 from meta_peft.tasks.prompt import PromptFormat
+from meta_peft.tasks.row_form import RowForm
 from meta_peft.utils.checked import is_number, one_of, read_object, shown, text, whole
 
 JSON, TENSORS = "meta_peft.json", "meta_peft.safetensors"
@@ -79,7 +80,8 @@ class Sidecar:
     `names` are all LoRA matrices, and behind them the weights of a classification head; those of them that are fast
     weights have the columns of `log_rates` ``[S, n]``, one each or one for each entry. `rate_factors` holds, for numbers of
     adaptation steps, what the rates are best multiplied by, as found on validation tasks. `judged` is how tasks were drawn
-    and judged in training. `tokenizer` is which one it was, where that is known.
+    and judged in training. `tokenizer` is which one it was, where that is known. `row_form` is what training did to rows so
+    that they were of a known form, which is done to others like them too.
     """
 
     algorithm: str
@@ -95,6 +97,7 @@ class Sidecar:
     facts: Facts = field(default_factory=Facts)
     judged: Judged = field(default_factory=Judged)
     tokenizer: TokenizerIdentity | None = None
+    row_form: RowForm = field(default_factory=RowForm)
 
     def encoding(self, processor: Any) -> Encoding:
         """How rows are encoded, with the base's tokenizer, or its processor for speech."""
@@ -126,6 +129,8 @@ class Sidecar:
         }
         if self.tokenizer is not None:
             values["tokenizer"] = asdict(self.tokenizer)
+        if self.row_form != RowForm():
+            values["row_form"] = asdict(self.row_form)
         if self.objective != "causal_lm":
             values |= {"objective": self.objective, "facts": asdict(self.facts)}
         (folder / JSON).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
@@ -167,6 +172,7 @@ class Sidecar:
                 facts=_facts(values["facts"]) if values["format"] == FORMAT else Facts(),
                 judged=Judged.of(values.get("judged") or {}),
                 tokenizer=_tokenizer(values.get("tokenizer")),
+                row_form=RowForm.of(values.get("row_form") or {}),
             )
             sidecar._check_values()
         except (KeyError, TypeError, AttributeError, ValueError, SafetensorError, OSError) as error:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
 
-from meta_peft.commands.model_options import add_empty_rows, add_model_options, load_model
+from meta_peft.commands.model_options import add_empty_rows, add_model_options, load_model, read_adapter
 from meta_peft.errors import MetaPeftError
+from meta_peft.utils.words import listed
 
 ABOUT = "Adapt to one task, or to each task of a file."
 USAGE = "--adapter DIR_OR_ID --support FILE --output DIR [options]"
@@ -26,7 +28,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add_model_options(parser)
     parser.add_argument("--support", required=True, metavar="FILE", help="examples; with --task-column, of many tasks")
     parser.add_argument("--output", required=True, metavar="DIR", help="where the adapted PEFT adapter goes")
-    parser.add_argument("--task-column", metavar="NAME", help="adapt to each task it names, a folder each")
+    parser.add_argument("--task-column", nargs="+", metavar="C", help="columns that name tasks: adapt to each")
     parser.add_argument("--steps", type=int, metavar="N", help="gradient steps (as in meta-training)")
     held = "share or number of examples that tell when to stop (0)"
     parser.add_argument("--hold-back", type=_share_or_rows, default=0.0, metavar="X", help=held)
@@ -49,7 +51,6 @@ def run(options: argparse.Namespace) -> int:
 
 def _one(options: argparse.Namespace) -> int:
     from meta_peft.adaptation.adapt import adapt_many
-    from meta_peft.adapters.hub import meta_learned
     from meta_peft.tasks.sources import read_rows
 
     if Path(options.support).is_dir():
@@ -57,8 +58,11 @@ def _one(options: argparse.Namespace) -> int:
             f"--support must be a file with the examples of one task, and {options.support!r} is a folder: name one of its"
             " files; or adapt to each task of the folder with --task-column task."
         )
-    rows, model = read_rows(options.support), load_model(options)
-    _check_one_task(rows, meta_learned(model).sidecar.judged.task_column)
+    rows = read_rows(options.support)
+    folder, sidecar = read_adapter(options)
+    columns = sidecar.judged.task_column
+    _check_one_task(sidecar.row_form.of_rows(rows, columns[0]), columns)
+    model = load_model(options, folder)
     result = adapt_many(model, {"task": rows}, steps=options.steps, hold_back=options.hold_back)["task"]
     result.save(options.output)
     _say("task", options.output, result.metrics)
@@ -69,9 +73,11 @@ def _check_one_task(rows: list[dict[str, Any]], task_column: tuple[str, ...]) ->
     """Rows of several tasks, by the column that named them in training, are no examples of one."""
     found = {tuple(str(row.get(column)) for column in task_column) for row in rows}
     if len(found) > 1 and all(column in row for row in rows for column in task_column):
+        several = len(task_column) > 1
         raise MetaPeftError(
-            f"The rows are of {len(found)} tasks by their column {' and '.join(task_column)!r}, which named tasks in"
-            " training: give it as --task-column to adapt to each, or remove it to take them all for one task."
+            f"The rows are of {len(found)} tasks by their column{'s'[:several]} {listed(map(repr, task_column))}, which"
+            f" named tasks in training: give --task-column {shlex.join(task_column)} to adapt to each, or remove"
+            f" {'them' if several else 'it'} to take all rows for one task."
         )
 
 
@@ -81,8 +87,10 @@ def _each(options: argparse.Namespace) -> int:
     from meta_peft.adaptation.folder import FAILED, Made, adapt_folder
     from meta_peft.tasks import TaskSet
 
-    tasks = TaskSet.of(options.support, options.task_column, empty_rows=options.empty_rows)
-    model = load_model(options)
+    folder, sidecar = read_adapter(options)
+    how = {"empty_rows": options.empty_rows, "row_form": sidecar.row_form}
+    tasks = TaskSet.of(options.support, options.task_column, **how)
+    model = load_model(options, folder)
     with tqdm(total=len(tasks), desc="adapting", unit="task", disable=None) as bar:
 
         def done(made: Made) -> None:

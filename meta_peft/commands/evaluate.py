@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
-from meta_peft.commands.model_options import add_empty_rows, add_model_options, load_model
+from meta_peft.commands.model_options import add_empty_rows, add_model_options, load_model, read_adapter
 from meta_peft.commands.run_options import run_options, show_help
 from meta_peft.errors import MetaPeftError
 
@@ -75,15 +74,14 @@ def run(options: argparse.Namespace) -> int:
     one_of("--choice-score", options.choice_score, CHOICE_SCORES)
     if options.metric is not None:
         metric_named(options.metric)
-    read = partial(TaskSet.of, options.tasks, empty_rows=options.empty_rows)
-    # What is wrong with the file is known before the model is loaded, if it is said how to read it.
-    tasks = None if options.task_column is None else read(options.task_column)
-    model = load_model(options)
-    learned = meta_learned(model)
-    sidecar = learned.sidecar
+    # What is wrong with the file is known before the model is loaded.
+    folder, sidecar = read_adapter(options)
     judged, shots = sidecar.judged, sidecar.shots if options.shots is None else options.shots
-    tasks = read(judged.task_column) if tasks is None else tasks
+    how = {"empty_rows": options.empty_rows, "row_form": sidecar.row_form}
+    tasks = TaskSet.of(options.tasks, options.task_column or judged.task_column, **how)
     tasks = large_enough(tasks, judged.labelling, shots, 1, options.small_tasks)
+    model = load_model(options, folder)
+    learned = meta_learned(model)
     episodes = held_out(tasks.encoded(learned.encoding), shots=shots, seed=judged.seed, labels=judged.labelling)
     collate = learned.encoding.collator()
     loss_fn = AdapterLoss(model, second_order=False)

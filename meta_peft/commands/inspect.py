@@ -82,6 +82,8 @@ def _facts(sidecar: Any, fast: list[str]) -> list[tuple[str, str]]:
         facts.append(("rate factors", f"{found} steps"))
     template = sidecar.prompt_format
     facts.append(("prompt", f"{template.prompt_template!r} {template.completion_template!r}"))
+    if str(sidecar.row_form):
+        facts.append(("rows", str(sidecar.row_form)))
     if len(fast) < len(sidecar.names):
         facts.append(("fast weights", f"{len(fast)} of them, those with {inner.fast!r} in their names"))
     return facts
@@ -102,19 +104,20 @@ def _values(sidecar: Any, fast: list[str]) -> dict[str, Any]:
         "rate_factors": sidecar.rate_factors,
         "prompt_format": sidecar.prompt_format.to_dict(),
         "judged": asdict(sidecar.judged),
+        "row_form": asdict(sidecar.row_form),
     }
 
 
 def _adapted(folder: Path, options: argparse.Namespace) -> int:
     """A folder without a sidecar: an adapter that was adapted to a task, or any other of PEFT."""
-    from meta_peft.adaptation.folder import NOTE
+    from meta_peft.adaptation.folder import read_note
     from meta_peft.adapters.adapter_files import CONFIG
     from meta_peft.utils.checked import read_object
 
     if options.plot:
         raise MetaPeftError(f"--plot draws learned rates, and {folder} has none: leave it out.")
     config = read_object(folder / CONFIG, "the config of a PEFT adapter")
-    note = read_object(folder / NOTE, "a note of adapt_folder") if (folder / NOTE).is_file() else {}
+    note = read_note(folder)
     if options.json:
         print(json.dumps({"config": config, **note}, indent=1, ensure_ascii=False))
         return 0

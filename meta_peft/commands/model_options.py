@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from meta_peft.adapters.sidecar import Sidecar
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
@@ -20,12 +24,22 @@ def add_empty_rows(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def load_model(options: argparse.Namespace) -> Any:
+def read_adapter(options: argparse.Namespace) -> tuple[Path, Sidecar]:
+    """The folder of the adapter, fetched if it is on the hub, and its sidecar: without the base, so that it is quick."""
+    from meta_peft.adapters.hub import fetch
+    from meta_peft.adapters.sidecar import Sidecar
+
+    folder = fetch(options.adapter)
+    return folder, Sidecar.read(folder)
+
+
+def load_model(options: argparse.Namespace, folder: Path) -> Any:
+    """The base with the adapter in `folder`."""
     from meta_peft.adapters.hub import load
 
     return load(
         options.model_name_or_path,
-        options.adapter,
+        folder,
         load_in_4bit=options.load_in_4bit,
         load_in_8bit=options.load_in_8bit,
         dtype=options.dtype,

@@ -1,4 +1,5 @@
-"""The parser of commands with a few options: one screen of help, and an unknown option names the closest known one."""
+"""The parser of commands with a few options: one screen of help, and an unknown option names the closest known one,
+and none is given twice."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from meta_peft.errors import MetaPeftError, did_you_mean
+from meta_peft.utils.checked import each_once
 
 
 class OptionsParser(argparse.ArgumentParser):
@@ -19,7 +21,7 @@ class OptionsParser(argparse.ArgumentParser):
         return super().parse_known_args(args if self._subparsers else self._known(args), namespace)
 
     def _known(self, words: Sequence[str]) -> list[str]:
-        found = []
+        found, names = [], []
         for word in words:
             name, equals, value = word.partition("=")
             if name.startswith("--"):
@@ -28,7 +30,9 @@ class OptionsParser(argparse.ArgumentParser):
                     raise MetaPeftError(
                         f"There is no option {name}.{did_you_mean(name, self._option_string_actions)} Try --help."
                     )
+                names.append(name)
             found.append(f"{name}{equals}{value}")
+        each_once(names)
         return found
 
     def error(self, message: str) -> NoReturn:

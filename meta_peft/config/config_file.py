@@ -13,7 +13,7 @@ import yaml
 from transformers import HfArgumentParser
 
 from meta_peft.errors import MetaPeftError, did_you_mean
-from meta_peft.utils.checked import shown
+from meta_peft.utils.checked import each_once, shown
 
 # Options of other trainers that people try here, with the reason why they are not here.
 REFUSED = {
@@ -32,7 +32,8 @@ def parse(
     ``null`` there is what it is in YAML: the option is as if neither had said anything.
 
     Raises:
-        MetaPeftError: a key that no group has, a value of the wrong type, or one that a group refuses.
+        MetaPeftError: a key that no group has or that the command line has twice, a value of the wrong type, or one that a
+            group refuses.
     """
     parser = HfArgumentParser(list(groups), prog=prog, description=about, exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--config", help="A flat YAML file with any of these options.")
@@ -45,8 +46,10 @@ def parse(
     if "-h" in rest or "--help" in rest:
         parser.print_help()
         sys.exit(0)
+    given = [word[2:].split("=")[0].replace("-", "_") for word in rest if word.startswith("--")]
+    each_once([f"--{key}" for key in (*given, *([] if path is None else ["config"]))])
     from_file = {} if path is None else _read(path, known)
-    from_line = {word[2:].split("=")[0].replace("-", "_") for word in rest if word.startswith("--")}
+    from_line = set(given)
     for key in from_line - known - {f"no_{key}" for key in known}:
         raise MetaPeftError(REFUSED.get(key) or f"There is no option --{key}.{did_you_mean(key, known)} Try --help.")
     try:

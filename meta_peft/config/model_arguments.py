@@ -78,8 +78,8 @@ class ModelArguments:
     lora_target_modules: list[str] = field(
         default_factory=lambda: list(DEFAULT_TARGETS),
         metadata={
-            "help": "Names of the linear layers that get LoRA; all-linear for all. Of those that are named here the base must"
-            " have each, of the default ones some."
+            "help": "Names of the linear layers that get LoRA; all-linear for all. The base must have each that"
+            " is given, and some of the default ones."
         },
     )
     lora_layers: list[int] | None = field(

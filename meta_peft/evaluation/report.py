@@ -16,6 +16,8 @@ from meta_peft.evaluation.evaluate import Curve, interval
 from meta_peft.evaluation.metrics import METRICS, Metric
 from meta_peft.utils.atomic_files import write_file
 
+JSON, TABLE, PLOT = "results.json", "results.md", "results.png"
+
 
 @dataclass(frozen=True)
 class Report:
@@ -124,10 +126,16 @@ class Report:
             "by_task": by_task,
         }
         return [
-            write_file(folder / "results.json", json.dumps(values, indent=1) + "\n"),
-            write_file(folder / "results.md", self.markdown() + "\n"),
-            write_file(folder / "results.png", self.plot),
+            write_file(folder / JSON, json.dumps(values, indent=1) + "\n"),
+            write_file(folder / TABLE, self.markdown() + "\n"),
+            write_file(folder / PLOT, self.plot),
         ]
+
+
+def remove_report(folder: Path) -> None:
+    """Remove what `Report.write` wrote into `folder`, if anything did: it is of an adapter that is replaced."""
+    for name in (JSON, TABLE, PLOT):
+        (folder / name).unlink(missing_ok=True)
 
 
 def check_plots() -> None:

@@ -51,16 +51,17 @@ def select_support(model: Any, pool: Sequence[Row], shots: int, how: str = "dive
     if how == "random":
         return [pool[i] for i in chosen(how, np.arange(len(pool)), shots, np.random.default_rng(seed))]
     learned = meta_learned(model)
-    labelled = _labelled(pool)
+    read = learned.sidecar.row_form.renamed_rows(pool)
+    labelled = _labelled(read)
     if how == "balanced" and not labelled:
         raise MetaPeftError(
             "balanced goes over the answers, and the rows of this pool have none: use diverse or uncertain."
         )
     encoding = learned.encoding
     if labelled:
-        encoded = list(map(encoding.of_task(pool), pool))
+        encoded = list(map(encoding.of_task(read), read))
     else:
-        encoded = [_prompt_and_one_more(encoding(_with_placeholder(row))) for row in pool]
+        encoded = [_prompt_and_one_more(encoding(_with_placeholder(row))) for row in read]
     view = BaseView(model, encoding.collator(), objective=encoding.objective, labelled=labelled)
     known = features(how, encoded, view)
     return [pool[i] for i in chosen(how, known, shots, np.random.default_rng(seed))]

@@ -15,6 +15,7 @@ from meta_peft.processes import group
 from meta_peft.tasks import TaskSet, translation
 from meta_peft.tasks.labelling import large_enough
 from meta_peft.tasks.leakage import check_leakage
+from meta_peft.tasks.row_form import RowForm, with_new_names
 from meta_peft.tasks.self_supervised import self_supervised
 from meta_peft.tasks.sources import opened, opened_splits
 
@@ -50,7 +51,10 @@ def load_tasks(task_args: TaskArguments, task_column: str | Sequence[str] = "tas
     tables = {split: _in_form(table, task_args, columns[0]) for split, table in _tables(task_args, columns[0]).items()}
     if task_args.self_supervised == "smlmt":
         columns = ["label"]
-    tasks = {s: TaskSet(table, columns, empty_rows=task_args.empty_rows) for s, table in tables.items()}
+    tasks = {
+        split: TaskSet(table, columns, empty_rows=task_args.empty_rows, row_form=form)
+        for split, (table, form) in tables.items()
+    }
     if task_args.split_fractions is not None:
         parts = tasks["train"].split(task_args.split_fractions, task_args.split_seed)
         tasks = dict(zip(("train", "validation", "test"), parts, strict=True))
@@ -110,28 +114,28 @@ def _tables(task_args: TaskArguments, task_column: str) -> dict[str, Dataset]:
     return {"train": tables["train"]} if task_args.split_fractions else tables
 
 
-def _in_form(table: Dataset, task_args: TaskArguments, task_column: str) -> Dataset:
-    """With the names that rows have here, and tasks made of what is not one yet."""
+def _in_form(table: Dataset, task_args: TaskArguments, task_column: str) -> tuple[Dataset, RowForm]:
+    """With the names that rows have here, and tasks made of what is not one yet; and what others like it need for that."""
     names = task_args.new_names()
-    for old, new in names.items():
+    for old in names:
         if old not in table.column_names:
             raise MetaPeftError(
                 f"rename_columns: there is no column {old!r}; the columns are {table.column_names}."
                 f"{did_you_mean(old, table.column_names)}"
             )
-        if new in table.column_names and new not in names:
-            table = table.remove_columns(new)
-    table = table.rename_columns(names) if names else table
+    table = with_new_names(table, names)
     if task_args.self_supervised is not None:
         seed = task_args.split_seed
-        return self_supervised(
+        made = self_supervised(
             table, task_args.self_supervised, task_column=task_column, mask=task_args.mask_word, seed=seed
         )
+        return made, RowForm(names)
+    languages = task_args.source_lang, task_args.target_lang
     if translation.COLUMN in table.column_names:
-        return translation.as_pairs(table, task_args.source_lang, task_args.target_lang, task_column=task_column)
-    if task_args.source_lang or task_args.target_lang:
+        return translation.as_pairs(table, *languages, task_column=task_column), RowForm(names, True, *languages)
+    if any(languages):
         raise MetaPeftError(
             f"source_lang and target_lang are of rows with a column {translation.COLUMN!r}; the columns are"
             f" {table.column_names}."
         )
-    return table
+    return table, RowForm(names)

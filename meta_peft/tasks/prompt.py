@@ -35,7 +35,8 @@ def example_columns(columns: Collection[str]) -> tuple[str, ...]:
             return form
     forms = ", ".join(" + ".join(form) for form in FORMS)
     raise MetaPeftError(
-        f"Expected columns {forms}; the columns are {sorted(columns)}. Rename yours to one of these (rename_columns)."
+        f"Expected columns {forms}; the columns are {sorted(columns)}. Rename yours to one of these: in training with"
+        " rename_columns, whose adapter is then adapted and evaluated on rows with the old names too."
     )
 
 

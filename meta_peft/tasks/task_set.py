@@ -18,6 +18,7 @@ from meta_peft.errors import MetaPeftError
 from meta_peft.tasks.encoding import Encoding
 from meta_peft.tasks.fingerprint import fingerprint
 from meta_peft.tasks.prompt import SOUND, PromptFormat, example_columns, read_columns
+from meta_peft.tasks.row_form import RowForm
 from meta_peft.tasks.row_index import index_rows, task_name
 from meta_peft.tasks.sound import check_sound
 from meta_peft.tasks.sources import opened
@@ -42,6 +43,7 @@ class TaskSet:
         dataset: a `datasets.Dataset` whose rows have a task column and are of one of the forms that `PromptFormat` knows.
         task_column: the column that names the task, or several of them, whose values together do.
         empty_rows: what becomes of rows without an input, an answer or a task: ``error`` or ``leave_out``.
+        row_form: what was done to rows so that they are of such a form, for whoever reads others like them.
 
     Rows that repeat an earlier row of their task are left out, so that support and query can never share a row. The
     table stays on disk if it is there: of each row its number is kept.
@@ -51,7 +53,15 @@ class TaskSet:
     nothing reads it again. `found` counts what was found in all rows.
     """
 
-    def __init__(self, dataset: Dataset, task_column: str | Sequence[str] = "task", *, empty_rows: str = "error"):
+    def __init__(
+        self,
+        dataset: Dataset,
+        task_column: str | Sequence[str] = "task",
+        *,
+        empty_rows: str = "error",
+        row_form: RowForm | None = None,
+    ):
+        self.row_form = row_form or RowForm()
         self.task_columns = (task_column,) if isinstance(task_column, str) else tuple(task_column)
         for column in self.task_columns:
             if column not in dataset.column_names:
@@ -229,12 +239,25 @@ class TaskSet:
         return cls.of(existing(path), task_column)
 
     @classmethod
-    def of(cls, source: Any, task_column: str | Sequence[str] = "task", *, empty_rows: str = "error") -> TaskSet:
-        """From whatever holds tasks: a `TaskSet`, or what `meta_peft.tasks.sources.opening` takes."""
+    def of(
+        cls,
+        source: Any,
+        task_column: str | Sequence[str] = "task",
+        *,
+        empty_rows: str = "error",
+        row_form: RowForm | None = None,
+    ) -> TaskSet:
+        """From whatever holds tasks: a `TaskSet`, or what `meta_peft.tasks.sources.opening` takes.
+
+        With a `row_form`, rows that are in the form of an earlier run are brought into the one that it made of them.
+        """
         if isinstance(source, TaskSet):
             return source
-        first = task_column if isinstance(task_column, str) else task_column[0]
-        return cls(opened(source, first), task_column, empty_rows=empty_rows)
+        columns = [task_column] if isinstance(task_column, str) else list(task_column)
+        table = opened(source, columns[0])
+        if row_form is not None:
+            table, columns = row_form.of_table(table, columns)
+        return cls(table, columns, empty_rows=empty_rows, row_form=row_form)
 
 
 def _without_left_out(table: Dataset, rows_of: dict[str, np.ndarray]) -> tuple[Dataset, dict[str, np.ndarray]]:

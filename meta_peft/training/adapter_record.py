@@ -20,6 +20,7 @@ from meta_peft.errors import MetaPeftError
 from meta_peft.functional.adapter_loss import AdapterLoss
 from meta_peft.outer_loop.outer_loop import LearnedRates
 from meta_peft.tasks import Encoding
+from meta_peft.tasks.row_form import RowForm
 
 ON_THE_CARD = (
     *("max_steps", "tasks_in_a_step", "learning_rate", "inner_lr_learning_rate", "lr_scheduler_type", "shots"),
@@ -38,6 +39,7 @@ class AdapterRecord:
         encoding: of rows.
         base: which base model it is.
         processor: the tokenizer, or a processor that has one.
+        row_form: what was done to rows of the data, and is to be done to others like them.
         rate_factors: by how much `adapt` multiplies the rates for a number of steps, as an evaluation found.
         results: what the card shows.
     """
@@ -48,6 +50,7 @@ class AdapterRecord:
     encoding: Encoding
     base: BaseIdentity
     processor: Any
+    row_form: RowForm = field(default_factory=RowForm)
     rate_factors: dict[int, float] = field(default_factory=dict)
     results: CardResults = field(default_factory=CardResults)
 
@@ -66,6 +69,7 @@ class AdapterRecord:
             facts=self.encoding.facts,
             judged=Judged(self.args.metric, self.args.task_columns, self.args.labelling(), self.args.held_out_seed),
             tokenizer=TokenizerIdentity.of(self.encoding.tokenizer),
+            row_form=self.row_form,
         )
 
     def attach(self) -> None:

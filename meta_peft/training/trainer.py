@@ -49,6 +49,7 @@ from meta_peft.survival.stop_signal import StopSignal
 from meta_peft.tasks import Encoding, EpisodeCollator, EpisodeDataset, TaskSet
 from meta_peft.tasks.encoding import tokenizer_of
 from meta_peft.tasks.labelling import episodes_of
+from meta_peft.tasks.row_form import RowForm
 from meta_peft.tasks.sampling import Adaptive
 from meta_peft.training.adapter_record import AdapterRecord
 from meta_peft.training.pushing_trainer import PushingTrainer
@@ -136,7 +137,8 @@ class MetaTrainer(PushingTrainer):
             tokenizer.pad_token = tokenizer.eos_token
         agree_on_padding(base, objective, tokenizer)
         self.encoding = encoding or run_encoding(base, objective, args, processor, given)
-        self.adapter_record = AdapterRecord(self.loss_fn, self.rates, args, self.encoding, identity, processor)
+        form = given[0].row_form if given else RowForm()
+        self.adapter_record = AdapterRecord(self.loss_fn, self.rates, args, self.encoding, identity, processor, form)
         self._episodes = RunEpisodes(peft_model, self.encoding, args, sharded)
         self.scorer = scorer_for(
             args.metric,

@@ -6,7 +6,7 @@ import json
 import math
 import operator
 import reprlib
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,15 @@ def one_of(option: str, value: Any, choices: Collection[str]) -> None:
     if value not in choices:
         meant = did_you_mean(str(value)[:100], choices)
         raise MetaPeftError(f"{option} must be one of {', '.join(choices)}; got {shown(value)}.{meant}")
+
+
+def each_once(options: Sequence[str]) -> None:
+    """Raise if an option is among these twice: argparse would take the last one, without a word."""
+    for i, option in enumerate(options):
+        if option in options[:i]:
+            raise MetaPeftError(
+                f"{option} is given twice: give it once, with all of its values where it takes several."
+            )
 
 
 def whole(option: str, value: Any, least: int, most: int) -> int:

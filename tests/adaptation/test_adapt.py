@@ -30,6 +30,7 @@ from meta_peft.functional import adapter_loss
 from meta_peft.functional.adapter_loss import AdapterLoss
 from meta_peft.lora.fast_weights import FastWeights
 from meta_peft.tasks import EpisodeCollator
+from meta_peft.tasks.row_form import RowForm
 
 
 @pytest.fixture
@@ -48,6 +49,40 @@ def with_sidecar(model: PeftModel, **changes) -> PeftModel:
 
 
 SUPPORT = letter_rows("p")[:3]
+
+
+# ---- rows in the form that training took them in
+
+RENAMED = RowForm({"word": "input", "answer": "target"})
+OLD_NAMES = [{"word": row["input"], "answer": row["target"]} for row in SUPPORT]
+
+
+def test_rows_with_the_names_that_training_changed(model: PeftModel):
+    expected = adapt_many(model, {"a": SUPPORT})["a"]
+    with_sidecar(model, row_form=RENAMED)
+    for rows in (OLD_NAMES, SUPPORT, Dataset.from_list(OLD_NAMES)):
+        assert bits(adapt_many(model, {"a": rows})["a"].weights) == bits(expected.weights)
+    assert adapt(model, OLD_NAMES)[1] == expected.metrics
+
+
+def test_translations_where_training_read_some(model: PeftModel):
+    expected = adapt_many(model, {"a": SUPPORT})["a"]
+    rows = [{"translation": {"en": row["input"], "de": row["target"]}} for row in SUPPORT]
+    with pytest.raises(MetaPeftError, match=r"Row 1 of task 'a' cannot be read\. Expected columns"):
+        adapt_many(model, {"a": rows})
+    with_sidecar(model, row_form=RowForm(translation=True, target_lang="de"))
+    assert bits(adapt_many(model, {"a": rows})["a"].weights) == bits(expected.weights)
+    with_sidecar(model, row_form=RowForm(translation=True))
+    with pytest.raises(MetaPeftError, match="in the directions de-en and en-de, each of which is a task"):
+        adapt_many(model, {"a": rows})
+
+
+def test_a_row_that_lacks_a_column_is_named(model: PeftModel):
+    rows = [*SUPPORT, {"input": "abc"}]
+    with pytest.raises(
+        MetaPeftError, match=r"Row 4 of task 'a' has no column 'target', which row 1 has: .*\['input'\]"
+    ):
+        adapt_many(model, {"a": rows})
 
 
 # ---- one task

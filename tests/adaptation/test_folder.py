@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,8 +14,11 @@ from safetensors.torch import load_file
 from surface import base_model, bits, letter_rows, letter_tasks, trained_folder, write_jsonl
 
 from meta_peft import MetaPeftError, adapt_folder, adapt_many, load
-from meta_peft.adaptation.folder import NOTE, Made, folder_names
+from meta_peft.adaptation.folder import Made, folder_names
+from meta_peft.adapters.adapter_files import CONFIG, WEIGHTS
+from meta_peft.adapters.hub import LABELS, NOTE
 from meta_peft.functional.adapter_loss import AdapterLoss
+from meta_peft.tasks.row_form import RowForm
 
 TASKS = {"say p": letter_rows("p")[:3], "say m": letter_rows("m")[:3], "say n": letter_rows("n")[:2]}
 FOLDERS = {"say_p", "say_m", "say_n"}
@@ -55,7 +60,10 @@ def test_what_is_there_is_left_alone(model: PeftModel, tmp_path: Path):
     assert times_written(tmp_path) == before
 
 
-@pytest.mark.parametrize("change", ["rows", "steps", "hold_back", "killed", "damaged"])
+@pytest.mark.parametrize(
+    "change",
+    ["rows", "steps", "hold_back", "killed", "damaged", "no config", "no weights", "other weights", "earlier version"],
+)
 def test_what_is_not_what_would_be_made_is_made_again(model: PeftModel, tmp_path: Path, change: str):
     adapt_folder(model, TASKS, tmp_path)
     before, tasks, options = times_written(tmp_path), dict(TASKS), {}
@@ -67,13 +75,37 @@ def test_what_is_not_what_would_be_made_is_made_again(model: PeftModel, tmp_path
         options = {"hold_back": 0.4}
     elif change == "killed":  # the note is written last
         (tmp_path / "say_m" / NOTE).unlink()
-    else:
+    elif change == "damaged":
         (tmp_path / "say_m" / NOTE).write_text("{")
+    elif change == "no config":
+        (tmp_path / "say_m" / CONFIG).unlink()
+    elif change == "no weights":
+        (tmp_path / "say_m" / WEIGHTS).unlink()
+    elif change == "other weights":
+        shutil.copy(tmp_path / "say_p" / WEIGHTS, tmp_path / "say_m" / WEIGHTS)
+    else:  # which did not say what weights it was of
+        note = json.loads((tmp_path / "say_m" / NOTE).read_text())
+        del note["weights"]
+        (tmp_path / "say_m" / NOTE).write_text(json.dumps(note))
     result = adapt_folder(model, tasks, tmp_path, **options)
     after = times_written(tmp_path)
     changed = {name for name, when in after.items() if when != before.get(name)}
     assert changed == (FOLDERS if options else {"say_m"})
     assert result.made == len(changed)
+
+
+def test_an_adapter_that_another_call_writes_there_has_none_of_its_notes(model: PeftModel, tmp_path: Path):
+    """Once the folder was said to hold what it was first made of, with the metrics of that."""
+    adapt_folder(model, TASKS, tmp_path)
+    folder = tmp_path / "say_m"
+    (folder / LABELS).write_text("{}")  # as of a classifier
+    adapt_many(model, {"other": TASKS["say p"]})["other"].save(folder)
+    assert not (folder / NOTE).exists()
+    assert not (folder / LABELS).exists()
+    assert (adapt_folder(model, TASKS, tmp_path).made, bits(weights_in(folder))) == (
+        1,
+        bits(adapt_many(model, {"say m": TASKS["say m"]})["say m"].weights),
+    )
 
 
 def test_another_start_makes_all_again(model: PeftModel, tmp_path: Path):
@@ -207,11 +239,50 @@ def test_a_file_of_rows(model: PeftModel, tmp_path: Path):
         adapt_folder(model, file, tmp_path / "out")
 
 
-def test_names_of_folders():
-    names = folder_names(["de/date", "..", "Task", "task", "plain-1_x", "ä" * 101])
+def test_a_task_of_another_call_keeps_its_folder(model: PeftModel, tmp_path: Path):
+    """Once the second of two names that make one folder's name took the first one's place, without a word."""
+    seen: dict[str, Path] = {}
+
+    def note(made: Made) -> None:
+        assert seen.setdefault(made.task, made.folder) == made.folder
+
+    adapt_folder(model, {"A&B": TASKS["say p"]}, tmp_path, done=note)
+    first = bits(weights_in(tmp_path / "A_B"))
+    assert adapt_folder(model, {"A/B": TASKS["say m"]}, tmp_path, done=note).made == 1
+    assert seen == {"A&B": tmp_path / "A_B", "A/B": tmp_path / folder_names(["A/B"], tmp_path)["A/B"]}
+    assert seen["A/B"].name.startswith("A_B-")
+    assert bits(weights_in(tmp_path / "A_B")) == first
+    both = {"A&B": TASKS["say p"], "A/B": TASKS["say m"]}
+    for tasks in (both, *({task: rows} for task, rows in both.items())):
+        assert adapt_folder(model, tasks, tmp_path, done=note).already == len(tasks)
+
+
+def test_tasks_of_one_call_keep_their_folders_when_they_come_alone(model: PeftModel, tmp_path: Path):
+    both = {"A&B": TASKS["say p"], "A/B": TASKS["say m"]}
+    adapt_folder(model, both, tmp_path)
+    assert all(adapt_folder(model, {task: rows}, tmp_path).already == 1 for task, rows in both.items())
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_rows_with_the_names_that_training_changed(model: PeftModel, tmp_path: Path):
+    adapt_folder(model, TASKS, tmp_path / "new")
+    learned = model.meta_peft
+    form = RowForm({"input": "target", "target": "input", "customer": "task"})  # once each, and not there and back
+    model.meta_peft = replace(learned, sidecar=replace(learned.sidecar, row_form=form))
+    rows = [
+        {"customer": name, "input": row["target"], "target": row["input"]} for name, of in TASKS.items() for row in of
+    ]
+    for column in ("task", "customer"):
+        assert adapt_folder(model, rows, tmp_path / column, task_column=column).made == 3
+        for name in FOLDERS:
+            assert bits(weights_in(tmp_path / column / name)) == bits(weights_in(tmp_path / "new" / name))
+
+
+def test_names_of_folders(tmp_path: Path):
+    names = folder_names(["de/date", "..", "Task", "task", "plain-1_x", "ä" * 101], tmp_path)
     assert (names["de/date"], names[".."], names["plain-1_x"]) == ("de_date", "_", "plain-1_x")
     assert names["Task"].startswith("Task-")
     assert names["task"].startswith("task-")
     assert len({name.casefold() for name in names.values()}) == 6
     assert all(len(name.encode()) <= 200 for name in names.values())
-    assert folder_names(["task"]) == {"task": "task"}
+    assert folder_names(["task"], tmp_path) == {"task": "task"}

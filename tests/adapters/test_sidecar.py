@@ -14,6 +14,7 @@ from meta_peft import SGD, Adam, InnerRule, MetaPeftError, PromptFormat
 from meta_peft.adapters.base_identity import BaseIdentity
 from meta_peft.adapters.sidecar import JSON, TENSORS, Judged, Sidecar
 from meta_peft.tasks.labelling import Labelling
+from meta_peft.tasks.row_form import RowForm
 
 SIDECAR = Sidecar(
     algorithm="maml",
@@ -115,6 +116,32 @@ def test_judged_by_what_cannot_be(tmp_path: Path, changes: dict, message: str):
     edit(tmp_path, lambda values: values["judged"].update(changes))
     with pytest.raises(MetaPeftError, match=rf"is damaged or not a sidecar of meta_peft.*{message}|{message}"):
         Sidecar.read(tmp_path)
+
+
+ROW_FORM = RowForm({"sentence": "text"}, translation=True, source_lang="de")
+
+
+def test_what_training_did_to_rows(tmp_path: Path):
+    replace(SIDECAR, row_form=ROW_FORM).write(tmp_path)
+    assert Sidecar.read(tmp_path).row_form == ROW_FORM
+    edit(tmp_path, lambda values: values.pop("row_form"))
+    assert Sidecar.read(tmp_path).row_form == RowForm(), "a sidecar from before it was written down"
+
+
+@pytest.mark.parametrize(
+    ("form", "message"),
+    [
+        ({"new_names": ["sentence"]}, "rename_columns must give each column another name"),
+        ({"new_names": {"sentence": "\x1b[2J"}}, "rename_columns must be a text"),
+        ({"translation": 1}, "translation must be true or false"),
+        ({"target_lang": ["en"]}, "target_lang must be a text"),
+        (["sentence"], "is damaged"),
+    ],
+)
+def test_a_form_of_rows_that_cannot_be(folder: Path, form: object, message: str):
+    edit(folder, lambda values: values.update(row_form=form))
+    with pytest.raises(MetaPeftError, match=rf"is damaged or not a sidecar of meta_peft.*{message}|{message}"):
+        Sidecar.read(folder)
 
 
 @pytest.mark.parametrize("missing", [JSON, TENSORS])

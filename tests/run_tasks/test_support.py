@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ from surface import TRAIN, base_model, config, letter_rows, letter_tasks, tiny_t
 
 from meta_peft import Encoding, MetaPeftError, PromptFormat, adapt, load, select_support
 from meta_peft.run_tasks.support import episode_selection
+from meta_peft.tasks.row_form import RowForm
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +48,16 @@ def test_the_choice_is_the_bases_and_not_the_adapters(model, tmp_path: Path):
     untrained.attach()
     for how in ("diverse", "uncertain"):
         assert select_support(model, pool(), 4, how) == select_support(untrained.model, pool(), 4, how)
+
+
+@pytest.mark.parametrize("how", ["balanced", "diverse", "uncertain"])
+def test_rows_may_have_the_names_that_training_changed(how: str):
+    learned = load(base_model(), trained_folder())
+    form = RowForm({"word": "input", "answer": "target"})
+    kept = learned.meta_peft
+    learned.meta_peft = replace(kept, sidecar=replace(kept.sidecar, row_form=form))
+    old = [{"word": row["input"], "answer": row["target"]} for row in pool()]
+    assert form.of_rows(select_support(learned, old, 4, how)) == select_support(learned, pool(), 4, how)
 
 
 @pytest.mark.parametrize("how", ["diverse", "uncertain"])

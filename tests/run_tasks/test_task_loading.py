@@ -13,6 +13,7 @@ from surface import config, letter_tasks, write_jsonl
 from meta_peft import MetaPeftError, TaskArguments, TaskSet
 from meta_peft.config.config_file import parse
 from meta_peft.run_tasks.task_loading import load_tasks, with_enough_rows
+from meta_peft.tasks.row_form import RowForm
 
 LABELLED = [{"text": f"{c}{i}", "label": c} for c in "abcdefghij" for i in range(6)]
 
@@ -81,6 +82,7 @@ def test_renamed_columns(tmp_path: Path):
     path = jsonl(tmp_path / "x.jsonl", [{"task": "a", "sentence": "s", "mood": "m", "text": "other"}])
     tasks = loaded(tmp_path, train_tasks=path, rename_columns=["sentence=text", "mood=label"])
     assert tasks["train"].rows("a") == [{"task": "a", "text": "s", "label": "m"}]
+    assert tasks["train"].row_form == RowForm({"sentence": "text", "mood": "label"}), "for the adapter's sidecar"
     with pytest.raises(MetaPeftError, match=r"no column 'sentense'; the columns are .* Did you mean 'sentence'\?"):
         loaded(tmp_path, train_tasks=path, rename_columns=["sentense=text"])
 
@@ -89,7 +91,9 @@ def test_translation(tmp_path: Path):
     rows = [{"translation": {"en": f"one {i}", "de": f"eins {i}"}} for i in range(3)]
     path = jsonl(tmp_path / "x.jsonl", rows)
     assert loaded(tmp_path, train_tasks=path)["train"].names == ["en-de", "de-en"]
-    assert loaded(tmp_path, train_tasks=path, source_lang="de")["train"].names == ["de-en"]
+    german = loaded(tmp_path, train_tasks=path, source_lang="de")["train"]
+    assert german.names == ["de-en"]
+    assert german.row_form == RowForm(translation=True, source_lang="de")
     with pytest.raises(MetaPeftError, match="source_lang and target_lang are of rows with a column 'translation'"):
         loaded(tmp_path, train_tasks=jsonl(tmp_path / "y.jsonl", LABELLED), source_lang="de")
 

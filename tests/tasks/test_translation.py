@@ -5,7 +5,7 @@ from datasets import Dataset, Features, Value
 
 from meta_peft.errors import MetaPeftError
 from meta_peft.tasks import TaskSet
-from meta_peft.tasks.translation import as_pairs
+from meta_peft.tasks.translation import as_pairs, pairs_of_task
 
 ROWS = [
     {"id": 1, "translation": {"de": "eins", "en": "one", "fr": None}},
@@ -50,3 +50,17 @@ def test_what_is_no_translation():
     table = Dataset.from_dict({"translation": ["eins"]}, features=Features({"translation": Value("string")}))
     with pytest.raises(MetaPeftError, match="The column 'translation' must hold texts by language"):
         as_pairs(table)
+
+
+def test_the_rows_of_one_task():
+    one = [{"input": "one", "target": "eins", "task": "en-de", "id": 1}]
+    assert pairs_of_task(ROWS, "en", "de", task_column="task") == one
+    assert pairs_of_task(one, "en", "de", task_column="task") == one, "no translations any more"
+    both = pairs_of_task([ROWS[0] | {"task": "numbers"}], task_column="task")
+    assert [row["task"] for row in both] == ["numbers", "numbers"], "they say themselves that they are one task"
+    with pytest.raises(
+        MetaPeftError, match=r"in the directions de-en, en-de, en-fr and fr-en, each of which is a task"
+    ):
+        pairs_of_task(ROWS, task_column="task")
+    with pytest.raises(MetaPeftError, match="The column 'translation' must hold texts by language"):
+        pairs_of_task([{"translation": "eins"}], task_column="task")

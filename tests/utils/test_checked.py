@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from meta_peft import MetaPeftError
-from meta_peft.utils.checked import at_least, flag, is_number, one_of, read_object, shown, text, whole
+from meta_peft.utils.checked import at_least, each_once, flag, is_number, one_of, read_object, shown, text, whole
 
 
 @pytest.mark.parametrize("value", [True, "1", None, math.nan, math.inf, 10**400, [1], 1j])
@@ -74,3 +74,9 @@ def test_one_of():
         one_of("compare", "ful", ("none", "full"))
     with pytest.raises(MetaPeftError, match=r"must be one of none, full; got 3\."):
         one_of("compare", 3, ("none", "full"))
+
+
+def test_an_option_that_is_given_twice():
+    each_once(["--a", "--b"])
+    with pytest.raises(MetaPeftError, match="--a is given twice: give it once"):
+        each_once(["--a", "--b", "--a"])
