@@ -74,9 +74,10 @@ def _check_one_task(rows: list[dict[str, Any]], task_column: tuple[str, ...]) ->
     found = {tuple(str(row.get(column)) for column in task_column) for row in rows}
     if len(found) > 1 and all(column in row for row in rows for column in task_column):
         several = len(task_column) > 1
+        columns = f"column{'s' if several else ''} {listed(map(repr, task_column))}"
         raise MetaPeftError(
-            f"The rows are of {len(found)} tasks by their column{'s' if several else ''} {listed(map(repr, task_column))}, which"
-            f" named tasks in training: give --task-column {shlex.join(task_column)} to adapt to each, or remove"
+            f"The rows are of {len(found)} tasks by their {columns}, which named"
+            f" tasks in training: give --task-column {shlex.join(task_column)} to adapt to each, or remove"
             f" {'them' if several else 'it'} to take all rows for one task."
         )
 
