@@ -111,8 +111,8 @@ def whisper_processor() -> WhisperProcessor:
 
 
 @cache
-def folder(kind: str) -> Path:
-    """The base of a kind, as `from_pretrained` reads it; a base for a head comes without one."""
+def folder(kind: str, **sizes: int) -> Path:
+    """The base of a kind, as `from_pretrained` reads it, with other `sizes` if any; a base for a head comes without one."""
     how, where = KINDS[kind], temporary_folder() / "base"
     if how.objective == "speech_seq2seq":
         processor = whisper_processor()
@@ -128,7 +128,7 @@ def folder(kind: str) -> Path:
         processor = tokenizer(before="" if how.objective == "seq2seq_lm" else "<s>")
         ids = {**IDS, "vocab_size": 40}
     torch.manual_seed(0)
-    made = AutoConfig.for_model(how.model_type, **{"initializer_range": 0.2, **ids, **how.sizes})
+    made = AutoConfig.for_model(how.model_type, **{"initializer_range": 0.2, **ids, **how.sizes, **sizes})
     how.loaded_with.from_config(made).save_pretrained(where)
     processor.save_pretrained(where)
     return where
