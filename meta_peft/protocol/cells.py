@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -98,15 +98,15 @@ def cells_of(arguments: ProtocolArguments, starts: Sequence[str]) -> Iterator[Ce
                     yield Cell(seed, start, count)
 
 
-def all_found(folder: Path, options: str | None = None, inputs: str = "") -> list[Found]:
+def all_found(folder: Path, options: Collection[str] | None = None, inputs: str = "") -> list[Found]:
     """What was measured so far, in the order of names.
 
     Raises:
-        MetaPeftError: a cell was measured with other `options` or `inputs`.
+        MetaPeftError: a cell was measured with none of these `options`, or with other `inputs`.
     """
     found = [Found.read(file) for file in sorted((folder / FOLDER).glob("*.json"))]
     for each in found:
-        others = options is not None and each.options != options
+        others = options is not None and each.options not in options
         if others or (inputs and each.inputs and each.inputs != inputs):
             raise MetaPeftError(
                 f"{path_of(each.cell, folder)} was measured with other options or other data. Give the options it was"

@@ -26,6 +26,7 @@ from meta_peft.run_tasks.task_loading import run_tasks
 from meta_peft.tasks import TaskSet
 
 logger = logging.getLogger("meta_peft")
+FILES = ("train_tasks", "validation_tasks", "test_tasks")  # of what `about_run` tells of the tasks
 NOT_OF_A_CELL = ("seed", "world_size", "memory")  # of what `about_run` tells
 # Options of `MetaLoraConfig` that say how a run is done, which changes nothing of what comes out.
 HOW_IT_RUNS = (
@@ -71,9 +72,9 @@ def run(
     about = {**about_run(model_args, task_args, args, tasks), "leakage": leakage, "comparison": _compared(comparison)}
     folder = Path(str(args.output_dir))
     curve = tuple(sorted(set(protocol.shots_curve or ())))
-    options = _options_of_a_cell(about, curve)
-    inputs = _inputs_of_a_cell(args, tasks)
-    found = all_found(folder, options, inputs)  # what is there may be of others: known before anything is trained
+    options, inputs = _options_of_a_cell(about, curve), _inputs_of_a_cell(args, tasks)
+    same = (options, _options_of_a_cell(about, curve, files=True))  # an earlier version had the names of files in it
+    found = all_found(folder, same, inputs)  # what is there may be of others: known before anything is trained
     if protocol.measure:
         processor = tokenizer_for(model_args)
         frozen = FrozenCache(args.frozen_cache_gb * 1e9)
@@ -84,7 +85,7 @@ def run(
                 continue
             logger.info("Cell %d of %d: %s", i, len(cells), cell.name)
             measured(cell, setting, options, inputs).write(folder)
-        found = all_found(folder, options, inputs)  # other processes may have measured some
+        found = all_found(folder, same, inputs)  # other processes may have measured some
     if not found:
         raise MetaPeftError(f"There is nothing measured in {folder} yet: leave measure=false out.")
     trained_for(found)  # the same for all seeds
@@ -104,6 +105,8 @@ def _compared(comparison: CompareArguments) -> dict[str, Any]:
     return {name: value for name, value in asdict(comparison).items() if name != "compare"}
 
 
-def _options_of_a_cell(about: dict[str, Any], curve: tuple[int, ...]) -> str:
+def _options_of_a_cell(about: dict[str, Any], curve: tuple[int, ...], *, files: bool = False) -> str:
+    """A digest of all other options; rows are the same wherever their files are."""
+    tasks = {name: value for name, value in about["tasks"].items() if files or name not in FILES}
     training = {name: value for name, value in about["training"].items() if name not in NOT_OF_A_CELL}
-    return digest(about["model"], about["tasks"], about["data"], training, about["comparison"], curve)
+    return digest(about["model"], tasks, about["data"], training, about["comparison"], curve)

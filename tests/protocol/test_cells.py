@@ -34,9 +34,9 @@ def test_a_cell_that_does_not_say_its_protocol_is_of_the_first(tmp_path: Path):
 
 def test_cells_of_other_options_are_refused(tmp_path: Path):
     FOUND.write(tmp_path)
-    assert all_found(tmp_path, "these") == [FOUND]
+    assert all_found(tmp_path, ["these"]) == all_found(tmp_path, ["those", "these"]) == [FOUND]
     with pytest.raises(MetaPeftError, match=r"seed1-meta.json was measured with other options"):
-        all_found(tmp_path, "those")
+        all_found(tmp_path, ["those"])
 
 
 def test_a_start_is_trained_for_as_long_with_each_seed():

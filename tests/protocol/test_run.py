@@ -6,6 +6,8 @@ import json
 import os
 import re
 import signal
+from contextlib import nullcontext
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -314,6 +316,21 @@ def test_what_is_there_is_not_measured_again(tmp_path: Path, whole: tuple[Path, 
     assert mine.loss.tolist() == its.loss.tolist()
     with pytest.raises(MetaPeftError, match="was measured with other options"):
         compared(folder, protocol={"starts": ["plain", "meta"]}, inner_steps=2)
+
+
+@pytest.mark.parametrize("earlier", [False, True])
+def test_rows_may_have_moved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, earlier: bool):
+    """Cells that an earlier version measured had the names of files in them: they are read where they were."""
+    protocol, there, here = {"starts": ["plain"]}, tmp_path / "there", tmp_path / "here"
+    there.mkdir()
+    with monkeypatch.context() as before:
+        if earlier:
+            before.setattr(import_module("meta_peft.protocol.run"), "FILES", ())
+        first = compared(there, protocol=protocol)
+    assert compared(there, protocol=protocol | {"measure": False}).found == first.found
+    there.rename(here)
+    with pytest.raises(MetaPeftError, match="other options or other data") if earlier else nullcontext():
+        assert compared(here, protocol=protocol | {"measure": False}).found == first.found
 
 
 @pytest.mark.parametrize("other", ["answers", "an option"])
