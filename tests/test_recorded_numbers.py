@@ -63,7 +63,11 @@ def ahead_of(folder: Path, start: str) -> str:
 
 @pytest.mark.parametrize(
     ("row", "start"),
-    [("multi-task LoRA, adapted too", "multi-task LoRA"), ("**meta-learned LoRA**", "meta-learned LoRA")],
+    [
+        ("multi-task LoRA, adapted too", "multi-task LoRA"),
+        ("one classifier of all training labels, new head", "one classifier, new head"),
+        ("**meta-learned LoRA**", "meta-learned LoRA"),
+    ],
 )
 def test_classes_under_a_head(row: str, start: str):
     found = [score(DECODER / "head_from_zero" / family, start, 10) for family in FAMILIES]
@@ -86,14 +90,20 @@ def test_examples_in_the_prompt():
     assert rows_of("eight examples in the prompt, classes named") == [expected]
 
 
-@pytest.mark.parametrize(("row", "other"), [("plain LoRA", "plain"), ("multi-task LoRA", "multitask")])
+@pytest.mark.parametrize(
+    ("row", "other"), [("plain LoRA", "plain"), ("multi-task LoRA", "multitask"), ("the one classifier", "classifier")]
+)
 def test_by_how_much_it_is_ahead(row: str, other: str):
-    expected = []
+    """With the lowest and the highest difference of a seed where the row below says so."""
+    expected, seeds = [], []
     for family in FAMILIES:
         differences = summary(DECODER / "head_from_zero" / family)["differences"]
         (found,) = (each for each in differences if (each["other"], each["steps"]) == (other, 10))
         expected.append(with_interval(found["mean"], found["by_tasks"]))
+        seeds.append(f"{percent(min(found['by_seed']))} to {percent(max(found['by_seed']))}")
     assert rows_of(f"ahead of {row} by") == [expected]
+    if other != "plain":
+        assert seeds in rows_of("by seed")
 
 
 def test_an_encoder_under_a_head():
