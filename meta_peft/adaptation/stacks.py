@@ -6,7 +6,7 @@ import logging
 import math
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -26,7 +26,6 @@ from meta_peft.inner_optimizers.rule import RATES, scaled
 from meta_peft.params import per_task, take_task
 from meta_peft.tasks.collate import row_length
 from meta_peft.tasks.prompt import example_columns
-from meta_peft.tasks.sources import rows_of_task
 from meta_peft.types import Params, Rows
 from meta_peft.utils.checked import is_number, shown, whole
 from meta_peft.utils.memory import or_out_of_memory
@@ -75,18 +74,19 @@ class Support(NamedTuple):
     label_names: tuple[str, ...]
 
 
-def encoded_support(learned: hub.MetaLearned, name: str, support: Examples, hold_back: float = 0.0) -> Support:
+def encoded_support(
+    learned: hub.MetaLearned, name: str, rows: Sequence[Mapping[str, Any]], hold_back: float = 0.0
+) -> Support:
     """The rows of one task as the adapter's model reads them.
 
     Args:
-        support: rows of a known form.
+        rows: of a known form, as `rows_of_task` gives them.
         hold_back: the share of rows to hold back, rounded, one at least if it is above 0; or, as a whole number, how
             many. They are drawn at random, by a fixed seed.
 
     Raises:
         MetaPeftError: there are no rows, or too few to hold any back; or one cannot be read.
     """
-    rows = rows_of_task(support)
     if not rows:
         raise MetaPeftError(f"Task {name!r} has no support rows.")
     n_held = max(1, round(hold_back * len(rows))) if 0 < hold_back < 1 else int(hold_back)
@@ -103,7 +103,7 @@ def encoded_support(learned: hub.MetaLearned, name: str, support: Examples, hold
     return Support(kept, [row for i, row in enumerate(encoded) if i in held], of_task.facts.label_names)
 
 
-def _check_columns(name: str, rows: list[Mapping[str, Any]]) -> None:
+def _check_columns(name: str, rows: Sequence[Mapping[str, Any]]) -> None:
     """Raise unless each row has the columns of a known form."""
     for number, row in enumerate(rows, start=1):
         try:

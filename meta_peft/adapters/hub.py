@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,11 +62,10 @@ def save(
     """
     adapter = adapter or active_adapter(model)
     weights: Params = {n: p.detach() for n, p in FastWeights(model, adapter).parameters().items()}
-    with _replacing_files(Path(folder), of_the_old=(NOTE, LABELS)) as partial:
+    with _replacing_files(Path(folder)) as partial:
         write_adapter(weights, model.peft_config[adapter], sidecar.base.name, partial)
         sidecar.write(partial)
-        if card is not None and may_replace(Path(folder), card):
-            (partial / CARD).write_text(card, encoding="utf-8")
+        _write_card(card, partial, Path(folder))
 
 
 def save_adapted(
@@ -86,10 +85,9 @@ def save_adapted(
         raise MetaPeftError(
             f"{folder} holds a meta-learned adapter, which an adapted one would replace: choose another folder."
         )
-    with _replacing_files(Path(folder), of_the_old=(NOTE, LABELS)) as partial:
+    with _replacing_files(Path(folder)) as partial:
         write_adapter(weights, config, base_name, partial)
-        if card is not None and may_replace(Path(folder), card):
-            (partial / CARD).write_text(card, encoding="utf-8")
+        _write_card(card, partial, Path(folder))
         if label_names:
             names = {"id2label": dict(enumerate(label_names)), "label2id": {n: i for i, n in enumerate(label_names)}}
             (partial / LABELS).write_text(json.dumps(names, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -266,13 +264,18 @@ def push_checkpoint(
         api.upload_folder(**to, commit_message=f"{message}, checkpoint", path_in_repo=whole)
 
 
+def _write_card(card: str | None, partial: Path, folder: Path) -> None:
+    """The card among the new files of `folder`, unless there is none, or somebody's own README has its place."""
+    if card is not None and may_replace(folder, card):
+        (partial / CARD).write_text(card, encoding="utf-8")
+
+
 @contextmanager
-def _replacing_files(folder: Path, *, of_the_old: Sequence[str]) -> Iterator[Path]:
+def _replacing_files(folder: Path) -> Iterator[Path]:
     """A folder to write into; its files then replace those of `folder` one by one, each by a rename.
 
     The sidecar goes first and comes last. Whoever is killed in between leaves an adapter without one, which is refused,
-    and not one whose files do not belong together. `of_the_old` are files that say something of the adapter that is
-    replaced, and go first too.
+    and not one whose files do not belong together. What says something of the adapter that is replaced goes first too.
     """
     folder.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=".writing-", dir=folder))
@@ -281,7 +284,7 @@ def _replacing_files(folder: Path, *, of_the_old: Sequence[str]) -> Iterator[Pat
         files = sorted(partial.iterdir(), key=lambda file: (file.name == JSON, file.name))
         if files and files[-1].name == JSON:
             (folder / JSON).unlink(missing_ok=True)
-        for name in of_the_old:
+        for name in (NOTE, LABELS):
             (folder / name).unlink(missing_ok=True)
         for file in files:
             os.replace(file, folder / file.name)

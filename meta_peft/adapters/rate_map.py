@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +11,10 @@ import numpy as np
 from torch import Tensor
 
 from meta_peft.errors import MetaPeftError
+from meta_peft.lora.fast_weights import LAYER_NUMBER
 
 NO_MATPLOTLIB = "The picture needs matplotlib: pip install 'meta-peft[demo]'."
 SHADES = " ░▒▓█"
-LAYER = re.compile(r"\.(\d+)\.")
 
 
 def check_picture(path: str) -> None:
@@ -99,7 +98,7 @@ class RateMap:
 def _place(name: str) -> tuple[str, str]:
     """The layer that a matrix is in, and what it is in there; what is in no layer has a row of its own."""
     kind = next((k for k in ("lora_embedding_A", "lora_embedding_B", "lora_A", "lora_B") if f".{k}" in name), None)
-    layer = LAYER.search(name)
+    layer = LAYER_NUMBER.search(name)
     row = layer[1] if layer else "-"
     if kind is None:
         return row, name.removeprefix("base_model.model.")

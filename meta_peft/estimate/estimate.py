@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import math
-import re
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,7 +26,7 @@ from meta_peft.estimate.live_memory import LiveMemory
 from meta_peft.estimate.weightless import weightless_model
 from meta_peft.frozen.linear import COPY, quantised_layers, scale_bytes
 from meta_peft.functional.adapter_loss import AdapterLoss
-from meta_peft.lora.fast_weights import lora_layers
+from meta_peft.lora.fast_weights import LAYER_NUMBER, lora_layers
 from meta_peft.outer_loop.memory_plan import SHARE, MemoryPlan
 from meta_peft.outer_loop.outer_loop import LearnedRates, bind, in_chunks
 from meta_peft.types import EpisodeBatch, Meta, Params, Rows
@@ -35,7 +34,6 @@ from meta_peft.types import EpisodeBatch, Meta, Params, Rows
 SUPPORT, QUERY, BACK = "support rows, forward", "query rows, forward", "gradients on the way back"
 SCORES, LOGITS, DENSE, FAST = "attention scores", "logits", "dequantised weights", "fast weights"
 FEW = (2, 3)  # layers of the models that are run in place of one with many
-LAYER = re.compile(r"\.(\d+)\.")  # its number, in the path of what is in it
 CUDA_GB = 1.0  # an allowance for the context and the libraries' workspaces: not measured
 
 
@@ -147,11 +145,11 @@ def _of_all_layers(model_args: ModelArguments, config: Any, settled: _Settled) -
 
 def _alike(model: Any, targets: Any) -> bool:
     """Whether all layers with LoRA have it in the same places, and by targets that a model of fewer layers has too."""
-    if any(LAYER.search(target) for target in targets):  # a whole path
+    if any(LAYER_NUMBER.search(target) for target in targets):  # a whole path
         return False
     places: dict[str, set[str]] = {}
     for path, _ in lora_layers(model, "default"):
-        if found := LAYER.search(path):
+        if found := LAYER_NUMBER.search(path):
             places.setdefault(found[1], set()).add(path[found.end() :])
     return len(set(map(frozenset, places.values()))) == 1
 

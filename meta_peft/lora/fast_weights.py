@@ -10,6 +10,7 @@ So is the head of a classifier, which PEFT copies for each adapter (`modules_to_
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, cast
@@ -26,6 +27,7 @@ from meta_peft.types import Params
 
 # What PEFT puts into `modules_to_save` of a classifier: endings of names, so that DistilBERT's `pre_classifier` is one.
 HEADS = ("classifier", "score")
+LAYER_NUMBER = re.compile(r"\.(\d+)\.")  # of the layer, in the name of what is in it
 
 
 class FastWeights:

@@ -28,7 +28,8 @@ from meta_peft.tasks import TaskSet
 logger = logging.getLogger("meta_peft")
 FILES = ("train_tasks", "validation_tasks", "test_tasks")  # of what `about_run` tells of the tasks
 NOT_OF_A_CELL = ("seed", "world_size", "memory")  # of what `about_run` tells
-# Options of `MetaLoraConfig` that say how a run is done, which changes nothing of what comes out.
+# Options of `MetaLoraConfig` that say how a run is done. That changes nothing of what comes out, but for how many outer
+# steps are of equal compute, which `check_length` looks after.
 HOW_IT_RUNS = (
     *("output_dir", "memory", "memory_budget_gb", "frozen_cache_gb", "tasks_per_forward", "per_device_eval_batch_size"),
     *("deterministic_reduction", "max_skipped_updates", "task_leakage", "dataset_num_proc", "logging_steps"),
