@@ -69,6 +69,7 @@ class CheckpointedTrainer(Trainer, ABC):
         if not self.args.save_only_model:
             values = {
                 "optimizer": self.optimizer.state_dict(),
+                "optimizer_kind": self._optimizer_kind(),
                 "schedule": self.lr_scheduler.state_dict(),
                 "random": random,
                 "started": self.started,
@@ -89,17 +90,21 @@ class CheckpointedTrainer(Trainer, ABC):
             return
         values = training_state.load(Path(checkpoint))
         self.started = values.get("started", 0.0)  # checkpoints from before it was kept have none
-        self._restore_optimizer(Path(checkpoint), values["optimizer"], values["schedule"])
+        self._restore_optimizer(Path(checkpoint), values)
         self._go_on(values)
 
-    def _restore_optimizer(self, checkpoint: Path, optimizer: dict[str, Any], schedule: dict[str, Any]) -> None:
+    def _optimizer_kind(self) -> str:
+        return type(getattr(self.optimizer, "optimizer", self.optimizer)).__name__  # Accelerate's holds the one that was made
+
+    def _restore_optimizer(self, checkpoint: Path, values: dict[str, Any]) -> None:
         """Raise `MetaPeftError` if the state is of another optimizer or of other parameters, which torch finds out late."""
         own = [set(of) for of in self.optimizer.param_groups]
+        same_kind = values.get("optimizer_kind") in (None, self._optimizer_kind())  # earlier checkpoints do not say
         try:
-            self.optimizer.load_state_dict(optimizer)
-            self.lr_scheduler.load_state_dict(schedule)
+            self.optimizer.load_state_dict(values["optimizer"])
+            self.lr_scheduler.load_state_dict(values["schedule"])
             # Options of a group that the checkpoint has not would be missed in the next step.
-            fits = all(names <= set(of) for names, of in zip(own, self.optimizer.param_groups, strict=True))
+            fits = same_kind and all(names <= set(of) for names, of in zip(own, self.optimizer.param_groups, strict=True))
         except (ValueError, KeyError, TypeError, AttributeError):
             fits = False
         if not fits:

@@ -433,6 +433,7 @@ PLATEAU = {"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "steps"
         ({}, {"algorithm": "reptile"}),
         ({}, {"optim": "sgd"}),
         ({"optim": "sgd"}, {}),
+        ({"optim": "rmsprop_bnb"}, {"optim": "lion_32bit"}),
         (PLATEAU, {}),
     ],
     ids=str,
