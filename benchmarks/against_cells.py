@@ -4,7 +4,8 @@
 
 `OTHER.json` is what `setfit_episodes.py` writes; or cells of another comparison that adapts nothing, such as in-context
 examples, one for each seed. `FOLDER` has the report whose starts are compared. Scores are accuracies; differences are
-of the same task and seed, intervals by bootstrap over tasks, each task's seeds averaged first.
+of the same task and seed. Intervals are by bootstrap, of a score over tasks, each task's seeds averaged first, of a
+difference over tasks and seeds.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from meta_peft.evaluation.evaluate import interval
+from meta_peft.evaluation.intervals import interval
 from meta_peft.evaluation.metrics import METRICS
 from meta_peft.protocol.cells import FOLDER, Found
 
@@ -34,9 +35,7 @@ def main(words: list[str] | None = None) -> list[dict[str, object]]:
     for path in given.others:
         other |= _scores(path)
     seeds = sorted({seed for seed, _ in other})
-    print(f"{len(seeds)} seeds: {_percent(_by_task(other))}\n")
-    print("| start | steps | accuracy, % | ahead by | by seed |\n| --- | ---: | ---: | ---: | ---: |")
-    rows = []
+    found: list[tuple[str, int, Scores]] = []
     for start in given.starts:
         cells = [Found.read(given.cells / FOLDER / f"seed{seed}-{start}.json") for seed in seeds]
         for column, steps in enumerate(cells[0].steps):
@@ -49,13 +48,17 @@ def main(words: list[str] | None = None) -> list[dict[str, object]]:
                 sys.exit(
                     f"{given.cells} has other tasks: {sorted(own.keys() ^ other.keys())[:3]} are on one side alone."
                 )
-            differences = {key: own[key] - other[key] for key in own}
-            by_seed = [float(np.mean([d for (its, _), d in differences.items() if its == seed])) for seed in seeds]
-            ahead = _by_task(differences)
-            spread = f"{SHOWN(min(by_seed))} to {SHOWN(max(by_seed))}"
-            print(f"| {start} | {steps} | {_percent(_by_task(own))} | {_percent(ahead)} | {spread} |")
-            row = {"start": start, "steps": steps, "ahead": float(ahead.mean())}
-            rows.append({**row, "interval": list(interval(ahead)), "by_seed": by_seed})
+            found.append((start, steps, own))
+    print(f"{len(seeds)} seeds: {_percent(_by_seed(other).mean(0))}\n")
+    print("| start | steps | accuracy, % | ahead by | by seed |\n| --- | ---: | ---: | ---: | ---: |")
+    rows = []
+    for start, steps, own in found:
+        ahead = _by_seed({key: own[key] - other[key] for key in own})
+        by_seed = ahead.mean(1).tolist()
+        spread = f"{SHOWN(min(by_seed))} to {SHOWN(max(by_seed))}"
+        print(f"| {start} | {steps} | {_percent(_by_seed(own).mean(0))} | {_percent(ahead)} | {spread} |")
+        row = {"start": start, "steps": steps, "ahead": float(ahead.mean())}
+        rows.append({**row, "interval": list(interval(ahead)), "by_seed": by_seed})
     return rows
 
 
@@ -69,15 +72,15 @@ def _scores(path: Path) -> Scores:
     return {(cell.cell.seed, task): score for task, (score,) in zip(cell.tasks, cell.score, strict=True)}
 
 
-def _by_task(scores: Scores) -> np.ndarray:
-    tasks: dict[str, list[float]] = {}
-    for (_, task), score in scores.items():
-        tasks.setdefault(task, []).append(score)
-    return np.array([np.mean(values) for values in tasks.values()])
+def _by_seed(scores: Scores) -> np.ndarray:
+    """``[N, T]`` of N seeds and T tasks, which are the same with each seed."""
+    seeds, tasks = (sorted(set(of)) for of in zip(*scores, strict=True))
+    return np.array([[scores[seed, task] for task in tasks] for seed in seeds])
 
 
-def _percent(by_task: np.ndarray) -> str:
-    mean, low, high = map(SHOWN, (float(by_task.mean()), *interval(by_task)))
+def _percent(values: np.ndarray) -> str:
+    """The mean of ``[T]`` or ``[N, T]`` with its interval."""
+    mean, low, high = map(SHOWN, (float(values.mean()), *interval(values)))
     return f"{mean} ({low} to {high})"
 
 

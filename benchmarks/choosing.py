@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerF
 
 from meta_peft import MetaLoraConfig, MetaTrainer, ModelArguments, TaskSet
 from meta_peft.base import load_base, load_tokenizer, lora_config, with_adapter
-from meta_peft.evaluation.evaluate import curve, interval
+from meta_peft.evaluation.evaluate import curve
+from meta_peft.evaluation.intervals import interval
 from meta_peft.tasks import EpisodeDataset
 from meta_peft.tasks.leakage import find_leakage
 from meta_peft.tasks.locale_formatting import locale_formatting

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from surface import ROOT
 
-from meta_peft.evaluation.evaluate import interval
+from meta_peft.evaluation.intervals import interval
 
 EVIDENCE = ROOT / "benchmarks" / "results" / "evidence"
 DECODER = EVIDENCE / "decoder_classification"
@@ -58,7 +58,7 @@ def after(folder: Path, start: str, *steps: int) -> str:
 def ahead_of(folder: Path, start: str) -> str:
     """By how much the meta-learned start is, after ten steps."""
     found = [each for each in summary(folder)["differences"] if (each["other"], each["steps"]) == (start, 10)]
-    return with_interval(found[0]["mean"], found[0]["by_tasks"]) if found else ""
+    return with_interval(found[0]["mean"], found[0]["interval"]) if found else ""
 
 
 @pytest.mark.parametrize(
@@ -99,7 +99,7 @@ def test_by_how_much_it_is_ahead(row: str, other: str):
     for family in FAMILIES:
         differences = summary(DECODER / "head_from_zero" / family)["differences"]
         (found,) = (each for each in differences if (each["other"], each["steps"]) == (other, 10))
-        expected.append(with_interval(found["mean"], found["by_tasks"]))
+        expected.append(with_interval(found["mean"], found["interval"]))
         seeds.append(f"{percent(min(found['by_seed']))} to {percent(max(found['by_seed']))}")
     assert rows_of(f"ahead of {row} by") == [expected]
     if other != "plain":

@@ -32,7 +32,8 @@ from meta_peft.base.new_adapter import new_model
 from meta_peft.base.tokenizers import tokenizer_for
 from meta_peft.config import MetaLoraConfig, ModelArguments, TaskArguments
 from meta_peft.errors import MetaPeftError
-from meta_peft.evaluation.evaluate import curve, interval
+from meta_peft.evaluation.evaluate import curve
+from meta_peft.evaluation.intervals import interval
 from meta_peft.outer_loop.outer_loop import meta_gradient
 from meta_peft.params import flatten
 from meta_peft.run_tasks.run_episodes import with_classes

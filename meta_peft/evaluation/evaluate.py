@@ -181,10 +181,3 @@ def calibration_error(counts_K3: np.ndarray) -> float:
     """
     n, confidence, right = counts_K3.T
     return float(np.abs(confidence - right).sum() / max(n.sum(), 1))
-
-
-def interval(values: np.ndarray, *, seed: int = 0, resamples: int = 10_000) -> tuple[float, float]:
-    """95 % bootstrap interval of the mean over tasks (percentile method); `values` is ``[T]``."""
-    draws = np.random.default_rng(seed).choice(values, (resamples, len(values))).mean(1)
-    low, high = np.percentile(draws, [2.5, 97.5])
-    return float(low), float(high)

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from meta_peft.errors import MetaPeftError
-from meta_peft.evaluation.evaluate import Curve, interval
+from meta_peft.evaluation.evaluate import Curve
+from meta_peft.evaluation.intervals import interval
 from meta_peft.evaluation.metrics import METRICS, Metric
 from meta_peft.utils.atomic_files import write_file
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from meta_peft.evaluation.evaluate import interval
+from meta_peft.evaluation.intervals import interval
 from meta_peft.protocol.arguments import IN_CONTEXT, TITLES
 from meta_peft.protocol.summary import Summary
 from meta_peft.protocol.verdict import verdict
@@ -121,7 +121,7 @@ def _scores(summary: Summary) -> Table:
 def _differences(summary: Summary) -> Table:
     metric, lines = summary.metric, []
     for d in summary.differences():
-        mean, low, high = (metric.shown(value) for value in (d.mean, *d.by_tasks))
+        mean, low, high = (metric.shown(value) for value in (d.mean, *d.interval))
         seeds = f"{metric.shown(min(d.by_seed))} to {metric.shown(max(d.by_seed))}"
         gains = ""
         if d.of_gains is not None:

@@ -1,7 +1,8 @@
 """What the cells of a comparison say together.
 
-Each task is averaged over seeds first; intervals are bootstrap intervals over tasks. Starts face the same episodes, so
-they are compared task by task: the interval of a difference is that of the mean of the differences.
+Each task is averaged over seeds first; the interval of a start is over tasks. Starts face the same episodes, so they are
+compared task by task and seed by seed: the interval of a difference is that of the mean of the differences, over tasks and
+seeds, since what is asked is which start is better, whatever the seed of its training.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ import numpy as np
 
 from meta_peft.comparison.rate_edges import at_the_edge
 from meta_peft.errors import MetaPeftError
-from meta_peft.evaluation.evaluate import Curve, calibration_error, interval
+from meta_peft.evaluation.evaluate import Curve, calibration_error
+from meta_peft.evaluation.intervals import interval
 from meta_peft.evaluation.metrics import Metric
 from meta_peft.evaluation.report import Report
 from meta_peft.protocol.arguments import IN_CONTEXT, META, TITLES
@@ -29,7 +31,7 @@ class Difference:
 
     Args:
         steps: of both. In-context examples take none.
-        by_tasks: 95 % interval over tasks.
+        interval: 95 % interval over tasks and seeds; with one seed, over tasks.
         by_seed: for each seed alone.
         of_gains: how much more adaptation gains from this start than from the other (the interaction), with its interval;
             None for in-context examples.
@@ -38,17 +40,17 @@ class Difference:
     other: str
     steps: int
     mean: float
-    by_tasks: tuple[float, float]
+    interval: tuple[float, float]
     by_seed: tuple[float, ...]
     of_gains: tuple[float, tuple[float, float]] | None
 
     @property
     def ahead(self) -> bool:
-        return self.by_tasks[0] > 0
+        return self.interval[0] > 0
 
     @property
     def behind(self) -> bool:
-        return self.by_tasks[1] < 0
+        return self.interval[1] < 0
 
 
 @dataclass(frozen=True)
@@ -126,7 +128,7 @@ class Summary:
         curves = {TITLES[s]: self._curve(s) for s in self.starts if s != IN_CONTEXT}
         in_context = None
         if IN_CONTEXT in self.starts:
-            loss, score = (self._values(self.of_start(IN_CONTEXT), key) for key in ("loss", "score"))
+            loss, score = (self._values(self.of_start(IN_CONTEXT), key).mean(0) for key in ("loss", "score"))
             in_context = loss[:, 0], score[:, 0]
         return Report(self.tasks, curves, {**self.about, "seeds": list(self.seeds)}, in_context)
 
@@ -145,12 +147,18 @@ class Summary:
             for steps in ([self.at] if other == IN_CONTEXT else meta.steps)
         ]
 
+    def at_by_seed(self, start: str, task_count: int | None = None) -> np.ndarray:
+        """Scores after `at` steps, ``[N, T]`` of N seeds; those of in-context examples, which take none."""
+        cells = self.of_start(start, task_count)
+        column = cells[0].steps.index(self.at) if self.at in cells[0].steps else 0
+        return self._values(cells, "score")[..., column]
+
     def along_shots(self) -> dict[str, dict[int, np.ndarray]]:
         """The score by task after `at` steps, for each start and each number of support rows."""
         found: dict[str, dict[int, np.ndarray]] = {}
         for start in self.starts:
             cells = self.of_start(start)
-            by_shots = {self.shots: self._at(cells)}
+            by_shots = {self.shots: self.at_by_seed(start).mean(0)}
             for n in cells[0].shots:
                 by_shots[int(n)] = np.mean([_ordered(f, f.shots[n]["score"], self.tasks) for f in cells], axis=0)
             found[start] = dict(sorted(by_shots.items()))
@@ -163,8 +171,8 @@ class Summary:
             counts = sorted({f.cell.task_count for f in self.found if f.cell.start == start and f.cell.task_count})
             if counts:
                 every = int(self.about["tasks"]["n_train"])
-                by_count = {n: self._at(self.of_start(start, n)) for n in counts}
-                found[start] = {**by_count, every: self._at(self.of_start(start))}
+                by_count = {n: self.at_by_seed(start, n).mean(0) for n in counts}
+                found[start] = {**by_count, every: self.at_by_seed(start).mean(0)}
         return found
 
     def along_training(self) -> dict[str, dict[float, float | None]]:
@@ -204,36 +212,26 @@ class Summary:
         factors = tuple(f[0] if len(set(f)) == 1 else None for f in zip(*(c.factors for c in cells), strict=True))
         rules = [c.how or [""] * len(c.steps) for c in cells]
         how = tuple(map(_in_seeds, zip(*rules, strict=True)))
-        loss, score = (self._values(cells, key) for key in ("loss", "score"))
+        loss, score = (self._values(cells, key).mean(0) for key in ("loss", "score"))
         return Curve(tuple(cells[0].steps), loss, score, factors, cells[0].metric, how=how)
 
     def _values(self, cells: list[Found], key: str) -> np.ndarray:
-        """``[T, S]``, means over seeds."""
-        mean: np.ndarray = np.mean([_ordered(f, getattr(f, key), self.tasks) for f in cells], axis=0)
-        return mean
-
-    def _at(self, cells: list[Found]) -> np.ndarray:
-        """Scores after `at` steps, ``[T]``; those of in-context examples, which take none."""
-        column = cells[0].steps.index(self.at) if self.at in cells[0].steps else 0
-        return self._values(cells, "score")[:, column]
+        """``[N, T, S]`` of N seeds."""
+        return np.stack([_ordered(f, getattr(f, key), self.tasks) for f in cells])
 
     def _difference(self, other: str, steps: int) -> Difference:
         sign = 1.0 if self.metric.higher_is_better else -1.0
         mine, its = self.of_start(META), self.of_start(other)
         columns = [mine[0].steps.index(steps), its[0].steps.index(steps) if other != IN_CONTEXT else 0]
         scores = [self._values(cells, "score") for cells in (mine, its)]
-        at = [values[:, column] for values, column in zip(scores, columns, strict=True)]
-        ahead = sign * (at[0] - at[1])
-        by_seed = [
-            sign * float(np.mean([row[columns[0]] for row in m.score]) - np.mean([row[columns[1]] for row in i.score]))
-            for m, i in zip(mine, its, strict=True)
-        ]
+        at = [values[..., column] for values, column in zip(scores, columns, strict=True)]
+        ahead = sign * (at[0] - at[1])  # [N, T]
         gains = None
         if other != IN_CONTEXT and 0 in mine[0].steps and steps > 0:
-            before = [values[:, mine[0].steps.index(0)] for values in scores]
+            before = [values[..., mine[0].steps.index(0)] for values in scores]
             more = ahead - sign * (before[0] - before[1])
             gains = float(more.mean()), interval(more)
-        return Difference(other, steps, float(ahead.mean()), interval(ahead), tuple(by_seed), gains)
+        return Difference(other, steps, float(ahead.mean()), interval(ahead), tuple(ahead.mean(1).tolist()), gains)
 
 
 def _in_seeds(how: Sequence[str]) -> str:

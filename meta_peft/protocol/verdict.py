@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from meta_peft.comparison.rate_edges import edges_in_words
-from meta_peft.evaluation.evaluate import interval
+from meta_peft.evaluation.intervals import interval
 from meta_peft.protocol.arguments import IN_CONTEXT, META, MULTITASK, TITLES, UNTRAINED, WITHOUT_INNER_LOOP
 from meta_peft.protocol.summary import Difference, Summary
 from meta_peft.tasks.labelling import of_classes
@@ -53,8 +53,8 @@ def verdict(summary: Summary) -> list[str]:
 
 
 def _best(summary: Summary) -> str:
-    """The start with the best score, and those of which the tasks do not tell it apart."""
-    scores = {start: by_shots[summary.shots] for start, by_shots in summary.along_shots().items()}
+    """The start with the best score, and those of which tasks and seeds do not tell it apart."""
+    scores = {start: summary.at_by_seed(start) for start in summary.starts}
     metric, sign = summary.metric, 1 if summary.metric.higher_is_better else -1
     best = max(scores, key=lambda start: sign * float(scores[start].mean()))
     shown = metric.shown(float(scores[best].mean()))
@@ -62,8 +62,8 @@ def _best(summary: Summary) -> str:
     which = "Best on these tasks" if len(scores) > 1 else "Nothing to compare with yet"
     level = [
         TITLES[start]
-        for start, of_tasks in scores.items()
-        if start != best and interval(sign * (scores[best] - of_tasks))[0] <= 0
+        for start, its in scores.items()
+        if start != best and interval(sign * (scores[best] - its))[0] <= 0
     ]
     too = f"; level with it: {listed(level)}" if level else ""
     return (
@@ -95,7 +95,7 @@ def _paid(summary: Summary, rival: Difference, untrained: list[Difference]) -> s
 
 def _compared(summary: Summary, difference: Difference) -> str:
     metric = summary.metric
-    low, high = (metric.shown(bound) for bound in difference.by_tasks)
+    low, high = (metric.shown(bound) for bound in difference.interval)
     far = f"{metric.shown(abs(difference.mean))} points" if metric.unit else metric.shown(abs(difference.mean))
     interval = f"95 % interval of the difference {low} to {high}"
     if difference.ahead or difference.behind:

@@ -94,7 +94,8 @@ class CheckpointedTrainer(Trainer, ABC):
         self._go_on(values)
 
     def _optimizer_kind(self) -> str:
-        return type(getattr(self.optimizer, "optimizer", self.optimizer)).__name__  # Accelerate's holds the one that was made
+        made = getattr(self.optimizer, "optimizer", self.optimizer)  # which Accelerate's holds
+        return type(made).__name__
 
     def _restore_optimizer(self, checkpoint: Path, values: dict[str, Any]) -> None:
         """Raise `MetaPeftError` if the state is of another optimizer or of other parameters, which torch finds out late."""
@@ -104,7 +105,9 @@ class CheckpointedTrainer(Trainer, ABC):
             self.optimizer.load_state_dict(values["optimizer"])
             self.lr_scheduler.load_state_dict(values["schedule"])
             # Options of a group that the checkpoint has not would be missed in the next step.
-            fits = same_kind and all(names <= set(of) for names, of in zip(own, self.optimizer.param_groups, strict=True))
+            fits = same_kind and all(
+                names <= set(of) for names, of in zip(own, self.optimizer.param_groups, strict=True)
+            )
         except (ValueError, KeyError, TypeError, AttributeError):
             fits = False
         if not fits:

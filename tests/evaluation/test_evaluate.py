@@ -8,7 +8,7 @@ import torch
 from tiny_models import VOCAB, random_batch, tiny
 from transformers import GenerationConfig
 
-from meta_peft.evaluation.evaluate import Start, curve, interval, joined, tune, tuned_curve
+from meta_peft.evaluation.evaluate import Start, curve, joined, tune, tuned_curve
 from meta_peft.functional.adapter_loss import AdapterLoss
 from meta_peft.inner_loop.inner_loop import adapt
 from meta_peft.inner_optimizers import SGD, InnerRule
@@ -142,20 +142,3 @@ def test_exact_match_is_that_of_greedy_generation(loss_fn, start):
     assert loss_fn.scores(start.adapter, rows).exact_match_T.tolist() == expected.tolist()
     one_each = Rows(rows.inputs, labels, 4)
     assert loss_fn.scores(start.adapter, one_each).exact_match_T.tolist() == [1, 0, 0, 1]
-
-
-def test_interval_is_deterministic_and_holds_the_mean():
-    values = np.random.default_rng(0).normal(3, 1, 50)
-    low, high = interval(values)
-    assert interval(values) == (low, high)
-    assert interval(values, seed=1) != (low, high)
-    assert low < values.mean() < high
-    assert high - low == pytest.approx(2 * 1.96 * values.std() / 50**0.5, rel=0.05)
-    assert interval(np.full(7, 2.0)) == (2, 2)
-
-
-def test_interval_covers_the_true_mean_about_as_often_as_it_says():
-    rng = np.random.default_rng(0)
-    bounds = [interval(rng.exponential(1, 40), seed=i, resamples=400) for i in range(300)]
-    covered = np.mean([low < 1 < high for low, high in bounds])
-    assert 0.88 < covered < 0.98

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from meta_peft import MetaPeftError
-from meta_peft.evaluation.evaluate import Curve, interval
+from meta_peft.evaluation.evaluate import Curve
+from meta_peft.evaluation.intervals import interval
 from meta_peft.evaluation.report import Report
 
 PLAIN = Curve((0, 3), np.array([[2.0, 1.0], [4.0, 2.0]]), np.array([[0.0, 0.5], [0.0, 1.0]]), (1.0, 0.5))

@@ -73,12 +73,29 @@ def test_the_difference_is_paired_and_so_is_that_of_the_gains():
     before, after = summary.differences()
     assert (before.other, before.steps, after.steps) == ("multitask", 0, 10)
     assert after.mean == pytest.approx(0.1)
-    assert after.by_tasks == pytest.approx((0.1, 0.1))
+    assert after.interval == pytest.approx((0.1, 0.1))
     assert after.by_seed == pytest.approx((0.1,))
     assert after.of_gains[0] == pytest.approx(0.3)  # 0.5 from its own start, 0.2 from the other
     assert before.of_gains is None
     assert after.ahead
     assert before.behind
+
+
+def test_seeds_that_disagree_leave_it_open():
+    """All tasks say the same in each seed, so that over tasks alone the mean of the seeds would be certain."""
+    found = [cell(start, (0.0, 0.5), seed) for start in ("plain", "multitask") for seed in range(4)]
+    one_sided = [cell("meta", (0.0, 0.5 + gain), seed) for seed, gain in enumerate((0.1, 0.2, 0.1, 0.2))]
+    divided = [cell("meta", (0.0, 0.5 + gain), seed) for seed, gain in enumerate((0.2, -0.1, 0.2, -0.1))]
+    after = {d.other: d for d in summary_of(*found, *one_sided).differences() if d.steps == 10}["multitask"]
+    assert after.ahead
+    assert after.interval[0] >= 0.1 - 1e-9
+    assert after.by_seed == pytest.approx((0.1, 0.2, 0.1, 0.2))
+    summary = summary_of(*found, *divided)
+    after = {d.other: d for d in summary.differences() if d.steps == 10}["multitask"]
+    assert after.mean == pytest.approx(0.05)
+    assert (after.ahead, after.behind) == (False, False)
+    assert "level with it: plain LoRA and multi-task LoRA" in verdict(summary)[0]
+    assert verdict(summary)[1].startswith("Whether meta-training paid for itself is open")
 
 
 def test_for_an_error_rate_less_is_ahead():
