@@ -31,6 +31,8 @@ def at_equal_compute(args: MetaLoraConfig, layers: Stack, tasks: TaskSet, **chan
     own = copy.copy(args)
     for option, value in changes.items():
         setattr(own, option, value)
+    if not own.adapts_throughout:
+        own.learn_head = None  # no inner step would move a head that the outer loop leaves as it is
     own.eval_strategy, own.save_strategy = IntervalStrategy.NO, SaveStrategy.NO
     warmup = min(args.multitask_warmup_steps, args.max_steps)  # these cost what a step of multi-task training costs
     if layers.frozen < layers.all and _sees_kept_rows(args, tasks):

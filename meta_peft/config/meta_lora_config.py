@@ -12,7 +12,7 @@ from transformers import TrainingArguments
 from meta_peft.algorithms import MAML, ImplicitMAML, MultiTask, Reptile
 from meta_peft.config.checks import check_together, check_trackers, check_values
 from meta_peft.errors import MetaPeftError
-from meta_peft.evaluation.metrics import METRICS
+from meta_peft.evaluation.metrics import LOSSES, METRICS
 from meta_peft.inner_loop.inner_path import check_memory
 from meta_peft.inner_optimizers import SGD, Adam, InnerRule
 from meta_peft.outer_loop.memory_plan import MemoryPlan
@@ -242,8 +242,11 @@ class MetaLoraConfig(TrainingArguments):
         check_values(self)
         inherited: Any = self
         best = (inherited.metric_for_best_model or "").removeprefix("eval_")
-        if best in METRICS and inherited.greater_is_better is None:  # else more of all but a loss would be better
-            inherited.greater_is_better = METRICS[best].higher_is_better
+        if inherited.greater_is_better is None:  # else more would be better of all whose name does not end in loss
+            if best in METRICS:
+                inherited.greater_is_better = METRICS[best].higher_is_better
+            elif best in LOSSES:
+                inherited.greater_is_better = False
         check_memory(self._memory())
         asked_for()  # before TrainingArguments reads what the launcher set
         self.algorithm_object()
@@ -260,7 +263,8 @@ class MetaLoraConfig(TrainingArguments):
     @property
     def tasks_in_a_step(self) -> int:
         """Tasks per outer step of all processes together."""
-        per_process = self.train_batch_size * self.gradient_accumulation_steps
+        # Not train_batch_size, which is that of all devices that a process sees: here one has all its tasks.
+        per_process = self.per_device_train_batch_size * self.gradient_accumulation_steps
         return self.tasks_per_step or per_process * self.world_size
 
     @property

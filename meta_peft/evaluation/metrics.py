@@ -168,6 +168,9 @@ def _calibration_error(confidences: Sequence[float], right: Sequence[bool]) -> f
 
 TEXT, CLASSIFICATION = "torchmetrics.functional.text", "torchmetrics.functional.classification"
 SACREBLEU = "sacrebleu"  # torchmetrics' own chrF counts n-grams that a short text cannot have as missed
+LOSSES = ("loss", "loss_before", "worst_loss")
+"""What an evaluation during training gives besides the metric; less is better."""
+
 METRICS = {
     metric.name: metric
     for metric in (

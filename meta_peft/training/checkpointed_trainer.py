@@ -69,7 +69,7 @@ class CheckpointedTrainer(Trainer, ABC):
         if not self.args.save_only_model:
             values = {
                 "optimizer": self.optimizer.state_dict(),
-                "optimizer_kind": self._optimizer_kind(),
+                "made_by": self._made_by(),
                 "schedule": self.lr_scheduler.state_dict(),
                 "random": random,
                 "started": self.started,
@@ -93,26 +93,28 @@ class CheckpointedTrainer(Trainer, ABC):
         self._restore_optimizer(Path(checkpoint), values)
         self._go_on(values)
 
-    def _optimizer_kind(self) -> str:
+    def _made_by(self) -> dict[str, str]:
+        """What has to be the same where a run goes on, and is not told by the shapes of its state."""
         made = getattr(self.optimizer, "optimizer", self.optimizer)  # which Accelerate's holds
-        return type(made).__name__
+        schedule = self.args.lr_scheduler_type
+        return {"optimizer": type(made).__name__, "schedule": str(getattr(schedule, "value", schedule))}
 
     def _restore_optimizer(self, checkpoint: Path, values: dict[str, Any]) -> None:
         """Raise `MetaPeftError` if the state is of another optimizer or of other parameters, which torch finds out late."""
         own = [set(of) for of in self.optimizer.param_groups]
-        same_kind = values.get("optimizer_kind") in (None, self._optimizer_kind())  # earlier checkpoints do not say
+        same = values.get("made_by", self._made_by()) == self._made_by()  # earlier checkpoints do not say
         try:
             self.optimizer.load_state_dict(values["optimizer"])
             self.lr_scheduler.load_state_dict(values["schedule"])
             # Options of a group that the checkpoint has not would be missed in the next step.
-            fits = same_kind and all(
+            fits = same and all(
                 names <= set(of) for names, of in zip(own, self.optimizer.param_groups, strict=True)
             )
         except (ValueError, KeyError, TypeError, AttributeError):
             fits = False
         if not fits:
             raise MetaPeftError(
-                f"The optimizer or the schedule of {checkpoint} is not that of these options: resume with the options that"
+                f"The algorithm, the optimizer or the schedule of {checkpoint} is not that of these options: resume with the options that"
                 " the checkpoint was made with, such as the same algorithm, learn_inner_lr, optim and lr_scheduler_type;"
                 " or train anew, in another output_dir."
             )

@@ -441,6 +441,9 @@ class MetaTrainer(PushingTrainer):
     def _trained(self) -> list[Tensor]:
         return [*self.loss_fn.weights.parameters().values(), self.rates.log_rates]
 
+    def _made_by(self) -> dict[str, str]:
+        return {**super()._made_by(), "algorithm": self.args.algorithm}
+
     def _progress(self) -> dict[str, Any]:
         return {
             "memory_plan": self.memory_plan.state(),

@@ -10,10 +10,8 @@ from transformers import get_scheduler
 
 from meta_peft.config import MetaLoraConfig
 from meta_peft.errors import MetaPeftError
-from meta_peft.evaluation.metrics import default_metric
+from meta_peft.evaluation.metrics import LOSSES, default_metric
 from meta_peft.training.checkpointed_trainer import CheckpointedTrainer
-
-LOSSES = ("loss", "loss_before", "worst_loss")
 
 
 def check_optimizer(args: MetaLoraConfig, given: tuple[Any, Any] = (None, None)) -> None:

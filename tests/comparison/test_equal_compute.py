@@ -102,3 +102,11 @@ def test_layers_whose_output_is_kept_cost_every_start_the_same(tmp_path: Path, o
     args = config(tmp_path, **shape | options)
     own = at_equal_compute(args, Stack(6, 4), TASKS, algorithm="multitask")
     assert own.max_steps == round(args.max_steps * (frozen + 128) / (frozen + 48))
+
+
+def test_a_baseline_without_an_inner_loop_learns_its_head(tmp_path: Path):
+    """With `learn_head: false` nothing would ever move a head at zero, and LoRA under it has no gradient."""
+    args = config(tmp_path, learn_head=False, ways=2, label_words="permuted", label_column="target")
+    baseline = at_equal_compute(args, Stack(6, 4), TASKS, algorithm="multitask")
+    assert baseline.learns_head
+    assert not at_equal_compute(args, Stack(6, 4), TASKS, algorithm="fomaml").learns_head

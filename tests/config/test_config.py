@@ -290,6 +290,8 @@ def test_every_option_of_ours_has_a_help_text(group: type):
         ({"metric_for_best_model": "eval_wer"}, False),
         ({"metric_for_best_model": "chrf"}, True),
         ({"metric_for_best_model": "eval_loss"}, False),
+        ({"metric_for_best_model": "loss_before"}, False),
+        ({"metric_for_best_model": "eval_worst_loss"}, False),
         ({"metric_for_best_model": "wer", "greater_is_better": True}, True),
         ({}, None),
     ],
@@ -314,3 +316,11 @@ def test_kinds_of_models_that_are_refused(options: dict, message: str):
 def test_nothing_is_no_number_where_one_is_needed(tmp_path: Path, option: str):
     with pytest.raises(MetaPeftError, match=f"{option} must be a number of . or more; got None"):
         MetaLoraConfig(str(tmp_path), **{option: None})
+
+
+def test_a_process_has_its_tasks_whatever_devices_it_sees(tmp_path: Path):
+    """transformers would give one that sees several GPUs a batch for each; here all its tasks go to the first."""
+    args = config(tmp_path, per_device_train_batch_size=4, gradient_accumulation_steps=2)
+    args._n_gpu = 2
+    assert args.train_batch_size == 8
+    assert args.tasks_in_a_step == 8

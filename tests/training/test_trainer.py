@@ -431,6 +431,9 @@ PLATEAU = {"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "steps"
         ({}, {"learn_inner_lr": False}),
         ({"learn_inner_lr": False}, {}),
         ({}, {"algorithm": "reptile"}),
+        ({}, {"algorithm": "fomaml"}),
+        ({"learn_inner_lr": False}, {"algorithm": "reptile"}),
+        ({"lr_scheduler_type": "linear"}, {"lr_scheduler_type": "cosine"}),
         ({}, {"optim": "sgd"}),
         ({"optim": "sgd"}, {}),
         ({"optim": "rmsprop_bnb"}, {"optim": "lion_32bit"}),
@@ -438,7 +441,7 @@ PLATEAU = {"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "steps"
     ],
     ids=str,
 )
-def test_a_checkpoint_of_another_optimizer_is_refused(tmp_path: Path, first: dict, then: dict):
+def test_a_checkpoint_of_another_algorithm_optimizer_or_schedule_is_refused(tmp_path: Path, first: dict, then: dict):
     """torch finds out in the next step only, if at all."""
     both = {"eval_tasks": letter_tasks(EVAL), "save_strategy": "steps", "save_steps": 1}
     trainer(tmp_path, max_steps=1, **both, **first).train()
