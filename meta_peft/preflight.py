@@ -141,7 +141,14 @@ def _check_layers(model: PeftModel, adapter: str) -> None:
                 f"{path} is a {kind} with LoRA; only linear layers and embeddings are supported: leave it out of"
                 " target_modules."
             )
-    for name, parameter in FastWeights(model, adapter).parameters().items():
+    weights = FastWeights(model, adapter).parameters()
+    held = [name for name, parameter in weights.items() if is_lora(name) and not parameter.requires_grad]
+    if 0 < len(held) < sum(map(is_lora, weights)):  # all of them are those of an adapter that was loaded to be used
+        raise MetaPeftError(
+            f"{len(held)} LoRA matrices need no gradient ({held[0]} for one), and every one of an adapter is learned here:"
+            " set requires_grad_(True), and fast_weights for what the inner loop is to move."
+        )
+    for name, parameter in weights.items():
         if parameter.dtype in (torch.float16, torch.bfloat16):
             remedy = (
                 "Keep LoRA weights in float32 (get_peft_model does, with autocast_adapter_dtype=True)."
@@ -200,6 +207,12 @@ def _check_base(base: Any, *, second_order: bool) -> None:
     if second_order and attention == "sdpa":
         say_once(
             "Attention runs as ordinary matrix products in the inner loop: fused kernels have no second derivative."
+        )
+    if second_order and any(p.dtype == torch.bfloat16 for p in base.parameters()):
+        say_once(
+            "The base model is in bfloat16, in which little of a second derivative through inner Adam is exact"
+            " (docs/quantised_bases.md). transformers loads a checkpoint in its own precision unless it is told"
+            " dtype='float32'."
         )
     if any(p.dtype == torch.float16 for p in base.parameters()):
         raise MetaPeftError(

@@ -6,8 +6,8 @@ task 0, then all of task 1, ...), L tokens of a row, N labelled positions of a s
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -134,6 +134,11 @@ class MetaGradient:
     grads: Meta
     n_tasks: int
     metrics: Params = field(default_factory=dict)
+
+    def without(self, names: Collection[str]) -> MetaGradient:
+        """The same, of a model in which the weights called `names` start where they are."""
+        adapter = {name: grad for name, grad in self.grads.adapter.items() if name not in names}
+        return replace(self, grads=replace(self.grads, adapter=adapter))
 
 
 SUPPORT_LOSSES = "support_losses"

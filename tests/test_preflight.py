@@ -182,6 +182,29 @@ def test_lora_weights_in_half_precision(dtype: torch.dtype):
     refused(model, rf"q_proj.lora_A.weight is in {dtype}, which.*autocast_adapter_dtype=True")
 
 
+def test_some_lora_matrices_that_are_frozen():
+    """As in LoRA-FA: they would be learned all the same. All of them are, where an adapter was loaded to be used."""
+    model = with_lora(tiny_base())
+    for name, parameter in model.named_parameters():
+        if "lora_A" in name:
+            parameter.requires_grad_(False)
+    with pytest.raises(
+        MetaPeftError, match=r"matrices need no gradient \(.*lora_A.*every one of an adapter is learned"
+    ):
+        check_model(model, second_order=False)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    check_model(model, second_order=False)
+
+
+def test_a_base_in_bfloat16_is_named_in_second_order(said):
+    model = with_lora(tiny_base().to(torch.bfloat16))
+    check_model(model, second_order=False)
+    assert "bfloat16" not in said.text
+    check_model(model, second_order=True)
+    assert "bfloat16, in which little of a second derivative" in said.text
+
+
 def test_embedding_and_output_head_pass():
     passes(with_lora(tiny_base(), target_modules=["embed_tokens", "q_proj"]))
     passes(with_lora(tiny_base(), target_modules=["lm_head", "q_proj"]))

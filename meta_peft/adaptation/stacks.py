@@ -41,13 +41,16 @@ Examples = Iterable[Mapping[str, Any]]
 class Adapted:
     """One task's adapted weights, and its support loss ``before`` and ``after`` adaptation.
 
-    `label_names` are the names of the classes, by number, of a task whose labels have names.
+    `objective` is what the base is for, `num_labels` how many classes its head has, and `label_names` the names of the
+    classes, by number, of a task whose labels have names.
     """
 
     weights: Params
     metrics: dict[str, float]
     config: Any
     base_name: str
+    objective: str
+    num_labels: int = 0
     label_names: tuple[str, ...] = ()
 
     def save(self, folder: str | Path) -> None:
@@ -62,7 +65,8 @@ class Adapted:
 
     def _save(self, folder: str | Path, repo_id: str | None) -> None:
         names = self.label_names
-        card = adapted_card(self.base_name, self.config, self.metrics, repo_id, label_names=names)
+        of_base = self.base_name, self.objective
+        card = adapted_card(*of_base, self.metrics, repo_id, num_labels=self.num_labels, label_names=names)
         hub.save_adapted(self.weights, self.config, self.base_name, folder, label_names=names, card=card)
 
 
@@ -222,7 +226,8 @@ def _adapt_stack(
         if best is not None:
             metrics |= best.metrics(i)
         config = loss_fn.model.peft_config[learned.adapter]
-        results[name] = Adapted(take_task(fast, i), metrics, config, sidecar.base.name, support.label_names)
+        of_base = sidecar.base.name, sidecar.objective, sidecar.facts.num_labels
+        results[name] = Adapted(take_task(fast, i), metrics, config, *of_base, support.label_names)
     return results
 
 

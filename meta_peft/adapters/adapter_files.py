@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 
 from meta_peft.errors import MetaPeftError
 from meta_peft.lora.fast_weights import HEADS, FastWeights, is_lora
-from meta_peft.utils.checked import flag, is_number, read_object, shown, whole
+from meta_peft.utils.checked import flag, is_number, read_object, shown, text, whole
 from meta_peft.utils.patterns import matches
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -78,6 +78,12 @@ def tensor_shapes(folder: Path, names: Sequence[str]) -> dict[str, list[int]]:
             f"{f' ({fewer[0][:200]!r})' if fewer else ''}: they do not belong together ({path})."
         )
     return found
+
+
+def base_revision(folder: Path) -> str | None:
+    """Which branch, tag or commit of its base an adapter was learned on; None is the default one."""
+    found = read_object(folder / CONFIG, "the config of a PEFT adapter").get("revision")
+    return None if found is None else text(f"{folder / CONFIG}: revision", found, LONGEST)
 
 
 def read_config(folder: Path, shapes: dict[str, list[int]]) -> LoraConfig:

@@ -39,7 +39,7 @@ class BaseIdentity:
 
     @classmethod
     def of(cls, base: Any) -> BaseIdentity:
-        config = base.config
+        config = base.config.get_text_config()  # of a model that sees or hears as well, the part that writes
         sizes = {k: int(getattr(config, k)) for k in ("hidden_size", "num_hidden_layers", "vocab_size")}
         weight = whole_weight(base.get_input_embeddings())
         rows = torch.linspace(0, weight.shape[0] - 1, 64).long()

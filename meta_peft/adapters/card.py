@@ -91,35 +91,34 @@ def model_card(
 
 def adapted_card(
     base: str,
-    config: Any,
+    objective: str,
     metrics: Mapping[str, float],
     repo_id: str | None = None,
     *,
+    num_labels: int = 0,
     label_names: Sequence[str] = (),
 ) -> str:
     """A short card of an adapter that was adapted to one task.
 
     Args:
         base: name of the base model.
-        config: the adapter's `LoraConfig`.
+        objective: what the base is for.
         metrics: as `Adapted` has them.
         repo_id: its id on the hub, if it is going to have one.
-        label_names: of a classifier's classes.
+        num_labels: of the base's head, if it has one.
+        label_names: of the classes of the task.
     """
     from huggingface_hub import ModelCardData
 
-    task_type = config.task_type
-    kind = next((kind for kind in KINDS.values() if task_type and kind.task_type == task_type), None)
-    pipeline = None if kind is None else kind.pipeline
-    tags = ["lora", "peft", TAG]
-    data = ModelCardData(**_base(base), library_name="peft", pipeline_tag=pipeline, tags=tags)
+    kind, tags = KINDS[objective], ["lora", "peft", TAG]
+    data = ModelCardData(**_base(base), library_name="peft", pipeline_tag=kind.pipeline, tags=tags)
     seen = "\n".join(f"| {name.replace('_', ' ')} | {value:.4g} |" for name, value in metrics.items())
     parts = [
         f"---\n{data.to_yaml()}\n---",
         "# A LoRA adapter adapted to one task",
         f"Adapted with `meta_peft`, from a meta-learned initialisation for {_shown(base)}, on a handful of examples.",
         "Classes: " + ", ".join(f"`{name}`" for name in label_names) + "." if label_names else "",
-        f"## Use\n\n{_stock(kind.auto if kind else 'AutoModel', repo_id or 'path/of/this-adapter', len(label_names))}",
+        f"## Use\n\n{_stock(kind.auto, repo_id or 'path/of/this-adapter', num_labels)}",
         "## Adaptation\n\nOn the rows that it was adapted on, which say whether adaptation worked and not how well it does"
         f" on others.\n\n| | |\n| --- | ---: |\n{seen}",
         _licence(base, licence_of(base)),
@@ -227,7 +226,8 @@ def _tasks(sidecar: Sidecar, results: CardResults) -> str:
 
 
 def _training(options: Mapping[str, Any]) -> str:
-    lines = "\n".join(f"| `{name}` | {getattr(value, 'value', value)} |" for name, value in options.items())
+    shown = {name: str(getattr(value, "value", value)).replace("|", "\\|") for name, value in options.items()}
+    lines = "\n".join(f"| `{name}` | {value} |" for name, value in shown.items())
     return f"## Training\n\n| option | value |\n| --- | --- |\n{lines}" if options else ""
 
 

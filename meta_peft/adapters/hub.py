@@ -17,7 +17,7 @@ from peft import PeftModel
 from safetensors.torch import save_file
 
 from meta_peft import preflight
-from meta_peft.adapters.adapter_files import CONFIG, WEIGHTS, load_adapter, undone_on_error
+from meta_peft.adapters.adapter_files import CONFIG, WEIGHTS, base_revision, load_adapter, undone_on_error
 from meta_peft.adapters.base_identity import BaseIdentity
 from meta_peft.adapters.card_file import CARD, may_replace
 from meta_peft.adapters.hub_errors import explained
@@ -123,7 +123,8 @@ def load(
         tokenizer: the base's tokenizer; found by the base's name if not given.
         revision: branch, tag or commit of the adapter on the hub.
         token: of the hub, for an adapter that not everybody may read; by default the one you are logged in with.
-        model_options: if the base is named, how to load it: fields of `ModelArguments`, such as ``load_in_4bit=True``.
+        model_options: if the base is named, how to load it: fields of `ModelArguments`, such as ``load_in_4bit=True``. Its
+            revision is that of the training, if nothing else is said; where LoRA goes the adapter says.
 
     Raises:
         MetaPeftError: the hub does not give the adapter, or it has no sidecar, or belongs to another base model.
@@ -135,12 +136,17 @@ def load(
             f"trust_remote_code would run code of {sidecar.base.name!r}, which only the adapter names: name the base model"
             " yourself if you trust it."
         )
+    of_tokenizer: dict[str, Any] = {}
     if base is None or isinstance(base, (str, Path)):
         name = str(base or sidecar.base.name)
         made: dict[str, Any] = {"objective": sidecar.objective}
         if sidecar.objective in CLASSIFYING:
             made["num_labels"] = sidecar.facts.num_labels
-        base = load_base(ModelArguments(model_name_or_path=name, **{**made, **model_options}))
+        if name == sidecar.base.name:
+            made["model_revision"] = base_revision(folder)
+        how = ModelArguments(model_name_or_path=name, **{**made, **model_options})
+        of_tokenizer = {"revision": how.model_revision, "trust_remote_code": how.trust_remote_code}
+        base = load_base(how)
     elif model_options:
         raise MetaPeftError(f"{sorted(model_options)} say how to load a base model, but a loaded one was given.")
     preflight.check_bare(base)
@@ -150,7 +156,7 @@ def load(
             f"The adapter was learned for {sidecar.objective}, and {type(base).__name__} is made for"
             f" {objective_name(base)}: load the base with the class that fits, or name it."
         )
-    tokenizer = tokenizer or load_tokenizer(base.name_or_path, objective=sidecar.objective)
+    tokenizer = tokenizer or load_tokenizer(base.name_or_path, objective=sidecar.objective, **of_tokenizer)
     sidecar.check_tokenizer(tokenizer_of(tokenizer))
     agree_on_padding(base, sidecar.objective, tokenizer_of(tokenizer))
     training = base.training

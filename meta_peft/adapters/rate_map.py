@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,13 @@ from meta_peft.lora.fast_weights import LAYER_NUMBER
 
 NO_MATPLOTLIB = "The picture needs matplotlib: pip install 'meta-peft[demo]'."
 SHADES = " ░▒▓█"
+MATRICES = {
+    "lora_embedding_A": "A",
+    "lora_embedding_B": "B",
+    "lora_A": "A",
+    "lora_B": "B",
+    "lora_magnitude_vector": "m",
+}
 
 
 def check_picture(path: str) -> None:
@@ -47,10 +54,13 @@ class RateMap:
         places = [_place(name) for name in names]
         rows = sorted({row for row, _ in places}, key=lambda row: (not row.isdigit(), int(row) if row.isdigit() else 0))
         columns = list(dict.fromkeys(column for _, column in places))
+        titles = _short({path for path, matrix in columns if matrix})
         rates = np.full((len(rows), len(columns)), np.nan)
         for (row, column), rate in zip(places, mean, strict=True):
             rates[rows.index(row), columns.index(column)] = rate
-        return cls(tuple(rows), tuple(columns), rates)
+        return cls(
+            tuple(rows), tuple(f"{titles[path]} {matrix}" if matrix else path for path, matrix in columns), rates
+        )
 
     def as_text(self, width: int) -> str:
         """A table of at most `width` characters a line: shades, dark for high rates, and the rates if there is room."""
@@ -95,15 +105,26 @@ class RateMap:
         return [[SHADES[round(last * s)] if np.isfinite(s) else " " for s in line] for line in share]
 
 
-def _place(name: str) -> tuple[str, str]:
-    """The layer that a matrix is in, and what it is in there; what is in no layer has a row of its own."""
-    kind = next((k for k in ("lora_embedding_A", "lora_embedding_B", "lora_A", "lora_B") if f".{k}" in name), None)
+def _place(name: str) -> tuple[str, tuple[str, str]]:
+    """The layer that a matrix is in; and its module, by a path without numbers, and which matrix it is there.
+
+    What is in no layer has a row of its own.
+    """
     layer = LAYER_NUMBER.search(name)
-    row = layer[1] if layer else "-"
-    if kind is None:
-        return row, name.removeprefix("base_model.model.")
-    module = name[: name.index(f".{kind}")].rsplit(".", 1)[-1]
-    return row, f"{module} {kind[-1]}"
+    kind = next((k for k in MATRICES if f".{k}" in name), None)
+    path = name.removeprefix("base_model.model.") if kind is None else name[: name.index(f".{kind}")]
+    without_numbers = ".".join(part for part in path.split(".") if not part.isdigit())
+    return layer[1] if layer else "-", (without_numbers, MATRICES[kind] if kind else "")
+
+
+def _short(paths: Collection[str]) -> dict[str, str]:
+    """As much of the end of each path as tells it from the others."""
+    found = {}
+    for path in paths:
+        parts = path.split(".")
+        ends = [".".join(parts[-n:]) for n in range(1, len(parts) + 1)]
+        found[path] = next((end for end in ends if sum(f".{p}".endswith(f".{end}") for p in paths) == 1), path)
+    return found
 
 
 def _aligned(head: list[str], rows: list[list[str]]) -> list[str]:

@@ -37,6 +37,7 @@ def lora_config(args: ModelArguments, objective: str | None = None) -> LoraConfi
         use_rslora=args.use_rslora,
         target_modules=args.lora_target_modules,
         layers_to_transform=args.lora_layers,
+        revision=args.model_revision,  # whoever loads the adapter gets the base that it was learned on
     )
 
 

@@ -232,7 +232,10 @@ def grouped(names: Sequence[str], pattern: str | None) -> dict[str, list[str]]:
 
 
 def group_gradients(trainer: MetaTrainer, tasks: TaskSet, groups: Mapping[str, Sequence[str]], episodes: int) -> Tensor:
-    """The mean meta-gradient of the adapter over the tasks of each group, some episodes each, ``[G, P]`` in float64."""
+    """The mean meta-gradient of the adapter over the tasks of each group, some episodes each, ``[G, P]`` in float64.
+
+    Of the weights that training moves.
+    """
     args = trainer.args
     drawn = EpisodeDataset(
         tasks.encoded(trainer.encoding),
@@ -252,7 +255,7 @@ def group_gradients(trainer: MetaTrainer, tasks: TaskSet, groups: Mapping[str, S
             trainer.loss_fn, batch, trainer.algorithm, trainer.rates, tasks_per_forward=trainer.memory_plan
         )
         a = group_of[batch.tasks[0]]
-        own = flatten(gradient.grads.adapter).detach().cpu().double() / counts[a]
+        own = flatten(gradient.without(trainer.fixed).grads.adapter).detach().cpu().double() / counts[a]
         before = found[a]
         found[a] = own if before is None else before.add_(own)
     return torch.stack([total for total in found if total is not None])

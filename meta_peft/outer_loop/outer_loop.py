@@ -152,5 +152,5 @@ def assign_gradient(
     weights = model.weights if isinstance(model, AdapterLoss) else FastWeights(model)
     for name, parameter in weights.parameters().items():
         parameter.grad = None if name in fixed else gradient.grads.adapter[name]
-    if rates is not None and RATES in gradient.grads.hyper:
-        rates.log_rates.grad = gradient.grads.hyper[RATES]
+    if rates is not None:
+        rates.log_rates.grad = gradient.grads.hyper.get(RATES)  # none where the algorithm has no inner loop

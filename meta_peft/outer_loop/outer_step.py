@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Collection
 from typing import Any
 
 from meta_peft.functional.adapter_loss import AdapterLoss
@@ -30,6 +31,7 @@ class OuterStep:
             can wait for the end of the step with an error, nor look at its own tasks once more.
         device: where batches are computed.
         sampling: a rule for choosing tasks that is told of each step what it noted; None for those that learn nothing.
+        fixed: names of weights that no outer step moves, so that tasks are not chosen by their gradients.
     """
 
     def __init__(
@@ -42,9 +44,10 @@ class OuterStep:
         in_lockstep: bool,
         device: Any,
         sampling: Adaptive | None = None,
+        fixed: Collection[str] = (),
     ):
         self.loss_fn, self.rates, self.plan, self.device = loss_fn, rates, plan, device
-        self._in_lockstep, self._sampling = in_lockstep, sampling
+        self._in_lockstep, self._sampling, self._fixed = in_lockstep, sampling, fixed
         learned = rates.values() if rates.log_rates.requires_grad else {}
         notes = (0, 0) if sampling is None else (sampling.tasks_per_step, sampling.numbers)
         self._sum = StepSum(loss_fn.weights.parameters(), learned, in_order=in_order, notes=notes)
@@ -63,7 +66,7 @@ class OuterStep:
                 batch = batch.to(self.device)
                 gradient = meta_gradient(self.loss_fn, batch, algorithm, self.rates, tasks_per_forward=self.plan)
                 uphill = diverged(gradient, batch.tasks)
-                noted = None if self._sampling is None else self._sampling.note(gradient)
+                noted = None if self._sampling is None else self._sampling.note(gradient.without(self._fixed))
                 self._sum.add(gradient, first, diverged=len(uphill), noted=noted)
                 self._say_once(uphill)
                 if SUPPORT_LOSSES in gradient.metrics:

@@ -15,11 +15,13 @@ from torch import Tensor
 
 from meta_peft.errors import MetaPeftError
 from meta_peft.functional.adapter_loss import evaluation_mode
-from meta_peft.objectives import objective_for
-from meta_peft.objectives.labelled_tokens import IGNORED, LabelledTokens
+from meta_peft.objectives import CLASSIFYING, objective_for, objective_name
+from meta_peft.objectives.labelled_tokens import IGNORED
 from meta_peft.tasks.collate import EpisodeCollator
 from meta_peft.tasks.support_selection import Array, EncodedRow
 from meta_peft.types import Rows
+
+ANSWERED_INSIDE = ("causal_lm", "masked_lm")  # objectives whose labels are tokens of what the model reads
 
 
 class BaseView:
@@ -29,7 +31,7 @@ class BaseView:
         collate: pads rows.
         objective: a name of `OBJECTIVES`; by default what the model is made for.
         rows_per_forward: how many rows go through the base at once.
-        labelled: whether rows have answers; otherwise each row's one label only marks the place after its prompt.
+        labelled: whether rows have answers; otherwise their labels only mark the places of what is to be predicted.
     """
 
     def __init__(
@@ -43,12 +45,14 @@ class BaseView:
     ):
         self._model, self._base, self._collate = model, model.get_base_model(), collate
         self._objective = objective_for(self._base, objective)
+        name = objective or objective_name(self._base)
+        self._answers_inside, self._classifies = name in ANSWERED_INSIDE, name in CLASSIFYING
         self._rows_per_forward, self._labelled = rows_per_forward, labelled
 
     def vectors(self, rows: Sequence[EncodedRow]) -> Array:
         """The last hidden states, averaged over the tokens of the prompt, ``[n, H]``; over all tokens without a prompt.
 
-        Of an encoder-decoder it is the encoder's states.
+        Of an encoder-decoder it is the encoder's states, and where a head answers all tokens are the prompt.
         """
         config, body = self._base.config, self._base.base_model
         encodes = bool(getattr(config, "is_encoder_decoder", False))
@@ -62,7 +66,7 @@ class BaseView:
             if mask_BL is None or mask_BL.shape != states_BLH.shape[:2]:  # sound: frames are not masked
                 return states_BLH.float().mean(1)
             prompt_BL = mask_BL.bool()
-            if stack.labels_BL.shape == prompt_BL.shape:
+            if self._answers_inside:
                 prompt_BL = prompt_BL & (stack.labels_BL == IGNORED)
             prompt_BL = torch.where(prompt_BL.any(1, keepdim=True), prompt_BL, mask_BL.bool())
             weight_BL1 = prompt_BL[..., None].float()
@@ -71,20 +75,29 @@ class BaseView:
         return self._measured(measure, rows)
 
     def uncertainty(self, rows: Sequence[EncodedRow]) -> Array:
-        """The loss of each row's answer ``[n]``; without answers, the entropy of the next token after its prompt."""
+        """The loss of each row's answer ``[n]``; without answers, the mean entropy of what is predicted at its labels.
+
+        Raises:
+            MetaPeftError: the base has a head that tells no row from another.
+        """
         objective, head = self._objective, self._base.get_output_embeddings()
-        if self._labelled:
-            return self._measured(lambda stack: objective.loss_per_task(self._base, head, stack), rows)
-        if not isinstance(objective, LabelledTokens):
-            raise MetaPeftError(
-                "Rows without answers have an entropy for models that write text only: add the answers."
-            )
 
         def entropy(stack: Rows) -> Tensor:
-            logits_NV, _, _ = objective.labelled_logits(self._base, head, stack)
-            return torch.distributions.Categorical(logits=logits_NV.float(), validate_args=False).entropy()
+            logits_NV, _, row_N = objective.labelled_logits(self._base, head, stack)
+            entropy_N = torch.distributions.Categorical(logits=logits_NV.float(), validate_args=False).entropy()
+            total_B, n_B = (torch.zeros(stack.n_tasks, device=entropy_N.device) for _ in range(2))
+            return total_B.index_add(0, row_N, entropy_N) / n_B.index_add(0, row_N, torch.ones_like(entropy_N))
 
-        return self._measured(entropy, rows)
+        def loss(stack: Rows) -> Tensor:
+            return objective.loss_per_task(self._base, head, stack)
+
+        found = self._measured(loss if self._labelled else entropy, rows)
+        if self._classifies and len(rows) > 1 and np.ptp(found) == 0:
+            raise MetaPeftError(
+                "The base alone is equally uncertain of all rows, as it is where the classification head is new: there is"
+                " nothing to choose by. Use balanced or diverse."
+            )
+        return found
 
     def _measured(self, measure: Callable[[Rows], Tensor], rows: Sequence[EncodedRow]) -> Array:
         device = self._base.get_input_embeddings().weight.device

@@ -10,13 +10,15 @@ import numpy as np
 from meta_peft.adapters.hub import meta_learned
 from meta_peft.config import MetaLoraConfig
 from meta_peft.errors import MetaPeftError
+from meta_peft.objectives import CLASSIFYING
 from meta_peft.objectives.labelled_tokens import IGNORED
 from meta_peft.run_tasks.base_view import BaseView
 from meta_peft.tasks.encoding import Encoding
-from meta_peft.tasks.prompt import INPUT_TARGET, example_columns
+from meta_peft.tasks.prompt import INPUT_TARGET, NOT_TEXT, TAGGED, example_columns
 from meta_peft.tasks.sources import rows_of_task
 from meta_peft.tasks.support_selection import (
     NEED_THE_BASE,
+    EncodedRow,
     SupportSelection,
     check_selection,
     chosen,
@@ -25,7 +27,9 @@ from meta_peft.tasks.support_selection import (
 from meta_peft.utils.checked import whole
 
 Row = Mapping[str, Any]
-PROMPT_ONLY = {first: (first, second) for first, second in [("prompt", "completion"), *INPUT_TARGET]}
+PROMPT_ONLY = {form[0]: form for form in reversed([("prompt", "completion"), *INPUT_TARGET, *NOT_TEXT])}
+
+WRITTEN_FROM_LEFT = ("causal_lm", "seq2seq_lm", "speech_seq2seq")  # objectives whose answers depend on their beginning
 
 
 def select_support(model: Any, pool: Sequence[Row], shots: int, how: str = "diverse", *, seed: int = 0) -> list[Row]:
@@ -34,10 +38,11 @@ def select_support(model: Any, pool: Sequence[Row], shots: int, how: str = "dive
     Args:
         model: from `meta_peft.load`, or trained by `MetaTrainer`; it is left unchanged.
         pool: rows of one task in any form that `PromptFormat` reads. For diverse and uncertain, none of them needs an
-            answer: rows with an ``input`` alone (or a ``prompt``, ``text`` or ``question``) give those worth labelling.
+            answer: rows with an ``input`` alone (or a ``prompt``, ``text``, ``question``, ``audio`` or ``tokens``) give
+            those worth labelling.
         shots: how many.
         how: random, balanced, diverse or uncertain (see `tasks.support_selection`). Uncertain takes the highest loss of
-            the base where rows have answers, else the highest entropy of its next token.
+            the base where rows have answers, else the highest entropy of what it would answer first.
         seed: of random and balanced.
 
     Raises:
@@ -61,7 +66,7 @@ def select_support(model: Any, pool: Sequence[Row], shots: int, how: str = "dive
     if labelled:
         encoded = list(map(encoding.of_task(read), read))
     else:
-        encoded = [_prompt_and_one_more(encoding(_with_placeholder(row))) for row in read]
+        encoded = [_without_answer(encoding(_with_placeholder(row, encoding)), encoding) for row in read]
     view = BaseView(model, encoding.collator(), objective=encoding.objective, labelled=labelled)
     known = features(how, encoded, view)
     return [pool[i] for i in chosen(how, known, shots, np.random.default_rng(seed))]
@@ -104,13 +109,21 @@ def _form_of_prompt(row: Row) -> tuple[str, str] | None:
     return None
 
 
-def _with_placeholder(row: Row) -> Row:
+def _with_placeholder(row: Row, encoding: Encoding) -> Row:
+    """The row with an answer, whichever: for a head it is a class that it has."""
     form = _form_of_prompt(row)
     assert form is not None
-    return {**row, form[1]: "?"}
+    if form in TAGGED:
+        return {**row, form[1]: [0] * len(row[form[0]])}
+    return {**row, form[1]: 0 if encoding.objective in CLASSIFYING else "?"}
 
 
-def _prompt_and_one_more(row: dict[str, list[int]]) -> dict[str, list[int]]:
-    """The prompt, and the one token behind it as a label, which marks the place of what comes next."""
-    end = next(i for i, label in enumerate(row["labels"]) if label != IGNORED) + 1
-    return {name: values[:end] for name, values in row.items()}
+def _without_answer(row: EncodedRow, encoding: Encoding) -> EncodedRow:
+    """The row with labels at the places that are predicted before anything was answered."""
+    if encoding.objective not in WRITTEN_FROM_LEFT:
+        return row
+    labels = row["labels"]
+    end = next(i for i, label in enumerate(labels) if label != IGNORED) + 1
+    if encoding.objective == "causal_lm":  # which reads its answer too
+        return {name: values[:end] for name, values in row.items()}
+    return {**row, "labels": [*labels[:end], *[IGNORED] * (len(labels) - end)]}

@@ -107,16 +107,14 @@ class CheckpointedTrainer(Trainer, ABC):
             self.optimizer.load_state_dict(values["optimizer"])
             self.lr_scheduler.load_state_dict(values["schedule"])
             # Options of a group that the checkpoint has not would be missed in the next step.
-            fits = same and all(
-                names <= set(of) for names, of in zip(own, self.optimizer.param_groups, strict=True)
-            )
+            fits = same and all(names <= set(of) for names, of in zip(own, self.optimizer.param_groups, strict=True))
         except (ValueError, KeyError, TypeError, AttributeError):
             fits = False
         if not fits:
             raise MetaPeftError(
-                f"The algorithm, the optimizer or the schedule of {checkpoint} is not that of these options: resume with the options that"
-                " the checkpoint was made with, such as the same algorithm, learn_inner_lr, optim and lr_scheduler_type;"
-                " or train anew, in another output_dir."
+                f"The algorithm, the optimizer or the schedule of {checkpoint} is not that of these options: resume with"
+                " the options that the checkpoint was made with, such as the same algorithm, learn_inner_lr, optim and"
+                " lr_scheduler_type; or train anew, in another output_dir."
             )
 
     def _load_rng_state(self, checkpoint: str | None) -> None:

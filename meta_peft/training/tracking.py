@@ -15,7 +15,9 @@ import torch
 from transformers import TrainerCallback
 from transformers.trainer_callback import ProgressCallback
 
-from meta_peft.adapters.rate_map import RateMap
+from meta_peft.adapters.rate_map import NO_MATPLOTLIB, RateMap
+from meta_peft.errors import MetaPeftError
+from meta_peft.preflight import say_once
 
 Pictures = Callable[[], dict[str, Any]]
 """Figures of matplotlib by name."""
@@ -51,10 +53,16 @@ class PictureCallback(TrainerCallback):
         if not state.is_world_process_zero:
             return
         shows = [show for callback in self._callbacks() if (show := _shows(callback)) is not None]
-        if shows:
-            for name, figure in self._pictures().items():
-                for show in shows if name.startswith(only) else ():
-                    show(name, figure, state.global_step)
+        if not shows:
+            return
+        try:
+            pictures = self._pictures()
+        except MetaPeftError as error:  # no picture is worth a training
+            say_once(f"Trackers get no pictures: {error}")
+            return
+        for name, figure in pictures.items():
+            for show in shows if name.startswith(only) else ():
+                show(name, figure, state.global_step)
 
 
 def _shows(callback: Any) -> Callable[[str, Any, int], None] | None:
@@ -116,8 +124,10 @@ def task_curves(tasks: Sequence[str], before: np.ndarray, after: np.ndarray) -> 
 
 def adaptation_picture(before: np.ndarray, after: np.ndarray) -> Any:
     """Query losses of held-out tasks, ``[T]`` each: below the line, adaptation has helped."""
-    from matplotlib.figure import Figure
-
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise MetaPeftError(NO_MATPLOTLIB) from error
     figure = Figure(figsize=(4.5, 4.2), layout="constrained")
     panel = figure.subplots()
     panel.scatter(before, after, s=14)

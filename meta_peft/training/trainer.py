@@ -82,6 +82,8 @@ class MetaTrainer(PushingTrainer):
         optimizers: the same.
         encoding: how rows become features; by default as the model, its tokenizer and `args` say.
 
+    `fixed` are the names of weights that inner steps move and no outer step does (`learn_head`).
+
     After `train()` the model is ready for `meta_peft.adapt`. If SIGTERM or Ctrl-C ended it early, `interrupted` is the
     signal's number, and the last outer step has a checkpoint.
     """
@@ -120,7 +122,7 @@ class MetaTrainer(PushingTrainer):
         self.schedule, self.memory_plan = args.schedule(), args.memory_plan()
         self.loss_fn = bind(peft_model, self.algorithm, checkpoint=args.gradient_checkpointing)
         self.rates = LearnedRates(args.inner_rule(), dict(self.loss_fn.weights.parameters()))
-        self._fixed = frozenset() if args.learns_head else fixed_start(peft_model, args.inner_rule(), args.learn_head)
+        self.fixed = frozenset() if args.learns_head else fixed_start(peft_model, args.inner_rule(), args.learn_head)
         identity = BaseIdentity.of(peft_model.get_base_model())
         self.interrupted: int | None = None
         self._signal = StopSignal()
@@ -168,6 +170,7 @@ class MetaTrainer(PushingTrainer):
             in_lockstep=sharded,
             device=args.device,
             sampling=self._adaptive_sampling(),
+            fixed=self.fixed,
         )
         if self.callback_handler.pop_callback(ProgressCallback) is not None:
             self.callback_handler.add_callback(LossInProgressBar)
@@ -280,7 +283,7 @@ class MetaTrainer(PushingTrainer):
             self._skip_update(wrong)
         else:
             self._skipped = 0
-            assign_gradient(total.gradient, self.loss_fn, self.rates, fixed=self._fixed)
+            assign_gradient(total.gradient, self.loss_fn, self.rates, fixed=self.fixed)
         if total.stop:
             self._stop_here()
         return total.gradient.metrics["loss"].mean().to(self.args.device, torch.float32)

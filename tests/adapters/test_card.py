@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from huggingface_hub import ModelCard
-from surface import lora, tiny_folder, trained_folder
+from surface import tiny_folder, trained_folder
 
 from meta_peft.adapters.card import CardResults, adapted_card, is_hub_id, licence_of, model_card
 from meta_peft.adapters.sidecar import Judged, Sidecar
@@ -80,13 +80,18 @@ def test_the_licence_is_that_of_the_bases_own_card(tmp_path: Path):
 
 def test_a_card_of_an_adapted_adapter():
     metrics = {"steps": 3, "support_loss_before": 2.0, "support_loss_after": 0.125}
-    card = ModelCard(adapted_card("org/base", lora(), metrics, "user/p"))
+    card = ModelCard(adapted_card("org/base", "causal_lm", metrics, "user/p"))
     assert (card.data.base_model, card.data.pipeline_tag) == ("org/base", "text-generation")
     assert "| support loss after | 0.125 |" in card.text
     assert 'PeftModel.from_pretrained(base, "user/p")' in card.text
-    config = lora()
-    config.task_type = "SEQ_CLS"
-    classes = adapted_card("org/base", config, metrics, label_names=("good", "bad"))
+    classes = adapted_card("org/base", "sequence_classification", metrics, num_labels=5, label_names=("good", "bad"))
     assert "Classes: `good`, `bad`." in classes
     assert "AutoModelForSequenceClassification.from_pretrained" in classes
-    assert "num_labels=2" in classes
+    assert "num_labels=5" in classes  # of the head, of which the task has two
+    assert "AutoModelForMaskedLM.from_pretrained" in adapted_card("org/base", "masked_lm", metrics)
+    assert "AutoModelForSpeechSeq2Seq.from_pretrained" in adapted_card("org/base", "speech_seq2seq", metrics)
+
+
+def test_a_pattern_does_not_end_a_cell_of_the_table():
+    options = {"fast_weights": r"layers\.(28|29)\."}
+    assert r"| `fast_weights` | layers\.(28\|29)\. |" in model_card(sidecar(), None, None, options)

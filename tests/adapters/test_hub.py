@@ -71,6 +71,29 @@ def test_the_base_in_any_form(base: str | None):
     assert not model.training
 
 
+def test_the_bases_revision_is_that_of_the_training(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    """Which is where PEFT keeps it. What is said explicitly counts; another base has none of it."""
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "revision": "of-training"}))
+    asked: list[tuple[str, str | None]] = []
+    monkeypatch.setattr(hub, "load_base", lambda how: asked.append(("base", how.model_revision)) or base_model())
+    tokenizer = tiny_tokenizer()
+    monkeypatch.setattr(
+        hub, "load_tokenizer", lambda name, *, revision=None, **_: asked.append(("tokenizer", revision)) or tokenizer
+    )
+    load(None, folder)
+    load(Sidecar.read(folder).base.name, folder, model_revision="another")
+    load("another/base", folder)
+    assert asked == [
+        *(("base", "of-training"), ("tokenizer", "of-training")),
+        *(("base", "another"), ("tokenizer", "another")),
+        *(("base", None), ("tokenizer", None)),
+    ]
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "revision": 3}))
+    with pytest.raises(MetaPeftError, match="revision"):
+        load(None, folder)
+
+
 def test_model_options_say_how_to_load_the_base():
     model = load(None, trained_folder(), load_in_4bit=True, dtype="bfloat16")
     assert model.get_base_model().is_loaded_in_4bit

@@ -49,6 +49,18 @@ def test_what_is_in_no_layer_has_a_row_of_its_own():
     assert found.columns[1:] == ("score.weight", "embed_tokens A")
 
 
+def test_modules_of_one_name_have_columns_of_their_own():
+    """The encoder's, the decoder's and the one between them, as in Whisper; and what DoRA has besides."""
+    modules = ["encoder.layers.0.self_attn", "decoder.layers.0.self_attn", "decoder.layers.0.encoder_attn"]
+    names = [f"base_model.model.model.{module}.q_proj.lora_A.weight" for module in modules]
+    names += [names[2].replace("lora_A.weight", "lora_magnitude_vector")]
+    found = rate_map([1, 2, 3, 4], names)
+    assert found.rows == ("0",)
+    expected = ("encoder.layers.self_attn.q_proj A", "decoder.layers.self_attn.q_proj A")
+    assert found.columns == (*expected, "encoder_attn.q_proj A", "encoder_attn.q_proj m")
+    np.testing.assert_allclose(found.rates, [[1, 2, 3, 4]], rtol=1e-6)
+
+
 def test_dark_is_high():
     lines = rate_map([1e-4, 1e-2, 1e-3, 1e-3, 1e-3, 1e-3, 1e-3, 1e-3]).as_text(100).splitlines()
     assert lines[0].split() == ["layer", "q_proj", "A", "q_proj", "B", "v_proj", "A", "v_proj", "B"]

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import kinds
 import numpy as np
 import pytest
 import torch
@@ -76,6 +77,17 @@ def test_gradients_are_means_over_groups(tmp_path: Path):
     for gradient, names in zip(found, groups.values(), strict=True):
         expected = torch.stack([torch.stack(by_task[name]).double().mean(0) for name in names]).mean(0)
         torch.testing.assert_close(gradient, expected, rtol=1e-6, atol=1e-9)
+
+
+def test_weights_that_training_holds_do_not_count(tmp_path: Path):
+    """The start of a head whose classes change places: an untrained one has nearly all of the gradient."""
+    options = {"ways": 2, "label_words": "permuted", "shots": 1, "query_size": 1}
+    run = kinds.trainer(kinds.HEAD, tmp_path, **options)
+    assert run.fixed
+    tasks = TaskSet.from_mapping(kinds.tasks(kinds.HEAD, "ab"))
+    (found,) = group_gradients(run, tasks, {"all": tasks.names}, episodes=1)
+    moved = {name: p for name, p in run.loss_fn.weights.parameters().items() if name not in run.fixed}
+    assert len(found) == sum(p.numel() for p in moved.values())
 
 
 def test_a_task_that_pulls_elsewhere_shows(tmp_path: Path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
+import kinds
 import pytest
 import torch
 from surface import bits, letter_tasks, trainer
@@ -114,3 +115,17 @@ def test_an_inner_loop_that_goes_uphill_is_named_once(
     for letter in "abc":
         assert sum(f"'say {letter}'" in line for line in named) <= 1
     assert named
+
+
+def test_tasks_are_not_chosen_by_weights_that_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The start of a head whose classes change places has a gradient, and no outer step follows it."""
+    options = {"ways": 2, "label_words": "permuted", "shots": 1, "query_size": 1, "max_steps": 1}
+    options |= {"task_sampling": "by_gradient_similarity", "deterministic_reduction": True}
+    run = kinds.trainer(kinds.HEAD, tmp_path, **options)
+    sampling, noted = run.train_dataset.sampling, []
+    note = sampling.note
+    monkeypatch.setattr(sampling, "note", lambda gradient: noted.append(set(gradient.grads.adapter)) or note(gradient))
+    run.train()
+    assert run.fixed
+    assert noted
+    assert all(names == set(run.loss_fn.weights.parameters()) - run.fixed for names in noted)

@@ -3,10 +3,12 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import kinds
 import pytest
 from surface import TRAIN, base_model, config, letter_rows, letter_tasks, tiny_tokenizer, trained_folder, trainer
 
 from meta_peft import Encoding, MetaPeftError, PromptFormat, adapt, load, select_support
+from meta_peft.lora.fast_weights import is_lora
 from meta_peft.run_tasks.support import episode_selection
 from meta_peft.tasks.row_form import RowForm
 
@@ -71,6 +73,37 @@ def test_prompts_without_answers(model, how: str):
         select_support(model, prompts, 4, "balanced")
     with pytest.raises(MetaPeftError, match="3 of 12 rows of the pool have no answer"):
         select_support(model, [*pool()[:9], *prompts[:3]], 4, how)
+
+
+@pytest.mark.parametrize("kind", sorted(kinds.KINDS))
+def test_prompts_of_every_kind_without_answers(tmp_path: Path, kind: str):
+    """What is diverse is told by the prompt alone, in models that read it elsewhere than they answer too."""
+    run = kinds.trainer(kind, tmp_path)
+    run.attach()
+    rows = [
+        row
+        for letter in "abc"
+        for row in kinds.rows(kind, letter)[:: 2 if kinds.KINDS[kind].objective == "masked_lm" else 1]
+    ]  # of which those have answers of one length, for as many masks
+    column = list(rows[0])[-1]
+    prompts = [{name: value for name, value in row.items() if name != column} for row in rows]
+    found = select_support(run.model, rows, 4)
+    assert select_support(run.model, prompts, 4) == [prompts[rows.index(row)] for row in found]
+    assert all(row in prompts for row in select_support(run.model, prompts, 4, "uncertain"))
+
+
+def test_a_new_head_is_uncertain_of_nothing(tmp_path: Path):
+    run = kinds.trainer("sequence_classification", tmp_path)
+    for name, weight in run.loss_fn.weights.parameters().items():
+        if not is_lora(name):
+            weight.data.zero_()
+    heads = [m for m in run.model.modules() if hasattr(m, "modules_to_save") and hasattr(m, "original_module")]
+    for head in heads:
+        for weight in head.original_module.parameters():
+            weight.data.zero_()
+    run.attach()
+    with pytest.raises(MetaPeftError, match="equally uncertain of all rows"):
+        select_support(run.model, kinds.rows("sequence_classification", "a"), 2, "uncertain")
 
 
 def test_what_cannot_be_chosen(model):

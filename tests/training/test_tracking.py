@@ -11,6 +11,7 @@ import pytest
 import torch
 from surface import EVAL, ROOT, letter_tasks, run_python, trainer
 
+from meta_peft import preflight
 from meta_peft.training.tracking import adaptation_picture, peak_memory_gb, rate_pictures, task_curves
 
 NUMBERS = {
@@ -73,6 +74,23 @@ def test_other_trackers(tracker: str, request: pytest.FixtureRequest):
     written = {path.suffix for path in (home / tracker).rglob("*") if path.is_file()}
     assert written & TRACKERS[tracker]
     assert ".png" in written, "pictures"
+
+
+def test_a_picture_that_cannot_be_drawn_ends_no_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    """Trackers may be there without matplotlib."""
+    pytest.importorskip("tensorboard")
+    for module in ("matplotlib", "matplotlib.figure"):
+        monkeypatch.setitem(sys.modules, module, None)
+    monkeypatch.setattr(preflight, "_said", set())
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "events"))
+    run = trainer(tmp_path / "out", eval_tasks=letter_tasks(EVAL), report_to=["tensorboard"], logging_steps=1)
+    with caplog.at_level("INFO", logger="meta_peft"):
+        run.train()
+        run.evaluate()
+    assert run.state.global_step == 2
+    assert caplog.text.count("Trackers get no pictures: The picture needs matplotlib") == 1
 
 
 def test_no_picture_is_made_for_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
