@@ -201,6 +201,34 @@ def test_translations_that_train_reads_the_other_commands_read(tmp_path: Path, c
     assert "Tasks: 2, 2 examples and" in capsys.readouterr().out
 
 
+def test_classes_that_are_the_tasks_of_train_are_those_of_the_other_commands(tmp_path: Path, capsys):
+    """Of plain text the words that were masked, whose column no option names; a support row of each is one task."""
+    (tmp_path / "corpus.txt").write_text(
+        "\n".join(f"On {c} {i} {c}{c}{c} went by now." for c in TRAIN for i in range(8))
+    )
+    words = train_words(
+        tmp_path, "--train_tasks", f"{tmp_path}/corpus.txt", "--self_supervised", "smlmt", "--ways", "2"
+    )
+    assert main([*words, "--validation_tasks", "null", "--test_tasks", "null", "--label_words", "letters"]) == 0
+    rows = [{"text": f"On {i} the ___ went by.", "label": label} for label in ("owl", "fox", "hen") for i in range(4)]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    adapter = ["--adapter", f"{tmp_path}/out"]
+    capsys.readouterr()
+    assert main(["evaluate", *adapter, "--tasks", str(file), "--steps", "1"]) == 0
+    assert "Tasks: 3, 2 examples and 2 questions of each of 2 classes." in capsys.readouterr().out
+    assert main(["adapt", *adapter, "--support", str(file), "--output", f"{tmp_path}/adapted"]) == 0
+
+
+def test_rows_that_were_cut_are_counted_of_each_split(tmp_path: Path):
+    """Held-out tasks too, of which some are drawn."""
+    words = train_words(tmp_path, "--max_length", "6", "--max_test_tasks", "2", "--max_steps", "1")
+    assert main(words) == 0
+    data = json.loads((tmp_path / "out" / "results.json").read_text())["run"]["data"]
+    assert {split: found["cut_rows"] > 0 for split, found in data.items()} == dict.fromkeys(data, True)
+    assert data["test"]["cut_rows"] <= data["validation"]["cut_rows"]
+
+
 def test_a_task_that_fails_is_reported_by_the_exit_code(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     file = write_jsonl(tmp_path / "tasks.jsonl", {"good": letter_rows("p")[:2], "small": letter_rows("m")[:1]})
     output = tmp_path / "adapted"

@@ -60,8 +60,10 @@ def _one(options: argparse.Namespace) -> int:
         )
     rows = read_rows(options.support)
     folder, sidecar = read_adapter(options)
-    columns = sidecar.judged.task_column
-    _check_one_task(sidecar.row_form.of_rows(rows, columns[0]), columns)
+    columns, classes = sidecar.judged.task_column, sidecar.judged.labelling
+    in_form = sidecar.row_form.of_rows(rows, columns[0])
+    if classes is None or columns != (classes.column,):  # where a task is a class, examples are of several
+        _check_one_task(in_form, columns)
     model = load_model(options, folder)
     result = adapt_many(model, {"task": rows}, steps=options.steps, hold_back=options.hold_back)["task"]
     result.save(options.output)

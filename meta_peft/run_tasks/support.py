@@ -113,9 +113,10 @@ def _with_placeholder(row: Row, encoding: Encoding) -> Row:
     """The row with an answer, whichever: for a head it is a class that it has."""
     form = _form_of_prompt(row)
     assert form is not None
+    first = next(iter(encoding.facts.label_names), 0)
     if form in TAGGED:
-        return {**row, form[1]: [0] * len(row[form[0]])}
-    return {**row, form[1]: 0 if encoding.objective in CLASSIFYING else "?"}
+        return {**row, form[1]: [first] * len(row[form[0]])}
+    return {**row, form[1]: first if encoding.objective in CLASSIFYING else "?"}
 
 
 def _without_answer(row: EncodedRow, encoding: Encoding) -> EncodedRow:

@@ -2,7 +2,8 @@
 
 Two tasks of different splits are reported as near duplicates if
 
-- they share rows: the same input with the same answer, in at least `SAME_ROWS` of the rows of the smaller one; or
+- they share rows: the same input (with its context and choices, if it has them) with the same answer, in at least
+  `SAME_ROWS` of the rows of the smaller one; or
 - their texts are alike: the Jaccard similarity of their sets of character 8-grams is at least `ALIKE`, and it is not the
   case that they share inputs and mostly answer them differently, which is what makes them two tasks.
 
@@ -25,7 +26,7 @@ from typing import Any
 import numpy as np
 
 from meta_peft.errors import MetaPeftError
-from meta_peft.tasks.prompt import example_columns
+from meta_peft.tasks.prompt import example_columns, read_columns
 from meta_peft.tasks.task_set import TaskSet
 from meta_peft.tasks.written import written
 
@@ -133,7 +134,8 @@ class _Texts:
 
     @classmethod
     def of(cls, name: str, rows: list[dict[str, Any]]) -> _Texts:
-        columns = example_columns(rows[0].keys())
+        form, read = example_columns(rows[0].keys()), read_columns(rows[0].keys())
+        columns = (*form[:-1], *read[len(form) :], form[-1])
         return cls(name, frozenset(_input_and_answer(row, columns) for row in rows))
 
     def answers(self) -> dict[str, set[str]]:
@@ -159,10 +161,12 @@ class _Texts:
 
 
 def _input_and_answer(row: Mapping[str, Any], columns: tuple[str, ...]) -> tuple[str, str]:
-    if len(columns) == 1:  # a conversation, whose last turn is the answer
-        turns = row[columns[0]]
+    if columns[-1] == "messages":  # a conversation, whose last turn is the answer
+        turns = row["messages"]
         return _plain(json.dumps(turns[:-1], default=str)), _plain(json.dumps(turns[-1:], default=str))
-    return _plain("\n".join(written(row[column]) for column in columns[:-1])), _plain(written(row[columns[-1]]))
+    read = (row[column] for column in columns[:-1])  # some rows may have no context, or no choices
+    text = "\n".join(written(value) for value in read if value not in (None, ""))
+    return _plain(text), _plain(written(row[columns[-1]]))
 
 
 def _plain(text: str) -> str:

@@ -20,15 +20,18 @@ from datasets import Dataset
 
 from meta_peft.errors import MetaPeftError
 from meta_peft.tasks.sources.arrow_cache import cached, uncached
+from meta_peft.tasks.text_columns import check_text
 from meta_peft.tasks.written import written
+from meta_peft.utils import digests
 
 KINDS = ("smlmt", "span", "continuation")
-WORD = re.compile(r"[^\W\d_]{3,}")  # words that can be classes: of three letters or more
+WORD = re.compile(r"\b[^\W\d_]{3,}\b")  # words that can be classes: of three letters or more, and of nothing else
 SENTENCE = re.compile(r"(?<=[.!?])\s+")
 LEAST_WORDS = 6  # of a sentence that is used
 LONGEST_SPAN = 4  # words
 MOST_TEXTS = 100  # sentences of a word: more make the table larger and its episodes no better
 MOST_COMMON = 0.05  # a word that more sentences than this share have says little about them
+BEGINNING, DIGITS = 40, 16  # of a text and of its digest, in the name of the task that it is
 
 
 def self_supervised(
@@ -38,7 +41,7 @@ def self_supervised(
 
     Args:
         kind: ``smlmt`` gives `text` and `label`; ``span`` and ``continuation`` give `prompt` and `completion`, and the task
-            of a row is its text's, or if it has none the text itself.
+            of a row is its text's, or if it has none the text itself, which the same text is in any other table.
         task_column: of span completion.
         mask: what stands for the words taken out.
         least_texts: sentences of a word, for it to be a class of SMLMT.
@@ -49,6 +52,7 @@ def self_supervised(
             f"self_supervised: {kind} makes tasks of a column 'text'; the columns are {dataset.column_names}. Rename yours"
             " with rename_columns."
         )
+    check_text(dataset, ("text",), ("text",))
 
     def rows() -> Iterator[dict[str, Any]]:
         if kind == "smlmt":
@@ -79,22 +83,27 @@ def masked_words(dataset: Dataset, mask: str, least_texts: int) -> Iterator[dict
         for word in sorted(_words(text)):
             if left.get(word, 0) > 0:
                 left[word] -= 1
-                whole = re.compile(rf"\b{re.escape(word)}\b", re.IGNORECASE)
-                yield {"text": whole.sub(lambda _: mask, text), "label": word}
+                yield {"text": _without(word, text, mask), "label": word}
 
 
 def completions(dataset: Dataset, kind: str, task_column: str, mask: str, seed: int) -> Iterator[dict[str, str]]:
     """Sentences with a span masked, which is the completion; or their beginnings, and how they go on."""
-    named = task_column in dataset.column_names
-    for number, row in enumerate(dataset):
-        if not row["text"]:
-            continue
-        task = written(row[task_column]) if named else f"text {number + 1}"
-        for place, sentence in enumerate(SENTENCE.split(row["text"])):
+    named, found = task_column in dataset.column_names, False
+    for row in dataset:
+        text = _text(row["text"])
+        digest = digests.of_texts(text)
+        task = written(row[task_column]) if named else f"{' '.join(text[:BEGINNING].split())} [{digest[:DIGITS]}]"
+        for place, sentence in enumerate(SENTENCE.split(text)):
             words = sentence.split()
             if len(words) >= LEAST_WORDS:
-                rng = np.random.default_rng([seed, number, place])
+                found = True
+                # From what the text says, not where: rows of a text that is there twice repeat, and are left out.
+                rng = np.random.default_rng([seed, int(digest, 16), place])
                 yield {task_column: task, **_completion(words, kind, mask, rng)}
+    if not found:
+        raise MetaPeftError(
+            f"None of the {len(dataset)} texts has a sentence of {LEAST_WORDS} words or more: give more text."
+        )
 
 
 def _completion(words: list[str], kind: str, mask: str, rng: np.random.Generator) -> dict[str, str]:
@@ -109,9 +118,18 @@ def _completion(words: list[str], kind: str, mask: str, rng: np.random.Generator
 
 def _sentences(dataset: Dataset) -> Iterator[str]:
     for batch in dataset.select_columns(["text"]).iter(1000):
-        for text in batch["text"]:
-            yield from (sentence for sentence in SENTENCE.split(text or "") if len(sentence.split()) >= LEAST_WORDS)
+        for text in map(_text, batch["text"]):
+            yield from (sentence for sentence in SENTENCE.split(text) if len(sentence.split()) >= LEAST_WORDS)
+
+
+def _text(value: Any) -> str:
+    return "" if value is None else written(value)
 
 
 def _words(text: str) -> set[str]:
     return {word.lower() for word in WORD.findall(text)}
+
+
+def _without(word: str, text: str, mask: str) -> str:
+    """`text` with each of its words that `_words` takes for this one masked."""
+    return WORD.sub(lambda found: mask if found[0].lower() == word else found[0], text)

@@ -15,8 +15,9 @@ import pyarrow as pa
 from datasets import Dataset
 
 from meta_peft.errors import MetaPeftError
-from meta_peft.tasks.encoding import Encoding
+from meta_peft.tasks.encoding import Encoding, token_classification
 from meta_peft.tasks.fingerprint import fingerprint
+from meta_peft.tasks.multiple_choice import CHOICES
 from meta_peft.tasks.prompt import SOUND, PromptFormat, example_columns, read_columns
 from meta_peft.tasks.row_form import RowForm
 from meta_peft.tasks.row_index import index_rows, task_name
@@ -32,6 +33,7 @@ logger = logging.getLogger("meta_peft")
 
 LARGE = 100_000  # rows; of a larger table only those are encoded that are drawn, if fewer than all of them are
 WAS_CUT = "was_cut"
+TAGGING = "token_classification"  # where a row that is too long loses whole words
 
 Encodings = Encoding | Mapping[str, Encoding]
 
@@ -50,7 +52,8 @@ class TaskSet:
 
     `names` are those of the tasks, in the order of their first rows, and `rows_of` has each one's row numbers. `dataset`
     is what episodes are made of, `table` the same rows before they were encoded: what was left out is in neither, so that
-    nothing reads it again. `found` counts what was found in all rows.
+    nothing reads it again. `found` counts what was found in all rows; rows that were cut are counted once they are encoded,
+    also as some of the tasks alone (`select`).
     """
 
     def __init__(
@@ -87,6 +90,8 @@ class TaskSet:
             "rows_in_several_tasks": index.rows_in_several_tasks,
             "single_label_tasks": index.single_label_tasks,
         }
+        self._cut_rows: dict[str, int] = {}  # by task, which this set shares with those that are selected from it
+        self._counts = [(self.names, self.found)]  # of this set, and of those that it was selected from
 
     @property
     def repeated_rows(self) -> int:
@@ -111,6 +116,9 @@ class TaskSet:
         selected.names = list(chosen)
         selected.dataset, selected.table = self.dataset.select(rows), self.table.select(rows)
         selected.found = self.found | {"rows": len(rows), "tasks": len(chosen)}
+        selected._counts = [*self._counts, (selected.names, selected.found)]
+        selected.found.pop("cut_rows", None)  # of other tasks too
+        selected._count_cut_rows()
         return selected
 
     def enough(self, shots: int, query_size: int) -> list[str]:
@@ -212,16 +220,26 @@ class TaskSet:
             dataset = encode()
         except (pa.ArrowInvalid, OSError):  # a file in the cache that was damaged
             dataset = encode(load_from_cache_file=False)
-        self.found["cut_rows"] = sum(int(np.sum(part[WAS_CUT])) for part in _columns(dataset, WAS_CUT))
-        if self.found["cut_rows"]:
+        was_cut = np.concatenate([part[WAS_CUT] for part in _columns(dataset, WAS_CUT)])
+        self._cut_rows |= {task: int(was_cut[rows].sum()) for task, rows in self.rows_of.items()}
+        self._count_cut_rows()
+        if was_cut.any():
+            lost = "words at their end" if encoding.objective == TAGGING else "the start of their prompt"
             logger.warning(
-                "%d of %d rows are longer than max_length=%d and lost the start of their prompt.",
-                *(self.found["cut_rows"], len(dataset), encoding.max_length),
+                "%d of %d rows are longer than max_length=%d and lost %s.",
+                *(was_cut.sum(), len(dataset), encoding.max_length, lost),
             )
         encoded.dataset = dataset.remove_columns([WAS_CUT])
         if "input_features" in dataset.column_names:  # as lists of numbers they would be slow
             encoded.dataset = encoded.dataset.with_format("numpy", ["input_features"], output_all_columns=True)
         return encoded
+
+    def _count_cut_rows(self) -> None:
+        """What is known by now of the tasks of this set, and of those that it was selected from."""
+        for names, found in self._counts:
+            known = [self._cut_rows[name] for name in names if name in self._cut_rows]
+            if known:
+                found["cut_rows"] = sum(known)
 
     @classmethod
     def from_rows(cls, rows: Iterable[Mapping[str, Any]], task_column: str | Sequence[str] = "task") -> TaskSet:
@@ -270,12 +288,17 @@ def _without_left_out(table: Dataset, rows_of: dict[str, np.ndarray]) -> tuple[D
 
 def _encode_counted(row: Mapping[str, Any], encoding: Encodings, task_columns: Sequence[str]) -> dict[str, Any]:
     features = _encode(row, encoding, task_columns)
-    how = _of_its_task(row, encoding, task_columns)
-    cut = False
-    if len(features.get("input_ids", ())) >= how.max_length:  # with room for one token more, would it have that one?
-        roomier = replace(how, max_length=how.max_length + 1)
-        cut = len(roomier(row)["input_ids"]) > how.max_length
-    return features | {WAS_CUT: cut}
+    return features | {WAS_CUT: _was_cut(row, features, _of_its_task(row, encoding, task_columns))}
+
+
+def _was_cut(row: Mapping[str, Any], features: Mapping[str, Any], how: Encoding) -> bool:
+    if how.objective == TAGGING:
+        return token_classification.lost_words(row, features)
+    length = len(features.get("input_ids", ()))
+    if length < how.max_length and not features.get(CHOICES):  # the longest choice may be another one
+        return False
+    roomier = replace(how, max_length=how.max_length + 1)  # with room for one token more, would it have that one?
+    return len(roomier(row).get("input_ids", ())) > length
 
 
 def _encode_batch(

@@ -40,6 +40,7 @@ class AdapterRecord:
         base: which base model it is.
         processor: the tokenizer, or a processor that has one.
         row_form: what was done to rows of the data, and is to be done to others like them.
+        task_columns: which then name the tasks of rows; by default those that the options name.
         rate_factors: by how much `adapt` multiplies the rates for a number of steps, as an evaluation found.
         results: what the card shows.
     """
@@ -51,10 +52,12 @@ class AdapterRecord:
     base: BaseIdentity
     processor: Any
     row_form: RowForm = field(default_factory=RowForm)
+    task_columns: tuple[str, ...] = ()
     rate_factors: dict[int, float] = field(default_factory=dict)
     results: CardResults = field(default_factory=CardResults)
 
     def sidecar(self) -> Sidecar:
+        columns = self.task_columns or self.args.task_columns
         return Sidecar(
             algorithm=self.args.algorithm,
             inner=self.args.inner_rule(),
@@ -67,7 +70,7 @@ class AdapterRecord:
             rate_factors=self.rate_factors,
             objective=self.encoding.objective,
             facts=self.encoding.facts,
-            judged=Judged(self.args.metric, self.args.task_columns, self.args.labelling(), self.args.held_out_seed),
+            judged=Judged(self.args.metric, columns, self.args.labelling(), self.args.held_out_seed),
             tokenizer=TokenizerIdentity.of(self.encoding.tokenizer),
             row_form=self.row_form,
         )

@@ -139,8 +139,8 @@ class MetaTrainer(PushingTrainer):
             tokenizer.pad_token = tokenizer.eos_token
         agree_on_padding(base, objective, tokenizer)
         self.encoding = encoding or run_encoding(base, objective, args, processor, given)
-        form = given[0].row_form if given else RowForm()
-        self.adapter_record = AdapterRecord(self.loss_fn, self.rates, args, self.encoding, identity, processor, form)
+        read = (given[0].row_form, given[0].task_columns) if given else (RowForm(), args.task_columns)
+        self.adapter_record = AdapterRecord(self.loss_fn, self.rates, args, self.encoding, identity, processor, *read)
         self._episodes = RunEpisodes(peft_model, self.encoding, args, sharded)
         self.scorer = scorer_for(
             args.metric,

@@ -9,7 +9,8 @@ from surface import TRAIN, base_model, config, letter_rows, letter_tasks, tiny_t
 
 from meta_peft import Encoding, MetaPeftError, PromptFormat, adapt, load, select_support
 from meta_peft.lora.fast_weights import is_lora
-from meta_peft.run_tasks.support import episode_selection
+from meta_peft.run_tasks.support import _with_placeholder, episode_selection
+from meta_peft.tasks.encoding import Facts
 from meta_peft.tasks.row_form import RowForm
 
 
@@ -90,6 +91,15 @@ def test_prompts_of_every_kind_without_answers(tmp_path: Path, kind: str):
     found = select_support(run.model, rows, 4)
     assert select_support(run.model, prompts, 4) == [prompts[rows.index(row)] for row in found]
     assert all(row in prompts for row in select_support(run.model, prompts, 4, "uncertain"))
+
+
+def test_prompts_for_a_head_whose_classes_are_called_by_numbers():
+    """Whose first one is not called 0, so that 0 would be refused."""
+    facts = Facts(num_labels=3, label_names=("-1", "0", "1"))
+    of_row = Encoding("sequence_classification", PromptFormat(), kinds.tokenizer(), 32, facts)
+    assert of_row(_with_placeholder({"text": "a"}, of_row))["labels"] == [0]
+    of_words = Encoding("token_classification", PromptFormat(), kinds.tokenizer(), 32, facts)
+    assert of_words(_with_placeholder({"tokens": ["a"]}, of_words))["labels"].count(0) == 1
 
 
 def test_a_new_head_is_uncertain_of_nothing(tmp_path: Path):

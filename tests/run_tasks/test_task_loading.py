@@ -107,7 +107,13 @@ def test_plain_text(tmp_path: Path):
         loaded(tmp_path, **options, self_supervised="smlmt")
     spans = loaded(tmp_path, train_tasks=options["train_tasks"], self_supervised="span", mask_word="[X]")["train"]
     assert len(spans) == 160
-    assert "[X]" in spans.rows("text 1")[0]["prompt"]
+    assert "[X]" in spans.rows(spans.names[0])[0]["prompt"]
+    (tmp_path / "other.txt").write_text(text.replace("find", "lose"), encoding="utf-8")
+    files = {"train_tasks": options["train_tasks"], "test_tasks": str(tmp_path / "other.txt")}
+    ends = loaded(tmp_path, **files, self_supervised="continuation")
+    assert [len(of_split) for of_split in ends.values()] == [160, 160]
+    with pytest.raises(MetaPeftError, match="160 tasks are in both the train and the test tasks, 'In 0 a we find"):
+        loaded(tmp_path, **{**files, "test_tasks": options["train_tasks"]}, self_supervised="continuation")
 
 
 def test_smlmt_needs_no_task_column(tmp_path: Path):
@@ -116,6 +122,7 @@ def test_smlmt_needs_no_task_column(tmp_path: Path):
     options = {"train_tasks": str(tmp_path / "corpus.txt"), "split_fractions": [0.5, 0.25, 0.25]}
     tasks = loaded(tmp_path, **options, self_supervised="smlmt")
     assert [len(of_split) for of_split in tasks.values()] == [14, 7, 7]
+    assert tasks["train"].task_columns == ("label",), "for the adapter's sidecar"
     assert tasks["train"].rows(tasks["train"].names[0])[0]["text"].endswith("speaks of ___ here.")
 
 

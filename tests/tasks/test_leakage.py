@@ -88,6 +88,38 @@ def test_conversations():
     assert [pair.tasks for pair in found.tasks] == [("a", "b")]
 
 
+def test_questions_about_other_texts_are_other_rows():
+    """As where a domain asks the same of each of its texts."""
+
+    def asked(its_rows: list[dict[str, str]]) -> list[dict[str, str]]:
+        question, answers = "Is the review positive?", ("yes", "no")
+        return [
+            {"context": row["input"], "question": question, "answer": answers[i % 2]} for i, row in enumerate(its_rows)
+        ]
+
+    found = find_leakage(splits({"books": asked(rows(1))}, {"films": asked(rows(2)), "novels": asked(rows(1))}))
+    assert [pair.tasks for pair in found.tasks] == [("books", "novels")]
+    assert found.rows == {("train", "test"): 12}
+
+
+def test_a_context_that_is_not_there_hides_nothing():
+    asked = [{"question": row["input"], "answer": row["target"]} for row in rows(1)]
+    for nothing in (None, ""):
+        found = find_leakage(splits({"a": asked}, {"b": [{**row, "context": nothing} for row in asked]}))
+        assert [pair.same_rows for pair in found.tasks] == [1]
+
+
+def test_questions_with_other_choices_are_other_rows():
+    def asked(its_rows: list[dict[str, str]]) -> list[dict]:
+        return [
+            {"input": "Which one?", "choices": [row["input"], row["target"]], "target": i % 2}
+            for i, row in enumerate(its_rows)
+        ]
+
+    found = find_leakage(splits({"a": asked(rows(1))}, {"b": asked(rows(2)), "c": asked(rows(1))}))
+    assert [pair.tasks for pair in found.tasks] == [("a", "c")]
+
+
 def test_one_pair_among_a_thousand_tasks():
     train = {f"train {seed}": rows(seed, n=6) for seed in range(600)}
     test = {f"test {seed}": rows(seed, n=6) for seed in range(600, 1000)}

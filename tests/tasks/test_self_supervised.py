@@ -45,6 +45,21 @@ def test_smlmt_masks_each_occurrence_whatever_its_case():
     assert "___ sees ___ and the owls do not care." in rows["text"]
 
 
+def test_smlmt_leaves_no_answer_in_the_text():
+    """Neither words within others nor letters that change with their case are taken for what is not masked."""
+    lines = [
+        "The covid19 wave of {} made us call get_value again.",
+        "In {} the covid wave was over, but not İstanbul.",
+        "We thought of {} as of a place in istanbul or near.",
+    ]
+    rows = made("smlmt", [{"text": line.format(PLACES[i])} for line in lines for i in range(8)])
+    assert set(rows["label"]) >= {"covid", "i̇stanbul", "istanbul"}
+    assert not set(rows["label"]) & {"get", "value"}
+    for row in rows:
+        assert "___" in row["text"]
+        assert not re.search(rf"\b{row['label']}\b", row["text"].lower())
+
+
 def test_smlmt_episodes_have_classes_and_splits_like_labelled_data():
     tasks = TaskSet(made("smlmt"), "label")
     train, test = tasks.split([0.5, 0.5])
@@ -69,10 +84,12 @@ def test_a_text_without_words_to_choose_from():
 
 
 def test_spans_are_put_back():
-    rows = list(made("span"))
+    rows = made("span")
     assert len(rows) == 240
-    for number, (row, text) in enumerate(zip(rows, texts(), strict=True), start=1):
-        assert row["task"] == f"text {number}"
+    names = list(rows["task"])
+    for row, text in zip(rows, texts(), strict=True):
+        assert row["task"].startswith(text[:30])
+        assert names.count(row["task"]) == texts().count(text)
         assert row["prompt"].endswith(" ->")
         whole = row["prompt"].removesuffix(" ->").replace("___", row["completion"].strip())
         assert whole == text
@@ -83,6 +100,31 @@ def test_continuations_go_on():
     for row, text in zip(made("continuation"), texts(), strict=True):
         assert row["prompt"] + row["completion"] == text
         assert re.match(r" \w", row["completion"])
+
+
+def test_each_text_is_a_task_which_only_the_same_text_is():
+    """In whatever file it stands, and wherever in it."""
+    documents = [" ".join(texts()[i : i + 3]) for i in range(0, 9, 3)]
+    alike = [f"{documents[0]} {ending}" for ending in "xy"]
+    first, second = (made("span", [{"text": text} for text in part]) for part in ([*documents, alike[0]], alike))
+    named = list(dict.fromkeys(first["task"]))
+    assert len(named) == 4
+    assert set(second["task"]) & set(named) == {named[-1]}
+    assert [row for row in first if row["task"] == named[-1]] == [row for row in second if row["task"] == named[-1]]
+    TaskSet(first).check_disjoint(TaskSet(made("span", [{"text": alike[1]}])))
+
+
+def test_numbers_are_texts_too():
+    """Such as those of a column which only now and then has a word."""
+    with pytest.raises(MetaPeftError, match="Of 0 sentences, 0 words are in"):
+        made("smlmt", [{"text": 1}, {"text": None}])
+    with pytest.raises(MetaPeftError, match=r"None of the 2 texts has a sentence of 6 words.* give more text"):
+        made("span", [{"text": 1.5}, {"text": None}])
+
+
+def test_a_column_of_texts_that_holds_none():
+    with pytest.raises(MetaPeftError, match=r"Column 'text' must hold text or numbers; row 1 has \['a'\]"):
+        made("continuation", [{"text": ["a"]}])
 
 
 def test_a_document_is_a_task():

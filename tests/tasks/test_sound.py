@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import numpy as np
 import pytest
 from datasets import Audio, Dataset
 
 from meta_peft.errors import MetaPeftError
 from meta_peft.tasks import TaskSet
+from meta_peft.tasks.sound import one_channel
 
 WAVE = {"array": [0.0, 0.5], "sampling_rate": 16_000}
 
@@ -21,6 +23,20 @@ def test_sound_is_not_decoded_to_find_tasks():
     """The files need not even be there."""
     table = Dataset.from_dict({"audio": ["no.wav", "none.wav"], "text": ["one", "two"], "speaker": ["a", "b"]})
     assert TaskSet(table.cast_column("audio", Audio()), "speaker").names == ["a", "b"]
+
+
+def test_channels_are_one():
+    """They come first, as `datasets` decodes them."""
+    np.testing.assert_array_equal(one_channel(np.array([[0.0, 1.0, 2.0], [1.0, 1.0, 0.0]])), [0.5, 1.0, 1.0])
+    np.testing.assert_array_equal(one_channel(np.array([0.0, 1.0])), [0.0, 1.0])
+    assert one_channel(np.ones((1, 5))).shape == (5,)
+
+
+@pytest.mark.parametrize("channels", [1, 2])
+def test_channels_last(channels: int):
+    """As soundfile reads them: they would be a sound of as many samples as there are channels."""
+    with pytest.raises(MetaPeftError, match=rf"channels first.* shape \(5, {channels}\).* array.mean\(1\)"):
+        one_channel(np.ones((5, channels)))
 
 
 @pytest.mark.parametrize("sound", [3, [0.0, 0.5], {"array": [0.0]}])

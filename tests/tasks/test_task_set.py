@@ -10,7 +10,7 @@ from surface import run_python, tiny_folder, tiny_tokenizer
 from meta_peft.base import load_tokenizer
 from meta_peft.errors import MetaPeftError
 from meta_peft.tasks import EpisodeDataset, task_set
-from meta_peft.tasks.encoding import Encoding
+from meta_peft.tasks.encoding import Encoding, Facts
 from meta_peft.tasks.prompt import PromptFormat
 from meta_peft.tasks.task_set import TaskSet
 
@@ -217,6 +217,58 @@ def test_cut_rows_are_counted_once(tmp_path, caplog):
     assert tasks.found["cut_rows"] == 2
     assert caplog.messages == [f"2 of 4 rows are longer than max_length={longest} and lost the start of their prompt."]
     assert set(encoded.dataset.column_names) == {"task", "input_ids", "labels"}
+
+
+def test_cut_rows_of_some_tasks_are_counted_where_they_are_from():
+    """As those of the held-out tasks that a comparison draws, which are encoded alone; each row once."""
+    long = {t: [{"input": "x" * 30, "target": y} for y in "yzw"[:n]] for n, t in enumerate("abc", 1)}
+    tasks = TaskSet.from_mapping(long)
+    parts = tasks.split([0.7, 0.3])
+    assert "cut_rows" not in tasks.found
+    found = tasks.found  # what is kept for results.json, before any row is encoded
+    some = [tasks.select(names) for names in ("ab", "b")]
+    for part in some:
+        part.encoded(PromptFormat(), tiny_tokenizer(), 12)
+    assert [each["cut_rows"] for each in (some[0].found, some[1].found, found)] == [3, 2, 3]
+    for part in parts:
+        part.encoded(PromptFormat(), tiny_tokenizer(), 12)
+    assert found["cut_rows"] == 6
+    assert {t: tasks.select([t]).found["cut_rows"] for t in "abc"} == {"a": 1, "b": 2, "c": 3}
+    tasks.encoded(PromptFormat(), tiny_tokenizer(), 99)
+    assert found["cut_rows"] == 0
+
+
+def test_cut_rows_of_tasks_that_were_not_encoded_are_not_known():
+    """Those of another part of the same tasks say nothing of them."""
+    long = [{"input": "x" * 30, "target": target} for target in "yz"]
+    encoded, other = TaskSet.from_mapping({"a": long, "b": long}).split([0.5, 0.5])
+    encoded.encoded(PromptFormat(), tiny_tokenizer(), 12)
+    assert encoded.found["cut_rows"] == 2
+    assert "cut_rows" not in other.select(other.names).found
+    assert "cut_rows" not in other.found
+
+
+def test_rows_of_words_that_lost_some_are_counted(caplog):
+    """A word that does not fit may be of more tokens than one, and so may leave room for one."""
+    long = "abcde"
+    words = [[long], ["a", "b"], ["a", long], [long, "b"], ["a", "b", long], ["a", "b", "a", "b", "a"]]
+    tasks = TaskSet.from_rows([{"task": "t", "tokens": row, "tags": [0] * len(row)} for row in words])
+    how = Encoding("token_classification", PromptFormat(), tiny_tokenizer(), 8, Facts(num_labels=2))
+    with caplog.at_level("WARNING", "meta_peft"):
+        encoded = tasks.encoded(how)
+    read = [sum(label >= 0 for label in row["labels"]) for row in encoded.rows("t")]
+    assert tasks.found["cut_rows"] == sum(n < len(row) for n, row in zip(read, words, strict=True)) > 1
+    assert caplog.messages == [
+        f"{tasks.found['cut_rows']} of 6 rows are longer than max_length=8 and lost words at their end."
+    ]
+
+
+def test_rows_whose_longest_choice_does_not_fit_are_counted():
+    """All choices stand behind the same prompt, so that the row itself may be shorter."""
+    row = {"task": "a", "input": "xxxxxxxx", "target": "y", "choices": ["y", "z" * 9]}
+    tasks = TaskSet.from_rows([row, {**row, "choices": ["y", "z"]}, {**row, "choices": None, "input": "x"}])
+    tasks.encoded(PromptFormat(), tiny_tokenizer(), 18)
+    assert tasks.found["cut_rows"] == 1
 
 
 def test_a_row_that_cannot_be_encoded_is_of_a_task():

@@ -10,7 +10,7 @@ import pytest
 import torch
 from surface import bits, trainer
 
-from meta_peft import MetaPeftError
+from meta_peft import MetaPeftError, TaskSet
 from meta_peft.adapters.card import CardResults
 from meta_peft.adapters.sidecar import Sidecar
 from meta_peft.training.adapter_record import ON_THE_CARD, AdapterRecord
@@ -39,6 +39,15 @@ def test_saved_and_restored(tmp_path: Path):
     assert learned(other) != learned(saved)
     other.restore(tmp_path / "adapter")
     assert learned(other) == learned(saved)
+
+
+def test_the_columns_that_named_the_tasks_are_kept(tmp_path: Path):
+    """Those of the tasks, which may be others than the options name: where the words that are masked are the tasks."""
+    record = trainer(tmp_path).adapter_record
+    assert record.sidecar().judged.task_column == ("task",)
+    rows = [{"text": f"{word} {i}", "label": word} for word in "abcd" for i in range(4)]
+    trainer(tmp_path, tasks=TaskSet.of(rows, "label")).adapter_record.save(str(tmp_path / "adapter"), None)
+    assert Sidecar.read(tmp_path / "adapter").judged.task_column == ("label",)
 
 
 def test_what_does_not_belong_changes_nothing(tmp_path: Path):

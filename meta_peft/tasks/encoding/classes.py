@@ -28,6 +28,20 @@ def class_count(labels: Iterable[Any]) -> int:
     return max(len(class_names(labels)), 1 + max(numbers, default=-1))
 
 
+def class_of(label: Any, how: Encoding) -> int:
+    """The number of the class that a row of data has: as `class_number`, but of a number that may be meant as a name.
+
+    Names that are digits were text in training, as all values of a CSV file are, and are numbers in another file.
+    """
+    names, label = how.facts.label_names, plain(label)
+    if isinstance(label, int) and str(label) in names and names.index(str(label)) != label:
+        raise MetaPeftError(
+            f"A label is the number {label}, and the known classes {shown(list(names))} have a name that reads the same,"
+            f" which is not class {label}: give it as text, {str(label)!r}."
+        )
+    return class_number(label, how)
+
+
 def class_number(label: Any, how: Encoding) -> int:
     """The number of a class, given as itself or by name."""
     names, most, label = how.facts.label_names, how.facts.num_labels, plain(label)

@@ -12,6 +12,7 @@ import numpy as np
 from meta_peft.errors import MetaPeftError
 from meta_peft.tasks.encoding.decoder import answer
 from meta_peft.tasks.prompt import SOUND
+from meta_peft.tasks.sound import one_channel
 from meta_peft.utils.checked import shown
 
 if TYPE_CHECKING:
@@ -45,8 +46,7 @@ def samples(audio: Any) -> tuple[np.ndarray, int]:
         raise MetaPeftError(
             f"Column 'audio' must hold an array and a sampling_rate, or the path of a WAV file; got {shown(audio)}."
         ) from error
-    if array.ndim == 2:
-        array = array.mean(0)  # channels come first
+    array = one_channel(array)
     if array.ndim != 1 or not array.size or not np.isfinite(array).all():
         raise MetaPeftError(
             f"A sound must be a list of finite samples, at least one; got an array of shape {array.shape}."

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from meta_peft.errors import MetaPeftError
 from meta_peft.objectives.labelled_tokens import IGNORED
-from meta_peft.tasks.encoding.classes import class_number
+from meta_peft.tasks.encoding.classes import class_number, class_of
 from meta_peft.tasks.encoding.special_tokens import special_tokens
 from meta_peft.tasks.prompt import TAGGED
 from meta_peft.utils.checked import shown
@@ -35,8 +35,13 @@ def encode(row: Mapping[str, Any], how: Encoding) -> dict[str, Any]:
         if len(ids) + len(pieces) + len(behind) > how.max_length:
             break
         ids += pieces
-        labels += [class_number(tag, how)] + [IGNORED] * (len(pieces) - 1)
+        labels += [class_of(tag, how)] + [IGNORED] * (len(pieces) - 1)
     return {"input_ids": [*ids, *behind], "labels": [*labels, *[IGNORED] * len(behind)]}
+
+
+def lost_words(row: Mapping[str, Any], features: Mapping[str, Any]) -> bool:
+    """Whether the features of a row have no room for all of its words."""
+    return sum(label != IGNORED for label in features["labels"]) < len(row["tokens"])
 
 
 def with_label(features: Mapping[str, Any], label: list[int], how: Encoding) -> dict[str, Any]:

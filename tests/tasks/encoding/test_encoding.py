@@ -174,6 +174,25 @@ def test_names_that_are_a_task_s_own_are_numbered_by_task():
         how.of_task(named("a", "b", "c"))
 
 
+def test_a_number_that_may_be_a_name():
+    """Names that are digits were text in training, of a CSV file for one: the number 1 may be the name "1" or class 1."""
+    how = encoding("token_classification", num_labels=3, label_names=("1", "2", "3"))
+    row = {"tokens": ["a", "b"], "tags": ["1", "3"]}
+    features = how(row)
+    assert how(row | {"tags": [0, 0]})["labels"].count(0) == 2, "no name"
+    with pytest.raises(MetaPeftError, match=r"A label is the number 1, .*\['1', '2', '3'\].*: give it as text, '1'"):
+        how(row | {"tags": [0, np.int64(1)]})
+    with pytest.raises(MetaPeftError, match="A label is the number 3"):
+        how(row | {"tags": [3, 0]})
+    assert how.with_label(features, [1, 2])["labels"] == how(row | {"tags": ["2", "3"]})["labels"], "numbers of classes"
+    of_rows = encoding("sequence_classification", num_labels=3, label_names=("1", "2", "3"))
+    with pytest.raises(MetaPeftError, match="A label is the number 2"):
+        of_rows({"text": "a", "label": 2})
+    assert of_rows.with_label(of_rows({"text": "a", "label": "1"}), 1) == of_rows({"text": "a", "label": "2"})
+    either = encoding("token_classification", num_labels=3, label_names=("0", "1", "x"))
+    assert either(row | {"tags": [0, 1]}) == either(row | {"tags": ["0", "1"]})
+
+
 def test_numbers_have_no_names():
     how = encoding("token_classification", num_labels=3).naming([[0, 1], [2]])
     assert how.of_task([{"tokens": ["a"], "tags": [1]}]).facts.label_names == ()
@@ -222,6 +241,7 @@ def test_the_language_stays_with_the_facts():
         (sound(rate=8000), r"8000 samples a second, the model hears 16000. Let datasets resample it"),
         (sound(16001), r"A sound of 1\.0 s is longer than the 1 s that the model hears: cut it"),
         (sound(0), "a list of finite samples, at least one"),
+        ({"audio": {"array": np.ones((9, 2)), "sampling_rate": 16000}, "text": "a"}, "must have its channels first"),
         ({"audio": {"array": [float("nan")], "sampling_rate": 16000}, "text": "a"}, "a list of finite samples"),
         ({"audio": 3, "text": "a"}, "must hold an array and a sampling_rate, or the path of a WAV file; got 3"),
         ({"audio": "none.mp3", "text": "a"}, "none.mp3 cannot be read as a WAV file"),
