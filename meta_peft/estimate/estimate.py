@@ -58,11 +58,18 @@ class EstimateArguments:
                 raise MetaPeftError(f"{option} must be 1 or more; got {value}.")
         if self.device_gb is not None and not self.device_gb > 0:
             raise MetaPeftError(f"device_gb must be positive; got {self.device_gb}.")
-        if self.row_tokens is not None and self.labelled_tokens >= self.row_tokens:
+        if self.row_tokens is not None:
+            self.row_length(self.row_tokens)
+
+    def row_length(self, max_length: int) -> int:
+        """Tokens of a row in a run with this `max_length`."""
+        length = self.row_tokens or max_length
+        if self.labelled_tokens >= length:
             raise MetaPeftError(
-                f"A row of {self.row_tokens} tokens cannot have {self.labelled_tokens} labelled ones: its first token"
-                " is predicted by none. Give more row_tokens, or fewer labelled_tokens."
+                f"A row of {length} tokens cannot have {self.labelled_tokens} labelled ones: its first token"
+                " is predicted by none. Give more row_tokens (max_length by default), or fewer labelled_tokens."
             )
+        return length
 
 
 @dataclass(frozen=True)
@@ -76,9 +83,13 @@ class Line:
 
 @dataclass(frozen=True)
 class Estimate:
-    """`resting` is there all the time, `working` at the fullest moment of a meta-gradient."""
+    """`resting` is there all the time, `working` at the fullest moment of a meta-gradient.
+
+    `tasks` go through the model at once, of the `batch` that a process computes the meta-gradient of.
+    """
 
     tasks: int
+    batch: int
     resting: list[Line]
     working: list[Line]
 
@@ -93,9 +104,9 @@ class Estimate:
 
 def estimate(model_args: ModelArguments, args: MetaLoraConfig, given: EstimateArguments) -> Estimate:
     """The account of one process of a run with these options."""
+    algorithm, batch = args.algorithm_object(), whole_rows(args, given)
     config = base_config(model_args)
     model = weightless_model(model_args, copy.deepcopy(config))
-    algorithm, batch = args.algorithm_object(), whole_rows(args, given)
     loss_fn = bind(model, algorithm, checkpoint=args.gradient_checkpointing)
     adapter: Params = dict(loss_fn.weights.parameters())
     rates = LearnedRates(args.inner_rule(), adapter)
@@ -115,7 +126,7 @@ def estimate(model_args: ModelArguments, args: MetaLoraConfig, given: EstimateAr
     if (parts := math.ceil(batch.n_tasks / tasks)) > 1:
         own = sum(p.nbytes for p in loss_fn.weights.parameters().values())
         working.append(Line("meta-gradients", f"of {parts} parts of the batch", parts * own))
-    return Estimate(tasks, resting, working)
+    return Estimate(tasks, batch.n_tasks, resting, working)
 
 
 @dataclass(frozen=True)
@@ -202,14 +213,21 @@ def whole_rows(args: MetaLoraConfig, given: EstimateArguments) -> EpisodeBatch:
 
     Tokens are 0 in support rows and 1 in query rows, which tells them apart.
     """
-    n_tasks, length = args.per_device_train_batch_size, given.row_tokens or args.max_length
+    (_, n_tasks), length, ways = _batches(args), given.row_length(args.max_length), args.ways or 1
 
-    def rows(per_task: int, token: int) -> Rows:
-        ids = torch.full((n_tasks * per_task, length), token)
+    def rows(of_a_class: int, token: int) -> Rows:
+        ids = torch.full((n_tasks * ways * of_a_class, length), token)
         labels = ids.index_fill(1, torch.arange(length - given.labelled_tokens), -100)
         return Rows({"input_ids": ids, "attention_mask": torch.ones_like(ids)}, labels, n_tasks)
 
     return EpisodeBatch(rows(args.shots, 0), rows(args.query_size, 1), [str(t) for t in range(n_tasks)])
+
+
+def _batches(args: MetaLoraConfig) -> tuple[int, int]:
+    """How many batches a process has in an outer step, and tasks in the largest of them (see `processes.step_shares`)."""
+    shares = args.gradient_accumulation_steps
+    n_tasks = math.ceil(args.tasks_in_a_step / (args.world_size * shares))
+    return (shares * n_tasks, 1) if args.deterministic_reduction else (shares, n_tasks)
 
 
 class _Kinds:
@@ -293,8 +311,10 @@ def _trained(loss_fn: AdapterLoss, rates: LearnedRates, args: MetaLoraConfig) ->
         Line("LoRA", f"{len(adapter)} matrices of rank {_rank(loss_fn)} in float32, and inner rates", own + learned),
         Line("outer optimizer", "two moments of these, as AdamW has", 2 * (own + learned)),
     ]
-    if args.gradient_accumulation_steps > 1:
-        lines.append(Line("outer gradient", "added up over the batches of a step", own + learned))
+    earlier = _batches(args)[0] - 1
+    if earlier:
+        sums = earlier if args.deterministic_reduction else 1
+        lines.append(Line("outer gradient", "of the earlier batches of a step", sums * (own + learned)))
     return lines
 
 

@@ -24,8 +24,7 @@ def account(model_args: ModelArguments, args: MetaLoraConfig, given: EstimateArg
     found = estimate(model_args, args, given)
     memory = f", memory {args.memory}" if args.algorithm in ("maml", "imaml") else ""
     lines = [
-        f"{model_args.model_name_or_path}: {args.algorithm}{memory}, {found.tasks} of"
-        f" {args.per_device_train_batch_size} tasks at once",
+        f"{model_args.model_name_or_path}: {args.algorithm}{memory}, {found.tasks} of {found.batch} tasks at once",
         "",
         *_table("all the time", found.resting),
         *_table("at the fullest moment of a meta-gradient", found.working),
