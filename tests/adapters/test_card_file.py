@@ -6,7 +6,7 @@ import logging
 from pathlib import Path
 
 import pytest
-from surface import letter_rows, lora, trained_folder, trainer
+from surface import letter_rows, trained_folder, trainer
 
 from meta_peft import adapt_many, load, save
 from meta_peft.adapters.card import adapted_card, model_card
@@ -17,7 +17,7 @@ MINE = "# My project\n\nNotes that nobody else has.\n"
 
 
 def own() -> str:
-    return adapted_card("some/base", lora(), {"steps": 3})
+    return adapted_card("some/base", "causal_lm", {"steps": 3})
 
 
 def test_cards_that_meta_peft_makes_are_known():
