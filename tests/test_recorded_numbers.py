@@ -158,6 +158,7 @@ def test_when_to_use_it_under_a_head(row: str, base: str, folder: Path):
         ("the same, three times the training", EVIDENCE / "locale_formatting" / "longer"),
         ("[data wrangling]({results}/data_wrangling/RUN.md)", EVIDENCE / "data_wrangling"),
         ("[questions on new relations]({results}/question_answering/RUN.md)", EVIDENCE / "question_answering"),
+        ("[lemmas in new languages]({results}/lemmatisation/RUN.md)", EVIDENCE / "lemmatisation"),
     ],
 )
 def test_when_to_use_it_where_a_model_writes(row: str, folder: Path):
