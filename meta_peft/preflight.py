@@ -74,6 +74,11 @@ def check_in_use(path: str, layer: LoraLayer) -> None:
         )
 
 
+def other_quantisation(method: Any) -> MetaPeftError:
+    """What is said of a base that another library than bitsandbytes quantised."""
+    return MetaPeftError(f"The base model is quantised with {method}; only bitsandbytes 4-bit and 8-bit are supported.")
+
+
 def say_once(message: str) -> None:
     """Log `message` the first time it is given in this process."""
     if message not in _said:
@@ -229,9 +234,7 @@ def _check_base(base: Any, *, second_order: bool) -> None:
         getattr(base, "is_loaded_in_4bit", False) or getattr(base, "is_loaded_in_8bit", False)
     ):
         method = getattr(base.config.quantization_config, "quant_method", "unknown")
-        raise MetaPeftError(
-            f"The base model is quantised with {method}; only bitsandbytes 4-bit and 8-bit are supported."
-        )
+        raise other_quantisation(method)
 
 
 def _check_experts(base: Any, *, second_order: bool) -> None:

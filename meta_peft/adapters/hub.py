@@ -23,7 +23,7 @@ from meta_peft.adapters.card_file import CARD, may_replace
 from meta_peft.adapters.hub_errors import explained
 from meta_peft.adapters.sidecar import JSON, TENSORS, Sidecar
 from meta_peft.base.base_model import load_base
-from meta_peft.base.tokenizers import agree_on_padding, load_tokenizer
+from meta_peft.base.tokenizers import agree_on_padding, load_tokenizer, tokenizer_for
 from meta_peft.config import ModelArguments
 from meta_peft.errors import MetaPeftError
 from meta_peft.inner_optimizers.rule import RATES
@@ -136,7 +136,7 @@ def load(
             f"trust_remote_code would run code of {sidecar.base.name!r}, which only the adapter names: name the base model"
             " yourself if you trust it."
         )
-    of_tokenizer: dict[str, Any] = {}
+    how = None
     if base is None or isinstance(base, (str, Path)):
         name = str(base or sidecar.base.name)
         made: dict[str, Any] = {"objective": sidecar.objective}
@@ -145,7 +145,6 @@ def load(
         if name == sidecar.base.name:
             made["model_revision"] = base_revision(folder)
         how = ModelArguments(model_name_or_path=name, **{**made, **model_options})
-        of_tokenizer = {"revision": how.model_revision, "trust_remote_code": how.trust_remote_code}
         base = load_base(how)
     elif model_options:
         raise MetaPeftError(f"{sorted(model_options)} say how to load a base model, but a loaded one was given.")
@@ -156,7 +155,8 @@ def load(
             f"The adapter was learned for {sidecar.objective}, and {type(base).__name__} is made for"
             f" {objective_name(base)}: load the base with the class that fits, or name it."
         )
-    tokenizer = tokenizer or load_tokenizer(base.name_or_path, objective=sidecar.objective, **of_tokenizer)
+    if tokenizer is None:
+        tokenizer = tokenizer_for(how) if how else load_tokenizer(base.name_or_path, objective=sidecar.objective)
     sidecar.check_tokenizer(tokenizer_of(tokenizer))
     agree_on_padding(base, sidecar.objective, tokenizer_of(tokenizer))
     training = base.training

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from meta_peft.errors import MetaPeftError
 from meta_peft.lora.fast_weights import LAYER_NUMBER
+from meta_peft.utils.figures import NO_MATPLOTLIB, new_figure
 
-NO_MATPLOTLIB = "The picture needs matplotlib: pip install 'meta-peft[demo]'."
 SHADES = " ░▒▓█"
 MATRICES = {
     "lora_embedding_A": "A",
@@ -29,7 +29,7 @@ def check_picture(path: str) -> None:
     try:
         from matplotlib.backend_bases import FigureCanvasBase
     except ImportError as error:
-        raise MetaPeftError(NO_MATPLOTLIB) from error
+        raise MetaPeftError(NO_MATPLOTLIB.format("picture")) from error
     ending = Path(path).suffix.removeprefix(".")
     known = sorted(FigureCanvasBase.get_supported_filetypes())
     if ending and ending.lower() not in known:
@@ -58,9 +58,8 @@ class RateMap:
         rates = np.full((len(rows), len(columns)), np.nan)
         for (row, column), rate in zip(places, mean, strict=True):
             rates[rows.index(row), columns.index(column)] = rate
-        return cls(
-            tuple(rows), tuple(f"{titles[path]} {matrix}" if matrix else path for path, matrix in columns), rates
-        )
+        shown = tuple(f"{titles[path]} {matrix}" if matrix else path for path, matrix in columns)
+        return cls(tuple(rows), shown, rates)
 
     def as_text(self, width: int) -> str:
         """A table of at most `width` characters a line: shades, dark for high rates, and the rates if there is room."""
@@ -83,12 +82,8 @@ class RateMap:
         Raises:
             MetaPeftError: matplotlib is not installed.
         """
-        try:
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            raise MetaPeftError(NO_MATPLOTLIB) from error
         n_rows, n_columns = self.rates.shape
-        figure = Figure(figsize=(2.5 + 0.6 * n_columns, 1.8 + 0.3 * n_rows), layout="constrained")
+        figure = new_figure(2.5 + 0.6 * n_columns, 1.8 + 0.3 * n_rows)
         panel = figure.subplots()
         image = panel.imshow(np.log10(self.rates), aspect="auto", cmap="viridis")
         panel.set_xticks(range(n_columns), self.columns, rotation=60, ha="right")

@@ -62,7 +62,7 @@ def _one(options: argparse.Namespace) -> int:
     folder, sidecar = read_adapter(options)
     columns, classes = sidecar.judged.task_column, sidecar.judged.labelling
     in_form = sidecar.row_form.of_rows(rows, columns[0])
-    if classes is None or columns != (classes.column,):  # where a task is a class, examples are of several
+    if classes is None or not classes.tasks_are_classes(columns):  # of which examples are of several
         _check_one_task(in_form, columns)
     model = load_model(options, folder)
     result = adapt_many(model, {"task": rows}, steps=options.steps, hold_back=options.hold_back)["task"]

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 
+from meta_peft import preflight
 from meta_peft.base.base_config import objective_of
 from meta_peft.base.base_model import quantisation
 from meta_peft.base.new_adapter import lora_config, with_adapter
@@ -39,10 +40,7 @@ def check_estimated(args: ModelArguments, config: Any) -> None:
             )
     stored = _stored_quantisation(config)
     if stored and not (stored.get("load_in_4bit") or stored.get("load_in_8bit")):
-        raise MetaPeftError(
-            f"The base model is quantised with {stored.get('quant_method', 'unknown')}; only bitsandbytes 4-bit and 8-bit"
-            " are supported: choose another base."
-        )
+        raise preflight.other_quantisation(stored.get("quant_method", "unknown"))
 
 
 def _not_estimated(args: ModelArguments, config: Any) -> Iterator[tuple[Any, str]]:

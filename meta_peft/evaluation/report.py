@@ -16,6 +16,7 @@ from meta_peft.evaluation.evaluate import Curve
 from meta_peft.evaluation.intervals import interval
 from meta_peft.evaluation.metrics import METRICS, Metric
 from meta_peft.utils.atomic_files import write_file
+from meta_peft.utils.figures import new_figure
 
 JSON, TABLE, PLOT = "results.json", "results.md", "results.png"
 
@@ -84,11 +85,7 @@ class Report:
 
     def figure(self) -> Any:
         """Query loss and score against adaptation steps, one line for each start, with 95 % intervals."""
-        try:
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            raise MetaPeftError("The plot needs matplotlib: pip install 'meta-peft[demo]'.") from error
-        figure = Figure(figsize=(9, 3.6), layout="constrained")
+        figure = new_figure(9, 3.6, "plot")
         panels = figure.subplots(1, 2)
         metric = self.metric
         title = f"{metric.title} (fraction)" if metric.unit else metric.title

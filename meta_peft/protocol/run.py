@@ -59,11 +59,11 @@ def run(
             f"A comparison runs in one process, not in {args.world_size}: start one process for each of its seeds, with"
             " the same output_dir."
         )
-    of_label = args.task_columns == (args.label_column,) or task_args.self_supervised == "smlmt"
-    tasks_are_classes = args.ways is not None and of_label
     check_plots()
-    starts = protocol.starts_of(objective_of(model_args), args.label_words, tasks_are_classes=tasks_are_classes)
     tasks, leakage = run_tasks(task_args, args)
+    labels, columns = args.labelling(), tasks["train"].task_columns
+    tasks_are_classes = labels is not None and labels.tasks_are_classes(columns)
+    starts = protocol.starts_of(objective_of(model_args), args.label_words, tasks_are_classes=tasks_are_classes)
     missing = [split for split in ("validation", "test") if split not in tasks]
     if missing:
         raise MetaPeftError(

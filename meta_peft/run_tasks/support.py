@@ -27,8 +27,8 @@ from meta_peft.tasks.support_selection import (
 from meta_peft.utils.checked import whole
 
 Row = Mapping[str, Any]
+# By its first column, the first form that begins with it.
 PROMPT_ONLY = {form[0]: form for form in reversed([("prompt", "completion"), *INPUT_TARGET, *NOT_TEXT])}
-
 WRITTEN_FROM_LEFT = ("causal_lm", "seq2seq_lm", "speech_seq2seq")  # objectives whose answers depend on their beginning
 
 

@@ -61,6 +61,10 @@ class Labelling:
         if self.words == "letters" and self.ways > len(string.ascii_uppercase):
             raise MetaPeftError(f"There are {len(string.ascii_uppercase)} letters for ways={self.ways}: permute words.")
 
+    def tasks_are_classes(self, task_columns: tuple[str, ...]) -> bool:
+        """Whether each task is a class, where these columns name the tasks."""
+        return task_columns == (self.column,)
+
     def classes(self, tasks: TaskSet) -> Classes:
         """The classes of `tasks`."""
         if self.column not in tasks.table.column_names:
@@ -76,7 +80,7 @@ class Labelling:
             )
         kind = getattr(tasks.table.features[self.column], "dtype", "")
         numbers = kind.startswith(("int", "uint", "float"))
-        if tasks.task_columns == (self.column,):
+        if self.tasks_are_classes(tasks.task_columns):
             return Classes(self, dict(tasks.rows_of), within={}, numbers=numbers)
         return Classes(self, {}, within=_by_label(tasks, self.column), numbers=numbers)
 

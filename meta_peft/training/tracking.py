@@ -15,9 +15,10 @@ import torch
 from transformers import TrainerCallback
 from transformers.trainer_callback import ProgressCallback
 
-from meta_peft.adapters.rate_map import NO_MATPLOTLIB, RateMap
+from meta_peft.adapters.rate_map import RateMap
 from meta_peft.errors import MetaPeftError
 from meta_peft.preflight import say_once
+from meta_peft.utils.figures import new_figure
 
 Pictures = Callable[[], dict[str, Any]]
 """Figures of matplotlib by name."""
@@ -124,11 +125,7 @@ def task_curves(tasks: Sequence[str], before: np.ndarray, after: np.ndarray) -> 
 
 def adaptation_picture(before: np.ndarray, after: np.ndarray) -> Any:
     """Query losses of held-out tasks, ``[T]`` each: below the line, adaptation has helped."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MetaPeftError(NO_MATPLOTLIB) from error
-    figure = Figure(figsize=(4.5, 4.2), layout="constrained")
+    figure = new_figure(4.5, 4.2)
     panel = figure.subplots()
     panel.scatter(before, after, s=14)
     most = float(max(before.max(), after.max()))

@@ -49,7 +49,6 @@ from meta_peft.survival.stop_signal import StopSignal
 from meta_peft.tasks import Encoding, EpisodeCollator, EpisodeDataset, TaskSet
 from meta_peft.tasks.encoding import tokenizer_of
 from meta_peft.tasks.labelling import episodes_of
-from meta_peft.tasks.row_form import RowForm
 from meta_peft.tasks.sampling import Adaptive
 from meta_peft.training.adapter_record import AdapterRecord
 from meta_peft.training.pushing_trainer import PushingTrainer
@@ -139,7 +138,7 @@ class MetaTrainer(PushingTrainer):
             tokenizer.pad_token = tokenizer.eos_token
         agree_on_padding(base, objective, tokenizer)
         self.encoding = encoding or run_encoding(base, objective, args, processor, given)
-        read = (given[0].row_form, given[0].task_columns) if given else (RowForm(), args.task_columns)
+        read = (given[0].row_form, given[0].task_columns) if given else ()
         self.adapter_record = AdapterRecord(self.loss_fn, self.rates, args, self.encoding, identity, processor, *read)
         self._episodes = RunEpisodes(peft_model, self.encoding, args, sharded)
         self.scorer = scorer_for(

@@ -78,9 +78,7 @@ def test_the_bases_revision_is_that_of_the_training(folder: Path, monkeypatch: p
     asked: list[tuple[str, str | None]] = []
     monkeypatch.setattr(hub, "load_base", lambda how: asked.append(("base", how.model_revision)) or base_model())
     tokenizer = tiny_tokenizer()
-    monkeypatch.setattr(
-        hub, "load_tokenizer", lambda name, *, revision=None, **_: asked.append(("tokenizer", revision)) or tokenizer
-    )
+    monkeypatch.setattr(hub, "tokenizer_for", lambda how: asked.append(("tokenizer", how.model_revision)) or tokenizer)
     load(None, folder)
     load(Sidecar.read(folder).base.name, folder, model_revision="another")
     load("another/base", folder)
