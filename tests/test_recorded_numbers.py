@@ -128,6 +128,18 @@ def test_what_writes_its_answers(start: str):
     assert expected in rows_of(row)
 
 
+def test_by_how_much_where_a_model_writes():
+    text = re.sub(r"\s+", " ", README)
+    folder = EVIDENCE / "locale_formatting"
+    plain, prompt = ahead_of(folder, "plain"), ahead_of(folder, "in_context")
+    assert "is {} points ahead of plain LoRA after 10 steps ({} and".format(*plain.split(" (")) in text
+    assert "and {} ahead of examples in the prompt ({}".format(*prompt.split(" (")) in text
+    (behind,) = (d for d in summary(folder)["differences"] if (d["other"], d["steps"]) == ("multitask", 10))
+    bounds = sorted(-bound for bound in behind["interval"])
+    assert "is {} points ahead of it ({} to {}), in each seed".format(*map(percent, (-behind["mean"], *bounds))) in text
+    assert max(behind["by_seed"]) < 0
+
+
 @pytest.mark.parametrize(
     ("row", "base", "folder"),
     [
