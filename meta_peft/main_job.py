@@ -37,7 +37,7 @@ def run(
     compared = comparison.compare != "none" and {"validation", "test"} <= set(tasks)
     if compared:
         check_plots()
-    model_args = with_classes(model_args, tasks.values(), args.ways)
+    model_args = with_classes(model_args, tasks.values(), args.ways, args.label_words)
     tokenizer = tokenizer_for(model_args)
     trainer = MetaTrainer(
         new_model(model_args, args.seed),

@@ -18,7 +18,15 @@ from transformers.pytorch_utils import Conv1D
 
 from meta_peft.errors import MetaPeftError
 from meta_peft.frozen.linear import quant_state
-from meta_peft.lora.fast_weights import HEADS, FastWeights, active_adapter, head_modules, is_lora, lora_layers
+from meta_peft.lora.fast_weights import (
+    HEADS,
+    FastWeights,
+    active_adapter,
+    head_modules,
+    is_lora,
+    lora_layers,
+    meta_learned_adapter,
+)
 
 logger = logging.getLogger("meta_peft")
 _said: set[str] = set()
@@ -50,6 +58,20 @@ def check_model(model: Any, *, second_order: bool, adapter: str | None = None) -
     _check_head(model, adapter)
     _check_base(model.get_base_model(), second_order=second_order)
     _check_quantised(model)
+
+
+def check_learned_is_active(model: PeftModel) -> None:
+    """Raise `MetaPeftError` if `model` carries a meta-learned adapter, and another one is active.
+
+    A meta-gradient of the active one, as it is after `adapt`, would not move the start that is saved and adapted from.
+    """
+    learned, active = meta_learned_adapter(model), active_adapter(model)
+    if learned not in (None, active):
+        raise MetaPeftError(
+            f"The active adapter is {active!r}, and the meta-learned one is {learned!r}: which of them is to be learned?"
+            f" adapt makes the adapted one active; call model.set_adapter({learned!r}) after it, or name the adapter, with"
+            f" AdapterLoss(model, adapter={learned!r}) in place of the model."
+        )
 
 
 def check_bare(base: nn.Module) -> None:
@@ -167,15 +189,23 @@ def _check_layers(model: PeftModel, adapter: str) -> None:
                 f" BitsAndBytesConfig llm_int8_skip_modules={list(HEADS)}."
             )
     for path, module in model.named_modules():
-        if hasattr(module, "_orig_mod") or module._compiled_call_impl is not None:
+        if _is_compiled(module):
             raise MetaPeftError(
-                f"{path or 'The model'} is compiled; torch.compile has no second derivative. Pass the model itself."
+                f"{path or 'The model'} is compiled; torch.compile has no second derivative. Pass the model itself, and let"
+                " its layers have the forwards of their classes."
             )
         if "unsloth" in f"{type(module).__module__} {getattr(module.forward, '__module__', '')}":
             raise MetaPeftError(
                 f"{path or 'The model'} is patched by Unsloth, whose kernels overwrite activations in backward. Load"
                 " the model with transformers alone."
             )
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    """Whether torch.compile was given it, in place or not, or its forward."""
+    forward = module.forward  # torch.compiler.disable marks what it leaves alone in the same way, and says so
+    by_forward = hasattr(forward, "_torchdynamo_orig_callable") and not getattr(forward, "_torchdynamo_disable", False)
+    return hasattr(module, "_orig_mod") or module._compiled_call_impl is not None or by_forward
 
 
 def _check_head(model: PeftModel, adapter: str) -> None:

@@ -128,12 +128,14 @@ class MetaGradient:
     """The gradient of the mean objective over `n_tasks` tasks, and what was seen on the way.
 
     `metrics` holds one value per task, ``[T]`` each, or several, ``[T, n]``. Every algorithm reports ``loss``, the loss it
-    descends; those with an inner loop report `SUPPORT_LOSSES`, before each of its K steps, ``[T, K]``.
+    descends; those with an inner loop report `SUPPORT_LOSSES`, before each of its K steps, ``[T, K]``. `of_adapter` is the
+    name of the adapter of a model, which the names in `grads` leave out; None where there is no model, or several made it.
     """
 
     grads: Meta
     n_tasks: int
     metrics: Params = field(default_factory=dict)
+    of_adapter: str | None = None
 
     def without(self, names: Collection[str]) -> MetaGradient:
         """The same, of a model in which the weights called `names` start where they are."""

@@ -299,6 +299,10 @@ def test_evaluate(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
         main(["evaluate", "--adapter", meta(), "--tasks", str(file), "--steps", "3", "--tasks-per-forward", "1"]) == 0
     )
     assert "Tasks: 4, 2 examples and 6 questions each." in capsys.readouterr().out  # shots of the meta-training
+    assert main(["evaluate", "--adapter", meta(), "--tasks", str(file), "--steps", "0", "--query-size", "2"]) == 0
+    assert "Tasks: 4, 2 examples and 2 questions each." in capsys.readouterr().out
+    wrong = ["evaluate", "--adapter", meta(), "--tasks", str(file), "--query-size", "0"]
+    assert "--query-size must be 1 or more; got 0" in message(capsys, wrong)
 
 
 @pytest.mark.parametrize(

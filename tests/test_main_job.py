@@ -14,6 +14,7 @@ from meta_peft.adapters.sidecar import Sidecar
 from meta_peft.comparison.compare import CompareArguments
 from meta_peft.comparison.early_stops import PARTS
 from meta_peft.evaluation.report import Report
+from meta_peft.functional.row_length import LEARNED, check_length
 from meta_peft.main_job import run
 from meta_peft.run_tasks.task_loading import load_tasks
 
@@ -140,6 +141,19 @@ def test_baselines_adapt_as_users_do_where_the_run_does_not(tmp_path: Path):
     assert plain.loss[:, 1].mean() < plain.loss[:, 0].mean()
     assert not any(learned.how)
     assert "Adam on all weights" in report.markdown()
+
+
+def test_prompts_of_examples_that_are_too_long_are_left_out(tmp_path: Path, monkeypatch, caplog):
+    """Once the table was lost, when all the rest of it was measured."""
+
+    def refused(*args):
+        check_length(8, LEARNED, 9)
+
+    monkeypatch.setattr("meta_peft.comparison.compare.in_context_scores", refused)
+    output, report = job(tmp_path, "full")
+    assert report.in_context is None
+    assert "In-context examples are left out. Rows of 9 tokens are longer than the 8 that the base" in caplog.text
+    assert "multi-task LoRA" in (output / "results.md").read_text()
 
 
 def test_compared_with_everything(tmp_path: Path):

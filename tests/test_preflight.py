@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForSeq2SeqLM
 from meta_peft import preflight
 from meta_peft.errors import MetaPeftError
 from meta_peft.functional.adapter_loss import AdapterLoss
-from meta_peft.preflight import check_model
+from meta_peft.preflight import check_learned_is_active, check_model
 
 
 @pytest.fixture(autouse=True)
@@ -328,6 +328,25 @@ def test_compiled_model(part: str):
     passes(model)
 
 
+@pytest.mark.parametrize("part", ["base_model.model", "base_model.model.model.layers.0.mlp"])
+def test_compiled_forward(part: str):
+    """As the documentation of transformers has it: ``model.forward = torch.compile(model.forward)``."""
+    model = tiny()
+    module = model.get_submodule(part)
+    module.forward = torch.compile(module.forward)
+    refused(model, f"{part} is compiled; torch.compile has no second derivative.*have the forwards of their classes")
+    refused(model, f"{part} is compiled", second_order=False)
+    del module.forward
+    passes(model)
+
+
+def test_forward_that_the_compiler_is_to_leave_alone():
+    model = tiny()
+    mlp = model.get_base_model().model.layers[0].mlp
+    mlp.forward = torch.compiler.disable(mlp.forward)
+    passes(model)
+
+
 def test_model_around_a_compiled_one():
     """Compiled before the adapter was put in, as a whole."""
     model = get_peft_model(torch.compile(tiny_base()), LoraConfig(target_modules=["q_proj"]))
@@ -388,6 +407,21 @@ def test_layers_are_not_repacked_afterwards(model_of):
     with torch.no_grad():
         model(**random_rows().inputs)
     assert fingerprint(model) == before
+
+
+def test_another_adapter_than_the_meta_learned_one_is_active():
+    model = tiny()
+    model.add_adapter("adapted", model.peft_config["default"])
+    check_learned_is_active(model)
+    model.meta_peft = SimpleNamespace(adapter="default")  # as `adapters.hub.attach` leaves it
+    check_learned_is_active(model)
+    model.set_adapter("adapted")
+    with pytest.raises(
+        MetaPeftError,
+        match=r"active adapter is 'adapted', and the meta-learned one is 'default'.*set_adapter\('default'\) after it",
+    ):
+        check_learned_is_active(model)
+    passes(model)  # to be adapted from, scored or served it may be any
 
 
 def test_layers_that_are_repeated():

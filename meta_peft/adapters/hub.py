@@ -27,7 +27,7 @@ from meta_peft.base.tokenizers import agree_on_padding, load_tokenizer, tokenize
 from meta_peft.config import ModelArguments
 from meta_peft.errors import MetaPeftError
 from meta_peft.inner_optimizers.rule import RATES
-from meta_peft.lora.fast_weights import FastWeights, active_adapter
+from meta_peft.lora.fast_weights import FastWeights, active_adapter, meta_learned_adapter
 from meta_peft.objectives import CLASSIFYING, objective_name
 from meta_peft.tasks.encoding import Encoding, tokenizer_of
 from meta_peft.types import Params
@@ -56,11 +56,15 @@ class MetaLearned:
 def save(
     model: PeftModel, sidecar: Sidecar, folder: str | Path, *, card: str | None = None, adapter: str | None = None
 ) -> None:
-    """Write an adapter, by default the active one, its sidecar and, if given, a model card.
+    """Write an adapter, its sidecar and, if given, a model card.
 
     Each file is whole or not there. A card that meta_peft made does not replace a README of your own.
+
+    Args:
+        adapter: the name of the adapter; by default the meta-learned one of a model that carries one, whichever is active
+            (`adapt` makes another one active), else the active one.
     """
-    adapter = adapter or active_adapter(model)
+    adapter = adapter or meta_learned_adapter(model) or active_adapter(model)
     weights: Params = {n: p.detach() for n, p in FastWeights(model, adapter).parameters().items()}
     with _replacing_files(Path(folder)) as partial:
         write_adapter(weights, model.peft_config[adapter], sidecar.base.name, partial)

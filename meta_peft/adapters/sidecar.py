@@ -26,6 +26,7 @@ from meta_peft.inner_optimizers.rule import RATES
 from meta_peft.lora.fast_weights import HEADS
 from meta_peft.objectives import CLASSIFYING, OBJECTIVES
 from meta_peft.tasks.encoding import Encoding, Facts
+from meta_peft.tasks.encoding.facts import UNKNOWN
 from meta_peft.tasks.labelling import Labelling
 from meta_peft.tasks.prompt import PromptFormat
 from meta_peft.tasks.row_form import RowForm
@@ -217,7 +218,7 @@ def _tokenizer(values: dict[str, Any] | None) -> TokenizerIdentity | None:
 
 def _facts(values: dict[str, Any]) -> Facts:
     lists = {name: tuple(values[name]) for name in ("decoder_prefix", "label_names")}
-    return Facts(**{**values, **lists})
+    return Facts(**{"labels": UNKNOWN, **values, **lists})
 
 
 def _log_rates(path: Path) -> Tensor:

@@ -24,8 +24,10 @@ from meta_peft.inner_loop.hessian import GradientGraph, difference_product
 from meta_peft.inner_loop.inner_loop import adapt, recorded, start
 from meta_peft.inner_loop.inner_path import check_memory
 from meta_peft.inner_optimizers import InnerRule
+from meta_peft.inner_optimizers.rule import check_rule
 from meta_peft.params import dot, gradients, leaves, per_task
 from meta_peft.types import SUPPORT_LOSSES, EpisodeBatch, LossFn, Meta, MetaGradient, Params, Rows
+from meta_peft.utils.checked import is_whole, shown
 
 SOLVERS = ("cg", "neumann")
 
@@ -47,6 +49,7 @@ class ImplicitMAML:
     adapts: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        check_rule(self.inner)
         if not self.inner.proximal:
             raise MetaPeftError("Implicit MAML needs the pull towards the start: set proximal (lambda) above 0.")
         if self.inner.learn_rates:
@@ -59,8 +62,8 @@ class ImplicitMAML:
         check_memory(self.memory)
         if self.solver not in SOLVERS:
             raise MetaPeftError(f"solver must be one of {', '.join(SOLVERS)}; got {self.solver!r}.")
-        if self.iterations < 1:
-            raise MetaPeftError(f"iterations must be 1 or more, got {self.iterations}.")
+        if not (is_whole(self.iterations) and self.iterations >= 1):
+            raise MetaPeftError(f"iterations must be 1 or more, got {shown(self.iterations)}: a whole number.")
 
     @property
     def second_order(self) -> bool:

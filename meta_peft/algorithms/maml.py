@@ -21,8 +21,10 @@ from torch import Tensor
 from meta_peft.errors import MetaPeftError
 from meta_peft.inner_loop.inner_path import Adjoint, InnerPath, Remember, check_memory
 from meta_peft.inner_optimizers import InnerRule
+from meta_peft.inner_optimizers.rule import check_rule
 from meta_peft.params import gradients, leaves
 from meta_peft.types import SUPPORT_LOSSES, EpisodeBatch, LossFn, Meta, MetaGradient, Params
+from meta_peft.utils.checked import flag, is_number, is_whole, shown
 
 
 @dataclass(frozen=True)
@@ -46,11 +48,16 @@ class MAML:
     adapts: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        check_rule(self.inner)
+        flag("first_order", self.first_order)
         check_memory(self.memory)
-        if self.second_order_steps is not None and self.second_order_steps < 0:
-            raise MetaPeftError(f"second_order_steps must be 0 or more, or None; got {self.second_order_steps}.")
-        if not 0 <= self.multi_step <= 1:
-            raise MetaPeftError(f"multi_step must be from 0 to 1, got {self.multi_step}.")
+        steps = self.second_order_steps
+        if steps is not None and not (is_whole(steps) and steps >= 0):
+            raise MetaPeftError(
+                f"second_order_steps must be 0 or more, or None; got {shown(steps)}: a whole number of inner steps."
+            )
+        if not (is_number(self.multi_step) and 0 <= self.multi_step <= 1):
+            raise MetaPeftError(f"multi_step must be from 0 to 1, got {shown(self.multi_step)}: a number.")
 
     @property
     def differentiated_steps(self) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from meta_peft.inner_optimizers import InnerRule
+from meta_peft.inner_optimizers.rule import check_rule
 from meta_peft.params import gradients, leaves
 from meta_peft.types import EpisodeBatch, LossFn, Meta, MetaGradient
 
@@ -18,6 +19,9 @@ class MultiTask:
     inner: InnerRule = field(default_factory=InnerRule)  # how the adapter will be adapted; no part of training
     second_order = False
     adapts = False
+
+    def __post_init__(self) -> None:
+        check_rule(self.inner)
 
     def products(self, support: int, query: int) -> int:
         """Matrix products of one row with one adapted layer that a task costs."""

@@ -14,6 +14,7 @@ from torch import Tensor
 from meta_peft.errors import MetaPeftError
 from meta_peft.inner_loop.inner_loop import adapt, recorded
 from meta_peft.inner_optimizers import InnerRule
+from meta_peft.inner_optimizers.rule import check_rule
 from meta_peft.types import SUPPORT_LOSSES, EpisodeBatch, LossFn, Meta, MetaGradient, Params, Rows
 
 
@@ -24,6 +25,7 @@ class Reptile:
     adapts = True
 
     def __post_init__(self) -> None:
+        check_rule(self.inner)
         if self.inner.steps < 1:
             raise MetaPeftError("Reptile learns from how far the inner steps move: inner_steps must be 1 or more.")
         if self.inner.learn_rates:

@@ -40,6 +40,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tasks", required=True, metavar="FILE", help="rows with a column that names their task")
     parser.add_argument("--task-column", nargs="+", metavar="C", help="that column, or several (as in meta-training)")
     parser.add_argument("--shots", type=int, metavar="N", help="support rows of a task (as in meta-training)")
+    most = "query rows of a task, at most (64); memory grows with them"
+    parser.add_argument("--query-size", type=int, default=64, metavar="N", help=most)
     steps = {"type": int, "nargs": "+", "default": [0, 1, 3, 10], "metavar": "N"}
     parser.add_argument("--steps", **steps, help="adaptation steps (0 1 3 10)")  # type: ignore[arg-type]
     parser.add_argument("--metric", metavar="NAME", help="beside the loss (as in meta-training)")
@@ -82,7 +84,8 @@ def run(options: argparse.Namespace) -> int:
     tasks = large_enough(tasks, judged.labelling, shots, 1, options.small_tasks)
     model = load_model(options, folder)
     learned = meta_learned(model)
-    episodes = held_out(tasks.encoded(learned.encoding), shots=shots, seed=judged.seed, labels=judged.labelling)
+    sizes = {"shots": shots, "query_size": options.query_size, "seed": judged.seed}
+    episodes = held_out(tasks.encoded(learned.encoding), **sizes, labels=judged.labelling)
     collate = learned.encoding.collator()
     loss_fn = AdapterLoss(model, second_order=False)
     scorer = scorer_for(
@@ -99,7 +102,11 @@ def run(options: argparse.Namespace) -> int:
     start = Start("meta-learned LoRA", weights, {RATES: sidecar.log_rates.to(device)}, sidecar.inner)
     factors = {step: sidecar.rate_factor(step) for step in options.steps}
     curves = {start.name: tuned_curve(loss_fn, start, batches, factors, scorer=scorer)}
-    report = Report([episode.task for episode in drawn], curves, {"tasks": options.tasks, "shots": shots})
+    report = Report(
+        [episode.task for episode in drawn],
+        curves,
+        {"tasks": options.tasks, **sizes, "query_size": episodes.query_size},
+    )
     rows = " each" if judged.labelling is None else of_classes(judged.labelling.ways)
     print(f"Tasks: {len(tasks)}, {shots} examples and {episodes.query_size} questions{rows}.\n\n{report.markdown()}")
     if options.output:
@@ -128,6 +135,7 @@ def compare(words: Sequence[str]) -> int:
 def _check_numbers(options: argparse.Namespace) -> None:
     for option, values, least in (
         ("--shots", [] if options.shots is None else [options.shots], 1),
+        ("--query-size", [options.query_size], 1),
         ("--steps", options.steps, 0),
         ("--tasks-per-forward", [options.tasks_per_forward], 1),
         ("--max-new-tokens", [] if options.max_new_tokens is None else [options.max_new_tokens], 1),

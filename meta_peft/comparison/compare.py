@@ -7,6 +7,7 @@ without an inner loop, and the one that is hard to beat; in-context examples nee
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -22,10 +23,13 @@ from meta_peft.errors import MetaPeftError
 from meta_peft.evaluation.evaluate import Curve, Start, joined, losses_by_factor, tuned_curve
 from meta_peft.evaluation.in_context import in_context_scores
 from meta_peft.evaluation.report import Report
+from meta_peft.functional.row_length import RowsTooLongError
 from meta_peft.tasks import TaskSet
 from meta_peft.training.trainer import MetaTrainer
 from meta_peft.types import Episode, EpisodeBatch
 from meta_peft.utils.checked import at_least, is_number, one_of
+
+logger = logging.getLogger("meta_peft")
 
 # How LoRA is tuned without this library: Adam on all weights, from the rate of PEFT's quick tour.
 PEFT_RULE: dict[str, Any] = {
@@ -96,10 +100,12 @@ def compare(
     curves = {of_one[0].name: start_curve(trainer, of_one, validation, test, steps, factors) for of_one in starts}
     in_context = None
     if arguments.compare == "full" and trainer.scorer.loss_fn.causal:  # others read no other rows' answers
-        found = in_context_scores(
-            trainer.scorer, baselines[0][0].adapter, episodes, trainer.data_collator, trainer.processing_class
-        )
-        in_context = found.loss, found.score
+        plain, collate = baselines[0][0].adapter, trainer.data_collator
+        try:
+            found = in_context_scores(trainer.scorer, plain, episodes, collate, trainer.processing_class)
+            in_context = found.loss, found.score
+        except RowsTooLongError as error:  # all the rest is measured by now
+            logger.warning("In-context examples are left out. %s", error)
     return Report([episode.task for episode in episodes], curves, {}, in_context)
 
 

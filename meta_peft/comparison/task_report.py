@@ -173,7 +173,7 @@ def run(
     if "validation" not in tasks:
         raise MetaPeftError("The report compares training tasks with validation tasks: give validation_tasks.")
     tasks = with_enough_rows(tasks, task_args, args)
-    model_args = with_classes(model_args, tasks.values(), args.ways)
+    model_args = with_classes(model_args, tasks.values(), args.ways, args.label_words)
     args = copy.copy(args)
     args.eval_strategy = IntervalStrategy.NO  # which is of a training
     trainer = MetaTrainer(

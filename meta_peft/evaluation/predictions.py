@@ -22,6 +22,7 @@ from transformers import GenerationConfig, GenerationMixin
 from meta_peft.errors import MetaPeftError
 from meta_peft.functional.adapter_loss import AdapterLoss
 from meta_peft.objectives.labelled_tokens import IGNORED
+from meta_peft.objectives.seq2seq_lm import SEQ2SEQ_LM, TOKENS
 from meta_peft.types import Params, Rows
 
 MARGIN = 16  # tokens that an answer may be longer than the longest reference of its task, if no limit is given
@@ -132,8 +133,8 @@ def _decode_from_encoder(model: Any, rows: Rows, options: GenerationConfig) -> l
             f"The answers of the rows begin at the decoder positions {sorted(starts)}; to be written at once they must"
             " begin at the same one."
         )
-    inputs = {name: t.to(model.dtype) if t.is_floating_point() else t for name, t in rows.inputs.items()}
-    prompt_BL = inputs.pop("decoder_input_ids")[:, : starts.pop() + 1]
+    inputs = dict(SEQ2SEQ_LM.inputs_of(model, rows))
+    prompt_BL = inputs.pop(TOKENS)[:, : starts.pop() + 1]
     options.decoder_start_token_id = int(prompt_BL[0, 0])
     _fit(options, model, prompt_BL, rows)
     # Whisper's own `generate` has rules about timestamps and long sounds, and leaves the prompt out of what it returns.

@@ -7,10 +7,11 @@ differentiated twice. Outside a call the model is an ordinary PEFT model, as it 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from typing import Any, TypeVar
+from weakref import WeakSet
 
 import torch
 from peft import PeftModel
@@ -20,19 +21,19 @@ from meta_peft import preflight
 from meta_peft.errors import MetaPeftError
 from meta_peft.frozen.cache import FrozenCache
 from meta_peft.frozen.linear import dense_copies, quantised_layers
-from meta_peft.frozen.prefix import ONE_INPUT, FrozenPrefix, Prefix, detached, layers_of
+from meta_peft.frozen.prefix import ONE_INPUT, PLAIN_STACKS, FrozenPrefix, Prefix, detached, layers_of
 from meta_peft.frozen.shared_prompt import SharedPrompt, reads_on
 from meta_peft.frozen.whole_weights import is_elsewhere
 from meta_peft.functional.checkpointing import checkpointed
 from meta_peft.functional.fast_attention import twice_differentiable_attention
 from meta_peft.functional.fast_forwards import fast_forwards
 from meta_peft.functional.padding import TokenPositions
-from meta_peft.functional.rotary_length import check_length, check_rows, longest
+from meta_peft.functional.row_length import check_length, check_rows, longest
 from meta_peft.functional.slow_prefix import AboveSlow, below_first
 from meta_peft.functional.task_rows import RowsRearrangedError, TasksApart, rows_in_place
 from meta_peft.inner_optimizers import InnerRule
 from meta_peft.lora.fast_weights import FastWeights, alone_active, head_modules, is_lora, lora_layers
-from meta_peft.objectives import objective_for, objective_name
+from meta_peft.objectives import head_of, known_labels, objective_for, objective_name
 from meta_peft.objectives.labelled_tokens import TaskScores, without_cache
 from meta_peft.ops.lora_linear import is_plain
 from meta_peft.types import Params, Rows, Stack
@@ -77,11 +78,14 @@ class AdapterLoss:
         self._base = base = model.get_base_model()  # PEFT's own wrapper would want inputs of certain names
         self.objective = objective_name(base) if objective is None else objective
         self._objective = objective_for(base, objective)
-        self._head = base.get_output_embeddings()
+        self._head = head_of(base)
+        self._known_labels = known_labels(base, self.objective)
+        self._checked: WeakSet[Rows] = WeakSet()
+        self._configs = configs_of(base)
         adapter = self.weights.adapter
         self._positions = TokenPositions()
         self._one_input = base.config.model_type in ONE_INPUT
-        self._longest = longest(base.config)
+        self._longest = longest(base)
         self._forwards = fast_forwards(model, adapter, self._positions)
         self._checkpoint = checkpoint
         below_head = [name for name in self.weights.parameters() if is_lora(name)]
@@ -94,21 +98,25 @@ class AdapterLoss:
         self._adapted: list[tuple[str, nn.Module]] = [*self._lora, *heads]
         self._pooled = frozenset([p for p, layer in self._lora if is_plain(layer, adapter)] + [p for p, _ in heads])
         self._at_once = all(map(_is_stackable, (head for _, head in heads)))
+        self._in_order = {path for path, _ in self._adapted} if base.config.model_type in PLAIN_STACKS else set()
         self._apart = TasksApart()
 
     def __call__(self, adapter: Params, rows: Rows) -> Tensor:
+        self._check(rows)
         losses = self._measured(lambda r: self._objective.loss_per_task(self._base, self._head, r), adapter, rows)
         return torch.cat(losses)
 
     @torch.no_grad()
     def scores(self, adapter: Params, rows: Rows) -> TaskScores:
         """Losses, matches and predictions, without gradients."""
+        self._check(rows)
         parts = self._measured(lambda r: self._objective.scores_per_task(self._base, self._head, r), adapter, rows)
         return TaskScores(*(torch.cat(values) for values in zip(*parts, strict=True)))
 
     @torch.no_grad()
     def log_likelihoods(self, adapter: Params, rows: Rows) -> tuple[Tensor, Tensor]:
         """Each row's summed log-likelihood of its labels, and how many they are, ``[B]`` each."""
+        self._check(rows)
         measure = self._objective.log_likelihood_per_row
         parts = self._measured(lambda r: measure(self._base, self._head, r), adapter, rows)
         total_B, count_B = (torch.cat(values) for values in zip(*parts, strict=True))
@@ -213,6 +221,8 @@ class AdapterLoss:
         Raises:
             RowsRearrangedError: this model cannot have the tasks of a stack at once.
         """
+        self._check(rows)
+        check_rows(*self._longest, rows)
         own = self.weights.parameters()
         at_once = any(value.dim() > own[name].dim() for name, value in adapter.items())
         with self._running(adapter, rows, at_once=at_once, second_order=second_order), inside:
@@ -223,6 +233,12 @@ class AdapterLoss:
         prefix, below = self._below(tuple(rule.fast_names(self.weights.parameters())))
         frozen = self._prefix.n_layers
         return Stack(len(layers_of(self._base)), frozen, prefix.n_layers - frozen if below and self._at_once else 0)
+
+    def _check(self, rows: Rows) -> None:
+        """Whether rows are such that they have a loss, asked when they come for the first time."""
+        if rows not in self._checked:
+            self._objective.check(rows, self._known_labels)
+            self._checked.add(rows)
 
     def _below(self, fast: tuple[str, ...]) -> tuple[Prefix, tuple[str, ...]]:
         if fast not in self._slow_prefixes:
@@ -278,7 +294,7 @@ class AdapterLoss:
                 if rows in self._held:
                     stack.enter_context(self._held[rows]())
             if at_once:
-                stack.enter_context(rows_in_place(self._adapted, rows.labels_BL.shape[0], self._pooled))
+                stack.enter_context(rows_in_place(self._adapted, rows.labels_BL.shape[0], self._pooled, self._in_order))
             yield
 
     def _as_now(
@@ -300,6 +316,7 @@ class AdapterLoss:
             preflight.check_in_use(path, layer)
         with ExitStack() as stack:
             stack.enter_context(evaluation_mode(self.model))
+            stack.enter_context(outputs_by_name(self._configs))
             stack.enter_context(alone_active(self.model, self.weights.adapter))
             stack.enter_context(self.weights.installed(adapter))
             stack.enter_context(replaced_forwards(self._forwards))
@@ -327,3 +344,22 @@ def evaluation_mode(model: PeftModel) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+def configs_of(base: nn.Module) -> list[Any]:
+    """The configs that the modules of a model look up how to return outputs in: an encoder may have one of its own."""
+    found = (getattr(module, "config", None) for module in base.modules())
+    return list({id(config): config for config in found if hasattr(config, "return_dict")}.values())
+
+
+@contextmanager
+def outputs_by_name(configs: Iterable[Any]) -> Iterator[None]:
+    """Inside this context models return what has names, as is asked of them here, and not tuples."""
+    tuples = [config for config in configs if not config.return_dict]
+    for config in tuples:
+        config.return_dict = True
+    try:
+        yield
+    finally:
+        for config in tuples:
+            config.return_dict = False

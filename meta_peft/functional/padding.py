@@ -1,8 +1,9 @@
 """Which positions of a batch hold tokens, so that products are computed at those alone.
 
 Rows of one batch are padded to the longest. What a model computes at padded positions nothing reads: attention does not,
-and no label is there. Of short texts they are half of all positions, and nearly all work is in products with frozen
-weights, which act on each position by itself. Results at the others are the same to rounding.
+and no label is predicted there, which `objectives.fitting` sees to. Of short texts they are half of all positions, and
+nearly all work is in products with frozen weights, which act on each position by itself. Results at the others are the same
+to rounding.
 """
 
 from __future__ import annotations

@@ -28,16 +28,17 @@ from meta_peft.inner_loop.shelf import Shelf
 from meta_peft.inner_optimizers import InnerRule
 from meta_peft.params import dot, gradients, leaves
 from meta_peft.types import LossFn, Meta, Params, Rows
+from meta_peft.utils.checked import is_whole, shown
 
 MEMORY_MODES = ("auto", "unrolled", "replay", "finite_differences")
 
 
 def check_memory(memory: str | int) -> None:
     """Raise `MetaPeftError` unless `memory` is a mode, or a number of inner steps whose graphs are kept."""
-    known = memory in MEMORY_MODES if isinstance(memory, str) else memory >= 0
+    known = memory in MEMORY_MODES if isinstance(memory, str) else is_whole(memory) and memory >= 0
     if not known:
         raise MetaPeftError(
-            f"memory must be one of {', '.join(MEMORY_MODES)}, or a number of inner steps; got {memory!r}."
+            f"memory must be one of {', '.join(MEMORY_MODES)}, or a number of inner steps; got {shown(memory)}."
             f"{did_you_mean(str(memory), MEMORY_MODES)}"
         )
 

@@ -23,7 +23,7 @@ from meta_peft.inner_optimizers.adam import Adam
 from meta_peft.inner_optimizers.sgd import SGD
 from meta_peft.params import dot, per_task
 from meta_peft.types import Params
-from meta_peft.utils.checked import flag, is_number, shown
+from meta_peft.utils.checked import flag, is_number, is_whole, shown
 from meta_peft.utils.patterns import check_pattern, matches
 
 RATES = "log_rates"
@@ -68,7 +68,12 @@ class InnerRule:
     fast: str | None = None
 
     def __post_init__(self) -> None:
-        if not (isinstance(self.steps, int) and not isinstance(self.steps, bool) and 0 <= self.steps <= MOST_STEPS):
+        if not isinstance(self.optimizer, tuple(OPTIMIZERS.values())):
+            raise MetaPeftError(
+                f"optimizer must be SGD() or Adam() of meta_peft, with parentheses, as in InnerRule(Adam(), lr=0.002); got"
+                f" {shown(self.optimizer)}. Steps of torch's optimizers have no derivative."
+            )
+        if not (is_whole(self.steps) and 0 <= self.steps <= MOST_STEPS):
             raise MetaPeftError(
                 f"inner_steps must be 0 or more, got {shown(self.steps)}: a whole number of at most {MOST_STEPS}."
             )
@@ -114,13 +119,15 @@ class InnerRule:
 
     def initial_rates(self, adapter: Params) -> Params:
         """The hyper-parameters to start from: log rates ``[S, n]`` for S = 1 or `steps` and n fast matrices or entries."""
-        fast, _ = self.split(adapter)
-        first = next(iter(fast.values()))
-        columns = sum(p.numel() for p in fast.values()) if self.rates_per_entry else len(fast)
-        shape = (max(self.steps, 1) if self.rates_per_step else 1, columns)
+        first = adapter[self.fast_names(adapter)[0]]
+        shape = (max(self.steps, 1) if self.rates_per_step else 1, sum(self.rates_of_each(adapter).values()))
         dtype = first.dtype if first.dtype == torch.float64 else torch.float32
         log_lr = math.log(self.lr) if self.lr > 0 else -math.inf
         return {RATES: torch.full(shape, log_lr, dtype=dtype, device=first.device)}
+
+    def rates_of_each(self, adapter: Params) -> dict[str, int]:
+        """How many rates each fast weight has for a step, in the order of the columns of the rates."""
+        return {name: adapter[name].numel() if self.rates_per_entry else 1 for name in self.fast_names(adapter)}
 
     def init(self, fast: Params) -> Params:
         """The state before the first step."""
@@ -159,6 +166,15 @@ class InnerRule:
         if not isinstance(name, str) or name not in OPTIMIZERS:
             raise MetaPeftError(f"Unknown inner optimizer {shown(name)}: expected one of {sorted(OPTIMIZERS)}.")
         return cls(**{**values, "optimizer": OPTIMIZERS[name](**optimizer)})
+
+
+def check_rule(inner: object) -> None:
+    """Raise unless what an algorithm was given to adapt by is an `InnerRule`."""
+    if not isinstance(inner, InnerRule):
+        raise MetaPeftError(
+            f"inner must be an InnerRule, which has the optimizer and its rate, as in MAML(InnerRule(SGD(), lr=0.1)); got"
+            f" {shown(inner)}."
+        )
 
 
 def _clipped(grads: Params, largest: float) -> Params:

@@ -165,6 +165,12 @@ def alone_active(model: PeftModel, adapter: str) -> Iterator[None]:
             module._active_adapter = names
 
 
+def meta_learned_adapter(model: Any) -> str | None:
+    """The name of the adapter that `model` carries as meta-learned, in ``model.meta_peft``; None if it carries none."""
+    name: str | None = getattr(getattr(model, "meta_peft", None), "adapter", None)
+    return name
+
+
 def active_adapter(model: PeftModel) -> str:
     """The name of the one active adapter."""
     names = list(model.active_adapters)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from meta_peft.errors import MetaPeftError, did_you_mean
@@ -66,6 +67,24 @@ def objective_for(base: Any, name: str | None = None) -> LabelledTokens:
             " is_decoder=True in its config, or with AutoModelForMaskedLM."
         )
     return OBJECTIVES[name]
+
+
+def head_of(base: Any) -> nn.Module | None:
+    """The layer that makes logits of hidden states; None for a classifier, whose own head is called something else."""
+    head: nn.Module | None = base.get_output_embeddings()
+    if isinstance(getattr(head, "base_layer", head), nn.Embedding):
+        raise MetaPeftError(
+            f"{type(base).__name__} names the embedding of its inputs as its output head, so the layer that makes its"
+            " logits is not known: take a base of another type."
+        )
+    return head
+
+
+def known_labels(base: Any, objective: str) -> int | None:
+    """How many tokens or classes a model tells apart; None if it does not say."""
+    if objective in CLASSIFYING:
+        return int(base.config.num_labels)
+    return getattr(base.get_output_embeddings(), "out_features", None)
 
 
 def _looks_ahead(base: Any) -> bool:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from meta_peft.errors import MetaPeftError
+from meta_peft.objectives.fitting import check_beside, check_known, check_read
 from meta_peft.objectives.last_layer import last_layer_at
 from meta_peft.ops.cross_entropy import cross_entropy
 from meta_peft.types import Rows
@@ -62,6 +63,23 @@ class LabelledTokens:
     options: dict[str, Any] = field(default_factory=dict)
     causal: bool = False
 
+    def check(self, rows: Rows, n_known: int | None = None) -> None:
+        """What is asked of rows when they are new: labels that a position which is read predicts, and that are known.
+
+        Args:
+            n_known: how many tokens or classes the model tells apart; None if that is not known.
+
+        Raises:
+            MetaPeftError: labels do not fit their rows.
+        """
+        check_beside("input_ids", rows)
+        check_read(self.targets(rows.labels_BL) != IGNORED, rows)
+        check_known(rows.labels_BL != IGNORED, rows, n_known)
+
+    def inputs_of(self, model: Any, rows: Rows) -> dict[str, Tensor]:
+        """What the model is called with for these rows."""
+        return in_precision_of(model, rows.inputs)
+
     def loss_per_task(self, model: nn.Module, head: nn.Module | None, rows: Rows) -> Tensor:
         """One loss per task, ``[T]``."""
         logits_NV, labels_N, row_N = self.labelled_logits(model, head, rows)
@@ -102,7 +120,7 @@ class LabelledTokens:
         targets_BL = self.targets(rows.labels_BL)
         row_N, position_N = (targets_BL != IGNORED).nonzero(as_tuple=True)
         check_every_task_has_labels(row_N, rows)
-        inputs = in_precision_of(model, rows.inputs)
+        inputs = self.inputs_of(model, rows)
         with ExitStack() as stack:
             if self.causal:
                 inputs = _up_to(int(position_N.max()) + 1, inputs, rows.labels_BL.shape)

@@ -13,7 +13,6 @@ from meta_peft.objectives.labelled_tokens import (
     IGNORED,
     LabelledTokens,
     check_every_task_has_labels,
-    in_precision_of,
     without_cache,
 )
 from meta_peft.types import Rows
@@ -23,7 +22,7 @@ class TokenClassification(LabelledTokens):
     """Logits ``[B, L, C]`` are those of the model's own head, of which the labelled positions count."""
 
     def labelled_logits(self, model: nn.Module, head: nn.Module | None, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
-        logits_BLC: Tensor = model(**in_precision_of(model, rows.inputs), **without_cache(model)).logits
+        logits_BLC: Tensor = model(**self.inputs_of(model, rows), **without_cache(model)).logits
         row_N, position_N = (rows.labels_BL != IGNORED).nonzero(as_tuple=True)
         check_every_task_has_labels(row_N, rows)
         return logits_BLC[row_N, position_N], rows.labels_BL[row_N, position_N], row_N

@@ -68,8 +68,18 @@ class ProtocolArguments:
             for value in getattr(self, option) or ():
                 at_least(option, value, 0 if option == "seeds" else 1)
 
-    def check_task_counts(self, tasks: int) -> None:
-        """Raise if one of `task_counts` is not below the number of training tasks: that training would be done twice."""
+    def check_task_counts(self, tasks: int, least: int = 1) -> None:
+        """Raise if one of `task_counts` is not below the number of training tasks: that training would be done twice.
+
+        Args:
+            tasks: the number of training tasks.
+            least: of how many tasks an episode is, where tasks are classes.
+        """
+        if too_few := [count for count in self.task_counts or () if count < least]:
+            raise MetaPeftError(
+                f"task_counts must be {least} or more, since tasks are classes here and an episode takes ways={least} of"
+                f" them; got {', '.join(map(str, too_few))}. Leave these out."
+            )
         too_many = [count for count in self.task_counts or () if count >= tasks]
         if too_many:
             raise MetaPeftError(

@@ -53,6 +53,7 @@ class Found:
         options: a digest of what the cell depends on.
         inputs: a digest of all options of the training and of the rows; empty in cells of before there was one.
         protocol: see `PROTOCOL`; 1 where a cell does not say.
+        query_rows: of each task; None in cells of before it was kept.
     """
 
     cell: Cell
@@ -71,6 +72,7 @@ class Found:
     options: str = ""
     inputs: str = ""
     protocol: int = 1
+    query_rows: int | None = None
 
     def write(self, folder: Path) -> None:
         write_file(path_of(self.cell, folder), json.dumps(asdict(self)) + "\n")

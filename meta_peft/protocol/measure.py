@@ -35,6 +35,7 @@ def measured(cell: Cell, setting: Setting, options: str, inputs: str) -> Found:
     more = {n: _with_shots(trainer, setting, test, n) for n in setting.shots_curve if n != trainer.args.shots}
     common: dict[str, Any] = {"cell": cell, "metric": trainer.scorer.metric.name, "tasks": [e.task for e in test]}
     common |= {"at": setting.at, "options": options, "inputs": inputs, "protocol": PROTOCOL}
+    common["query_rows"] = len(test[0].query)
     cost["support_tokens"] = float(np.mean([sum(map(row_length, e.support)) for e in test]))
     if cell.start == IN_CONTEXT:
         scores = _in_context(trainer, test)
@@ -81,7 +82,7 @@ def _save(trainer: MetaTrainer, stop: Start, found: Curve) -> None:
 
 
 def _with_shots(trainer: MetaTrainer, setting: Setting, test: list[Episode], shots: int) -> list[Episode]:
-    """The test episodes with another number of support rows.
+    """The test episodes with another number of support rows, in the same order of tasks.
 
     Where these are fewer, they are the first ones of each, with the same query rows. Where they are more, or of several
     classes each, episodes are drawn anew.
@@ -92,7 +93,8 @@ def _with_shots(trainer: MetaTrainer, setting: Setting, test: list[Episode], sho
     args.shots = shots
     names = dict.fromkeys(episode.task for episode in test)
     episodes = RunEpisodes(trainer.loss_fn.model, trainer.encoding, args, sharded=False)
-    return episodes.held_out(setting.tasks["test"].select(names)).by_length()
+    drawn = episodes.held_out(setting.tasks["test"].select(names))
+    return [drawn[i] for i in range(len(drawn))]
 
 
 def _in_context(trainer: MetaTrainer, episodes: list[Episode]) -> Scores:

@@ -114,8 +114,10 @@ def _scores(summary: Summary) -> Table:
         [row["start"], row["steps"], row["loss"], row["score"], row["worst_score"], error, row["rate_factor"]]
         for row, error in zip(summary.report.texts(), errors, strict=True)
     ]
-    seeds = f"{len(summary.seeds)} seed{'s' * (len(summary.seeds) > 1)}"
-    return f"Held-out tasks: {len(summary.tasks)}, {seeds}", columns, lines
+    parts = [f"Held-out tasks: {len(summary.tasks)}", _some(len(summary.seeds), "seed")]
+    if summary.query_rows is not None:
+        parts.insert(1, f"{_some(summary.query_rows, 'query row')} each")
+    return ", ".join(parts), columns, lines
 
 
 def _differences(summary: Summary) -> Table:
@@ -181,6 +183,10 @@ def _cost(summary: Summary) -> Table:
         lines.append([TITLES[start], f"{cost['outer_steps']:.0f}", f"{cost['training_seconds']:.0f}", adapted, seconds])
         lines[-1].append(prompt)
     return "Cost", columns, lines
+
+
+def _some(n: int, what: str) -> str:
+    return f"{n} {what}{'s' * (n != 1)}"
 
 
 def _html_table(title: str, columns: list[str], rows: list[list[str]]) -> str:

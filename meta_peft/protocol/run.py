@@ -10,7 +10,7 @@ from typing import Any
 from meta_peft.base.base_config import objective_of
 from meta_peft.base.tokenizers import tokenizer_for
 from meta_peft.comparison.about_run import about_run
-from meta_peft.comparison.compare import CompareArguments
+from meta_peft.comparison.compare import CompareArguments, some_tasks
 from meta_peft.config import MetaLoraConfig, ModelArguments, TaskArguments
 from meta_peft.errors import MetaPeftError
 from meta_peft.evaluation.report import check_plots
@@ -24,6 +24,7 @@ from meta_peft.protocol.summary import Summary
 from meta_peft.run_tasks.run_episodes import with_classes
 from meta_peft.run_tasks.task_loading import run_tasks
 from meta_peft.tasks import TaskSet
+from meta_peft.tasks.labelling import Classes, episodes_of
 
 logger = logging.getLogger("meta_peft")
 FILES = ("train_tasks", "validation_tasks", "test_tasks")  # of what `about_run` tells of the tasks
@@ -50,9 +51,9 @@ def run(
     """Compare starts on held-out tasks; cells and report are in `args.output_dir`.
 
     Raises:
-        MetaPeftError: there are no validation or test tasks, or too few training tasks for `task_counts`; the job has
-            several processes; or cells in the folder were measured with other options or trained for another number of
-            outer steps.
+        MetaPeftError: there are no validation or test tasks, or too few tasks or rows for `task_counts` or `shots_curve`;
+            the job has several processes; or cells in the folder were measured with other options or trained for another
+            number of outer steps.
     """
     if args.world_size > 1:
         raise MetaPeftError(
@@ -69,8 +70,11 @@ def run(
         raise MetaPeftError(
             f"There are no {' and no '.join(missing)} tasks: rates are chosen on the one, judged on the other."
         )
-    protocol.check_task_counts(len(tasks["train"]))
-    model_args = with_classes(model_args, tasks.values(), args.ways)
+    protocol.check_task_counts(len(tasks["train"]), args.ways if tasks_are_classes and args.ways else 1)
+    if protocol.shots_curve:
+        judged = some_tasks(tasks["test"], max(comparison.max_test_tasks, args.ways or 1))
+        _check_shots(episodes_of(judged, labels), max(protocol.shots_curve))
+    model_args = with_classes(model_args, tasks.values(), args.ways, args.label_words)
     about = {**about_run(model_args, task_args, args, tasks), "leakage": leakage, "comparison": _compared(comparison)}
     folder = Path(str(args.output_dir))
     curve = tuple(sorted(set(protocol.shots_curve or ())))
@@ -94,6 +98,14 @@ def run(
     summary = Summary.of(found, about)
     write_page(summary, folder)
     return summary
+
+
+def _check_shots(judged: TaskSet | Classes, most: int) -> None:
+    """Raise if a test task has too few rows for the longest of `shots_curve`, which is run when all training is done."""
+    try:
+        judged.check_rows(most, 1)
+    except MetaPeftError as error:
+        raise MetaPeftError(f"shots_curve goes up to {most}, for which test tasks are too small: {error}") from error
 
 
 def _inputs_of_a_cell(args: MetaLoraConfig, tasks: dict[str, TaskSet]) -> str:

@@ -99,6 +99,12 @@ class Summary:
         return int(self.about["training"]["shots"])
 
     @property
+    def query_rows(self) -> int | None:
+        """The fewest that a task was judged on; None if a cell does not say."""
+        found = [f.query_rows for f in self.found]
+        return None if None in found else min(n for n in found if n is not None)
+
+    @property
     def ways(self) -> int | None:
         """Of how many classes an episode is, if it is of classes; `shots` are then of each."""
         ways: int | None = self.about["training"].get("ways")

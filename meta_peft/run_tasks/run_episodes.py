@@ -11,10 +11,12 @@ from meta_peft.config import MetaLoraConfig, ModelArguments
 from meta_peft.objectives import CLASSIFYING
 from meta_peft.run_tasks.support import episode_selection
 from meta_peft.tasks import Encoding, EpisodeDataset, TaskSet
-from meta_peft.tasks.encoding.classes import class_count
+from meta_peft.tasks.encoding.classes import class_count, class_names, each
 from meta_peft.tasks.held_out import held_out
+from meta_peft.tasks.labelling import GIVEN
 from meta_peft.tasks.prompt import example_columns
 from meta_peft.tasks.row_index import ROWS_AT_ONCE
+from meta_peft.tasks.written import written
 
 
 @dataclass(frozen=True)
@@ -63,11 +65,16 @@ class RunEpisodes:
 def run_encoding(
     base: Any, objective: str, args: MetaLoraConfig, processor: Any, task_sets: Sequence[TaskSet]
 ) -> Encoding:
-    """How rows are encoded; names of classes get the same numbers in all tasks if the head has room for all of them."""
+    """How rows are encoded; names of classes get the same numbers in all tasks if the head has room for all of them.
+
+    Labels that are numbers stand for the same classes throughout, if neither episodes give them other numbers nor the
+    head's start is left as it was made.
+    """
     encoding = Encoding.of(base, objective, args.prompt_format(), processor, args.max_length)
     if objective not in CLASSIFYING:
         return encoding
-    return encoding.naming(label for tasks in task_sets for label in labels_of(tasks))
+    labels = (label for tasks in task_sets for label in labels_of(tasks))
+    return encoding.naming(labels, kept=args.label_words == GIVEN and args.learns_head)
 
 
 def labels_of(tasks: TaskSet) -> Iterator[Any]:
@@ -77,16 +84,31 @@ def labels_of(tasks: TaskSet) -> Iterator[Any]:
         yield from part[column].to_pylist()
 
 
-def most_classes(task_sets: Iterable[TaskSet], ways: int | None) -> int:
-    """The classes that a head needs for these tasks: the most that one of them has, or an episode takes."""
+def most_classes(task_sets: Iterable[TaskSet], ways: int | None, label_words: str = GIVEN) -> int:
+    """The classes that a head needs for these tasks: the most that one of them has, or an episode takes.
+
+    A number among labels is that of a class; but where `label_words` give classes other numbers in each episode, it is a
+    name like any other.
+
+    Raises:
+        MetaPeftError: the numbers cannot be meant to be those of classes.
+    """
     most = max(2, ways or 0)
+    numbers: set[Any] = set()
     for tasks in task_sets:
         labels = list(labels_of(tasks))
+        if label_words != GIVEN:
+            labels = list(map(written, labels))
+        numbers |= {label for label in each(labels) if not isinstance(label, str)}
         for rows in tasks.rows_of.values():
-            most = max(most, class_count(labels[row] for row in rows))
-    return most
+            most = max(most, len(class_names(labels[row] for row in rows)))
+    return max(most, class_count(numbers))
 
 
-def with_classes(model_args: ModelArguments, task_sets: Iterable[TaskSet], ways: int | None) -> ModelArguments:
+def with_classes(
+    model_args: ModelArguments, task_sets: Iterable[TaskSet], ways: int | None, label_words: str = GIVEN
+) -> ModelArguments:
     """With the number of classes that the tasks need, where neither the options nor the base have one."""
-    return replace(model_args, num_labels=most_classes(task_sets, ways)) if lacks_classes(model_args) else model_args
+    if not lacks_classes(model_args):
+        return model_args
+    return replace(model_args, num_labels=most_classes(task_sets, ways, label_words))

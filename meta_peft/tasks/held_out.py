@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from meta_peft.preflight import say_once
 from meta_peft.tasks.episodes import EpisodeDataset
 from meta_peft.tasks.labelling import Labelling, episodes_of
 from meta_peft.tasks.support_selection import SupportSelection
@@ -30,6 +31,11 @@ def held_out(
         MetaPeftError: a task has no row beyond its support rows.
     """
     size = episodes_of(tasks, labels).query_size(shots, query_size)
+    if query_size is not None and size < query_size:
+        say_once(
+            f"Held-out tasks are judged on {size} query row{'s' * (size != 1)} each, not on {query_size}: the smallest has"
+            f" no more besides {shots} support rows. To have more, leave small tasks out, or lower shots."
+        )
     return EpisodeDataset(
         tasks, shots=shots, query_size=size, seed=seed, shuffle=False, labels=labels, selection=selection
     )

@@ -18,13 +18,15 @@ from typing import Any
 import numpy as np
 
 from meta_peft.errors import MetaPeftError
+from meta_peft.tasks.encoding.facts import IDS, NUMBERS
 from meta_peft.tasks.prompt import INPUT_TARGET, example_columns
 from meta_peft.tasks.row_index import LEAVE_OUT
 from meta_peft.tasks.task_set import TaskSet
 from meta_peft.tasks.written import written
 from meta_peft.utils.checked import one_of
 
-LABEL_WORDS = ("given", "permuted", "letters")
+GIVEN = "given"
+LABEL_WORDS = (GIVEN, "permuted", "letters")
 HEADS = ("sequence_classification",)  # objectives whose answers are class numbers
 
 
@@ -51,7 +53,7 @@ class Labelling:
     """
 
     ways: int
-    words: str = "given"
+    words: str = GIVEN
     column: str = "label"
 
     def __post_init__(self) -> None:
@@ -65,15 +67,20 @@ class Labelling:
         """Whether each task is a class, where these columns name the tasks."""
         return task_columns == (self.column,)
 
+    def labelled(self, tasks: TaskSet) -> TaskSet:
+        """The tasks without rows that have no label: they are of no class.
+
+        Raises:
+            MetaPeftError: there are some, and they are not to be left out.
+        """
+        self._check_column(tasks)
+        return tasks.having(self.column)
+
     def classes(self, tasks: TaskSet) -> Classes:
         """The classes of `tasks`."""
-        if self.column not in tasks.table.column_names:
-            raise MetaPeftError(
-                f"Expected a column {self.column!r} with the label of each row; the columns are"
-                f" {tasks.table.column_names}. Name the right one with label_column."
-            )
+        self._check_column(tasks)
         form = example_columns(tasks.table.column_names)
-        if self.words != "given" and (form not in INPUT_TARGET or form[1] != self.column):
+        if self.words != GIVEN and (form not in INPUT_TARGET or form[1] != self.column):
             raise MetaPeftError(
                 f"label_words: {self.words} puts other words in the place of the answer, so rows must be text + label, and"
                 f" label_column the label; they are {' + '.join(form)}, and label_column is {self.column}."
@@ -83,6 +90,13 @@ class Labelling:
         if self.tasks_are_classes(tasks.task_columns):
             return Classes(self, dict(tasks.rows_of), within={}, numbers=numbers)
         return Classes(self, {}, within=_by_label(tasks, self.column), numbers=numbers)
+
+    def _check_column(self, tasks: TaskSet) -> None:
+        if self.column not in tasks.table.column_names:
+            raise MetaPeftError(
+                f"Expected a column {self.column!r} with the label of each row; the columns are"
+                f" {tasks.table.column_names}. Name the right one with label_column."
+            )
 
 
 @dataclass(frozen=True)
@@ -152,7 +166,7 @@ class Classes:
             rows = self.within[task]
             able = [label for label in rows if len(rows[label]) >= rows_each]
             chosen = [able[i] for i in rng.choice(len(able), labelling.ways, replace=False)]
-        if labelling.words == "given":
+        if labelling.words == GIVEN:
             chosen = sorted(chosen, key=float if self.numbers else str)
         else:
             chosen = [chosen[i] for i in rng.permutation(len(chosen))]
@@ -171,7 +185,9 @@ class Classes:
 
         A task that is a class, and has no number among all names, has none: it is the only one of its task.
         """
-        return self.labelling.words == "given" and bool(self.within or self.numbers or encoding.facts.label_names)
+        facts = encoding.facts
+        by_itself = facts.labels == NUMBERS or (self.numbers and facts.labels != IDS)
+        return self.labelling.words == GIVEN and bool(self.within or by_itself or facts.label_names)
 
 
 def episodes_of(tasks: TaskSet, labels: Labelling | None) -> TaskSet | Classes:
@@ -182,11 +198,13 @@ def episodes_of(tasks: TaskSet, labels: Labelling | None) -> TaskSet | Classes:
 def large_enough(
     tasks: TaskSet, labels: Labelling | None, shots: int, query_size: int, small_tasks: str = "error"
 ) -> TaskSet:
-    """The tasks, of all of which an episode can be drawn.
+    """The tasks, of all of which an episode can be drawn; with `labels`, without rows that have none.
 
     Raises:
-        MetaPeftError: one is too small, and ``small_tasks="leave_out"`` does not leave it out.
+        MetaPeftError: one is too small, and ``small_tasks="leave_out"`` does not leave it out; or rows have no label.
     """
+    if labels is not None:
+        tasks = labels.labelled(tasks)
     if small_tasks == LEAVE_OUT:
         tasks = tasks.only(episodes_of(tasks, labels).enough(shots, query_size))
     episodes_of(tasks, labels).check_rows(shots, query_size)
@@ -212,7 +230,7 @@ def _by_label(tasks: TaskSet, column: str) -> dict[str, dict[str, np.ndarray]]:
         parts.append(np.array([code_of.setdefault(value, len(code_of)) for value in table[column].to_pylist()]))
     codes, labels = np.concatenate(parts), [written(value) for value in code_of]
     found: dict[str, dict[str, np.ndarray]] = {}
-    for task, rows in tasks.rows_of.items():
+    for task, rows in tasks.rows_with(column).items():
         own = codes[rows]
         found[task] = {labels[code]: rows[own == code] for code in np.unique(own)}
     return found

@@ -12,6 +12,7 @@ from meta_peft.errors import MetaPeftError
 from meta_peft.objectives.labelled_tokens import IGNORED
 from meta_peft.tasks.multiple_choice import CHOICES
 from meta_peft.tasks.plain import plain
+from meta_peft.tasks.turns import empty_turn
 from meta_peft.tasks.written import written
 from meta_peft.utils.checked import one_of, shown
 
@@ -183,6 +184,10 @@ def _encode_messages(messages: Any, tokenizer: Any, *, every: bool) -> tuple[lis
     if not turns or not all(isinstance(turn, Mapping) for turn in turns) or turns[-1].get("role") != "assistant":
         raise MetaPeftError(
             f"A conversation must end with an assistant turn, got {shown(messages)}: it is a list of turns."
+        )
+    if (empty := empty_turn(turns)) is not None:
+        raise MetaPeftError(
+            f"The turn {shown(empty)} has no content, in the conversation {shown(messages)}: fill it, or leave the row out."
         )
     if not getattr(tokenizer, "chat_template", None):
         raise MetaPeftError("Rows are conversations, but the tokenizer has no chat template: use an instruct model.")

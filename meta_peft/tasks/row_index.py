@@ -17,6 +17,7 @@ import pyarrow.compute as pc
 from datasets import Dataset
 
 from meta_peft.errors import MetaPeftError
+from meta_peft.tasks.turns import empty_turn
 from meta_peft.tasks.written import written
 from meta_peft.utils.checked import one_of, shown
 
@@ -65,6 +66,12 @@ def index_rows(
     if not done or not any(part.any() for part in full):
         raise MetaPeftError("There are no rows, so there is no task to learn from.")
     return _grouped(_names(list(code_of)), *(np.concatenate(parts) for parts in (codes, hashes, labels, full)))
+
+
+def full_rows(dataset: Dataset, column: str) -> np.ndarray:
+    """Whether each row has something in `column`."""
+    parts = dataset.select_columns([column]).with_format("arrow").iter(ROWS_AT_ONCE)
+    return ~np.concatenate([_is_empty(table[column]) for table in parts])
 
 
 def hash_rows(columns: Sequence[pa.ChunkedArray], rows: int) -> np.ndarray:
@@ -130,8 +137,10 @@ def _is_full(table: pa.Table, tasks: Sequence[str], needed: Sequence[str], done:
             row = int(np.flatnonzero(empty)[0])
             if column in tasks:
                 raise _no_task(done + row, table[column][row].as_py(), column)
+            turn = empty_turn(table[column][row].as_py())
+            found = f"a turn without content, {shown(turn)}," if turn else "nothing"
             raise MetaPeftError(
-                f"Row {done + row + 1} has nothing in the column {column!r}: fill it, or leave such rows out with"
+                f"Row {done + row + 1} has {found} in the column {column!r}: fill it, or leave such rows out with"
                 " empty_rows: leave_out."
             )
         full &= ~empty
@@ -145,6 +154,8 @@ def _is_empty(column: pa.ChunkedArray) -> np.ndarray:
         empty = pc.or_(empty, pc.fill_null(pc.equal(column, pa.scalar("", kind)), False))
     elif pa.types.is_list(kind) or pa.types.is_large_list(kind):
         empty = pc.or_(empty, pc.fill_null(pc.equal(pc.list_value_length(column), 0), False))
+        if pa.types.is_struct(kind.value_type):  # a conversation
+            return np.array([empty_turn(turns) is not None for turns in column.to_pylist()]) | np.asarray(empty, bool)
     return np.asarray(empty.to_numpy(), bool)
 
 

@@ -20,7 +20,7 @@ from meta_peft.tasks.fingerprint import fingerprint
 from meta_peft.tasks.multiple_choice import CHOICES
 from meta_peft.tasks.prompt import SOUND, PromptFormat, example_columns, read_columns
 from meta_peft.tasks.row_form import RowForm
-from meta_peft.tasks.row_index import index_rows, task_name
+from meta_peft.tasks.row_index import ERROR, LEAVE_OUT, full_rows, index_rows, task_name
 from meta_peft.tasks.sound import check_sound
 from meta_peft.tasks.sources import opened
 from meta_peft.tasks.sources.class_names import with_class_names
@@ -28,6 +28,7 @@ from meta_peft.tasks.sources.opening import from_rows
 from meta_peft.tasks.sources.text_files import existing
 from meta_peft.tasks.text_columns import check_text
 from meta_peft.utils import digests
+from meta_peft.utils.checked import shown
 
 logger = logging.getLogger("meta_peft")
 
@@ -61,7 +62,7 @@ class TaskSet:
         dataset: Dataset,
         task_column: str | Sequence[str] = "task",
         *,
-        empty_rows: str = "error",
+        empty_rows: str = ERROR,
         row_form: RowForm | None = None,
     ):
         self.row_form = row_form or RowForm()
@@ -72,6 +73,7 @@ class TaskSet:
                     f"Expected a column {column!r} that names the task of each row; the columns are"
                     f" {dataset.column_names}. Name the right one with task_column."
                 )
+        self.empty_rows = empty_rows
         needed, read = example_columns(dataset.column_names), read_columns(dataset.column_names)
         if needed in SOUND:
             check_sound(dataset.features)
@@ -106,7 +108,10 @@ class TaskSet:
 
     def select(self, tasks: Iterable[str]) -> TaskSet:
         """These tasks alone, in this order."""
-        chosen = {task: self.rows_of[task] for task in tasks}
+        return self._of({task: self.rows_of[task] for task in tasks})
+
+    def _of(self, chosen: dict[str, np.ndarray]) -> TaskSet:
+        """The rows with these numbers alone."""
         if not chosen:
             raise MetaPeftError("No tasks are left.")
         rows = np.concatenate(list(chosen.values()))
@@ -120,6 +125,31 @@ class TaskSet:
         selected.found.pop("cut_rows", None)  # of other tasks too
         selected._count_cut_rows()
         return selected
+
+    def rows_with(self, column: str) -> dict[str, np.ndarray]:
+        """The numbers of each task's rows that have something in `column`, which no row needs by itself.
+
+        Raises:
+            MetaPeftError: some have nothing there, and empty rows are not to be left out.
+        """
+        full = full_rows(self.table, column)
+        if not full.all() and self.empty_rows != LEAVE_OUT:
+            task, row = next((task, row) for task, rows in self.rows_of.items() for row in rows if not full[row])
+            raise MetaPeftError(
+                f"Task {task!r} has a row with nothing in the column {column!r}, {shown(self.table[int(row)])}: fill it, or"
+                " leave such rows out with empty_rows: leave_out."
+            )
+        return {task: rows[full[rows]] for task, rows in self.rows_of.items()}
+
+    def having(self, column: str) -> TaskSet:
+        """The tasks without the rows that have nothing in `column`: `found` counts them as empty (see `rows_with`)."""
+        rows_of = {task: rows for task, rows in self.rows_with(column).items() if len(rows)}
+        empty = sum(map(len, self.rows_of.values())) - sum(map(len, rows_of.values()))
+        if not empty:
+            return self
+        full = self._of(rows_of)
+        full.found |= {"rows": self.found["rows"], "empty_rows": self.found["empty_rows"] + empty}
+        return full
 
     def enough(self, shots: int, query_size: int) -> list[str]:
         """The tasks that have rows enough for an episode."""
@@ -262,7 +292,7 @@ class TaskSet:
         source: Any,
         task_column: str | Sequence[str] = "task",
         *,
-        empty_rows: str = "error",
+        empty_rows: str = ERROR,
         row_form: RowForm | None = None,
     ) -> TaskSet:
         """From whatever holds tasks: a `TaskSet`, or what `meta_peft.tasks.sources.opening` takes.

@@ -17,6 +17,7 @@ from meta_peft.errors import MetaPeftError
 from meta_peft.processes import group
 from meta_peft.processes.replicas import check_replicas
 from meta_peft.survival import checkpoints, training_state
+from meta_peft.utils.words import listed
 
 
 class CheckpointedTrainer(Trainer, ABC):
@@ -101,20 +102,22 @@ class CheckpointedTrainer(Trainer, ABC):
 
     def _restore_optimizer(self, checkpoint: Path, values: dict[str, Any]) -> None:
         """Raise `MetaPeftError` if the state is of another optimizer or of other parameters, which torch finds out late."""
+        there = values.get("made_by", {})  # earlier checkpoints do not say, or not all of it
+        others = [f"{what} ({there[what]})" for what, here in self._made_by().items() if there.get(what, here) != here]
         own = [set(of) for of in self.optimizer.param_groups]
-        same = values.get("made_by", self._made_by()) == self._made_by()  # earlier checkpoints do not say
         try:
             self.optimizer.load_state_dict(values["optimizer"])
             self.lr_scheduler.load_state_dict(values["schedule"])
             # Options of a group that the checkpoint has not would be missed in the next step.
-            fits = same and all(names <= set(of) for names, of in zip(own, self.optimizer.param_groups, strict=True))
+            fits = all(names <= set(of) for names, of in zip(own, self.optimizer.param_groups, strict=True))
         except (ValueError, KeyError, TypeError, AttributeError):
             fits = False
-        if not fits:
+        if others or not fits:
             raise MetaPeftError(
-                f"The algorithm, the optimizer or the schedule of {checkpoint} is not that of these options: resume with"
-                " the options that the checkpoint was made with, such as the same algorithm, learn_inner_lr, optim and"
-                " lr_scheduler_type; or train anew, in another output_dir."
+                f"The {listed(others) or 'algorithm, the optimizer or the schedule'} of {checkpoint} is not that of these"
+                " options: resume with the options that the checkpoint was made with, such as the same algorithm,"
+                " learn_inner_lr, optim and lr_scheduler_type, and with the same tasks; or train anew, in another"
+                " output_dir."
             )
 
     def _load_rng_state(self, checkpoint: str | None) -> None:

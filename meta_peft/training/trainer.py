@@ -112,7 +112,9 @@ class MetaTrainer(PushingTrainer):
             if eval_tasks is not None:
                 tasks.check_disjoint(eval_tasks)
         given = [of_split for of_split in (tasks, eval_tasks) if of_split is not None]
-        peft_model = peft_model_of(model, peft_config, args.seed, partial(most_classes, given, args.ways))
+        peft_model = peft_model_of(
+            model, peft_config, args.seed, partial(most_classes, given, args.ways, args.label_words)
+        )
         self.algorithm = args.algorithm_object()
         shares = args.world_size * args.gradient_accumulation_steps
         sharded = shard_as_asked(peft_model, self.algorithm, tasks_per_step=args.tasks_in_a_step, shares=shares)
@@ -444,7 +446,9 @@ class MetaTrainer(PushingTrainer):
         return [*self.loss_fn.weights.parameters().values(), self.rates.log_rates]
 
     def _made_by(self) -> dict[str, str]:
-        return {**super()._made_by(), "algorithm": self.args.algorithm}
+        tasks = self.train_dataset.tasks
+        size = f"{len(tasks)} of {len(tasks.dataset)} rows"
+        return {**super()._made_by(), "algorithm": self.args.algorithm, "training tasks": size}
 
     def _progress(self) -> dict[str, Any]:
         return {

@@ -48,7 +48,8 @@ def check_optimizer(args: MetaLoraConfig, given: tuple[Any, Any] = (None, None))
 
 
 def check_evaluation(args: MetaLoraConfig, *, validation: bool) -> None:
-    """Raise if there is to be an evaluation during training, and there are no tasks for it.
+    """Raise if there is to be an evaluation during training, and there are no tasks for it; or if the best checkpoint is
+    wanted of a training that has no evaluation.
 
     Args:
         args: options of the run.
@@ -58,6 +59,11 @@ def check_evaluation(args: MetaLoraConfig, *, validation: bool) -> None:
         raise MetaPeftError(
             f"eval_strategy={_name(args.eval_strategy)} evaluates on validation tasks, and there are none: give"
             " validation_tasks (in Python eval_dataset), or set eval_strategy=no."
+        )
+    if args.load_best_model_at_end and args.eval_strategy == "no":
+        raise MetaPeftError(
+            "load_best_model_at_end takes the checkpoint that evaluates best, and eval_strategy=no evaluates none: set"
+            " eval_strategy and save_strategy to steps, or leave load_best_model_at_end out."
         )
 
 

@@ -62,6 +62,11 @@ def flag(option: str, value: Any) -> bool:
     return value
 
 
+def is_whole(value: Any) -> bool:
+    """Whether `value` is an int, and no bool."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
 def is_number(value: Any) -> bool:
     """Whether `value` is a finite int or float."""
     if not isinstance(value, (int, float)) or isinstance(value, bool):

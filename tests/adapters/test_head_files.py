@@ -121,6 +121,10 @@ def test_values_that_are_not_finite(folder: Path):
         ({"facts": {"decoder_prefix": [], "num_labels": 3, "label_names": ["a", "a"]}}, "1 of them different"),
         ({"facts": {"decoder_prefix": [], "num_labels": 1, "label_names": ["a", "b"]}}, "the head has 1 classes"),
         (
+            {"facts": {"decoder_prefix": [], "num_labels": 3, "label_names": [], "labels": "number"}},
+            "labels must be one of names, numbers, ids, unknown",
+        ),
+        (
             {"facts": {"decoder_prefix": [], "num_labels": 3, "label_names": [], "more": 1}},
             "is damaged or not a sidecar",
         ),

@@ -211,10 +211,15 @@ def test_an_error_while_writing_leaves_the_old_files_whole(folder: Path, monkeyp
     assert (folder / "adapter_model.safetensors").read_bytes() != before["adapter_model.safetensors"]
 
 
-def test_an_adapted_model_saves_what_is_active(tmp_path: Path):
+def test_an_adapted_model_saves_what_is_meta_learned(tmp_path: Path):
+    """A sidecar says how to adapt from the start. What was adapted is saved with one only where it is named."""
     model, _ = adapt(load(None, trained_folder()), letter_rows("p")[:2])
-    hub.save(model, model.meta_peft.sidecar, tmp_path)
-    assert adapter_of(load(None, tmp_path)) == adapter_of(model)
+    hub.save(model, model.meta_peft.sidecar, tmp_path / "start")
+    for name in FILES:
+        assert (tmp_path / "start" / name).read_bytes() == (trained_folder() / name).read_bytes(), name
+    hub.save(model, model.meta_peft.sidecar, tmp_path / "adapted", adapter="adapted")
+    assert adapter_of(load(None, tmp_path / "adapted")) == adapter_of(model)
+    assert adapter_of(model) != adapter_of(load(None, tmp_path / "start"))
 
 
 @pytest.mark.parametrize("renames", range(5))

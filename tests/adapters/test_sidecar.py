@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from meta_peft import SGD, Adam, InnerRule, MetaPeftError, PromptFormat
 from meta_peft.adapters.base_identity import BaseIdentity
 from meta_peft.adapters.sidecar import JSON, TENSORS, Judged, Sidecar
+from meta_peft.tasks.encoding.facts import LABELS, Facts
 from meta_peft.tasks.labelling import Labelling
 from meta_peft.tasks.row_form import RowForm
 
@@ -86,6 +87,15 @@ def test_a_sidecar_from_before_there_were_fast_weights(folder: Path):
 
     edit(folder, forget)
     assert Sidecar.read(folder).inner == SIDECAR.inner
+
+
+@pytest.mark.parametrize("labels", LABELS)
+def test_what_labels_were_in_training(tmp_path: Path, labels: str):
+    head = replace(SIDECAR, objective="sequence_classification", facts=Facts(num_labels=3, labels=labels))
+    head.write(tmp_path)
+    assert Sidecar.read(tmp_path).facts == head.facts
+    edit(tmp_path, lambda values: values["facts"].pop("labels"))
+    assert Sidecar.read(tmp_path).facts.labels == "unknown", "a sidecar from before it was written down"
 
 
 JUDGED = Judged("chrf", ("customer", "product"), Labelling(3, "letters", "kind"), 8)

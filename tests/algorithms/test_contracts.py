@@ -11,6 +11,7 @@ from counted import CountedRows
 from tiny_models import assert_equal, fingerprint, narrow_loss, random_batch
 
 from meta_peft.algorithms import MAML, ImplicitMAML, MultiTask, Reptile
+from meta_peft.errors import MetaPeftError
 from meta_peft.functional.adapter_loss import AdapterLoss
 from meta_peft.inner_optimizers import SGD, Adam, InnerRule
 from meta_peft.inner_optimizers.rule import RATES
@@ -151,6 +152,16 @@ def test_nothing_is_written_to(name: str):
     finally:
         for parameter in (*model.parameters(), rates_of(name).log_rates):
             parameter.grad = None
+
+
+@pytest.mark.parametrize("algorithm", [MAML, ImplicitMAML, Reptile, MultiTask])
+@pytest.mark.parametrize("inner", [0.1, SGD(), InnerRule, None], ids=["rate", "optimizer", "class", "nothing"])
+def test_what_is_no_inner_rule(algorithm, inner):
+    """In libraries of tensors a rate is what comes first."""
+    with pytest.raises(
+        MetaPeftError, match=r"inner must be an InnerRule, .* as in MAML\(InnerRule\(SGD\(\), lr=0.1\)\)"
+    ):
+        algorithm(inner)
 
 
 # ---- where nothing adapts

@@ -198,6 +198,8 @@ RULE = RULES["all"]
         ({"inner": RULE, "iterations": 0}, "iterations must be 1 or more, got 0"),
         ({"inner": RULE, "memory": "differences"}, "memory must be one of auto, unrolled, replay, finite_differences"),
         ({"inner": RULE, "memory": -1}, "or a number of inner steps; got -1"),
+        ({"inner": RULE, "memory": None}, "or a number of inner steps; got None"),
+        ({"inner": RULE, "iterations": 1.5}, "iterations must be 1 or more, got 1.5: a whole number"),
     ],
 )
 def test_impossible_options(options: dict[str, Any], message: str):

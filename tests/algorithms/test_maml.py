@@ -87,6 +87,13 @@ def test_second_order_is_asked_of_the_loss_only_where_it_is_needed():
         ({"second_order_steps": -1}, "second_order_steps must be 0 or more, or None; got -1"),
         ({"multi_step": -0.1}, "multi_step must be from 0 to 1, got -0.1"),
         ({"multi_step": 1.5}, "multi_step must be from 0 to 1, got 1.5"),
+        ({"multi_step": "0.5"}, "multi_step must be from 0 to 1, got '0.5': a number"),
+        ({"memory": None}, "or a number of inner steps; got None"),
+        ({"memory": 1.5}, "or a number of inner steps; got 1.5"),
+        ({"memory": True}, "or a number of inner steps; got True"),
+        ({"second_order_steps": 1.5}, "second_order_steps must be 0 or more, or None; got 1.5: a whole number"),
+        ({"second_order_steps": "1"}, "second_order_steps must be 0 or more, or None; got '1': a whole number"),
+        ({"first_order": "no"}, "first_order must be true or false; got 'no'"),
     ],
 )
 def test_impossible_options(options: dict, message: str):

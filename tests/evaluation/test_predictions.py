@@ -187,6 +187,15 @@ def test_answers_that_begin_at_different_places_of_a_decoder_are_refused():
         written(loss_fn, dict(loss_fn.weights.parameters()), rows, stop=[END])
 
 
+def test_a_decoder_begins_in_the_same_way_where_rows_do_not_say_how():
+    """As rows of `episode_batch` may: transformers makes what its decoder reads of the labels."""
+    loss_fn = model_of("t5")
+    rows, own = rows_of(loss_fn, n_tasks=2), loss_fn.own()
+    bare = Rows({n: t for n, t in rows.inputs.items() if n != "decoder_input_ids"}, rows.labels_BL, rows.n_tasks)
+    answers = [written(loss_fn, own, each, stop=[END], max_new_tokens=4) for each in (bare, rows)]
+    assert answers[0] == answers[1]
+
+
 def test_rows_without_a_prompt_are_refused():
     loss_fn = AdapterLoss(tiny(), second_order=False)
     ids = torch.tensor([[5, 6, 7]])

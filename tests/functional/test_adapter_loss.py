@@ -268,3 +268,15 @@ def test_the_objective_can_be_named():
     torch.testing.assert_close(masked, AdapterLoss(model)(weights, rows), rtol=1e-12, atol=0)
     with pytest.raises(MetaPeftError, match="Unknown objective 'classification'"):
         AdapterLoss(model, objective="classification")
+
+
+@pytest.mark.parametrize("kind", ["llama", "bert", "t5", "whisper"])
+def test_a_config_that_asks_for_tuples(kind: str):
+    """Here outputs are asked for by name, whatever the config of the model or of its encoder says, and it says so again."""
+    bases = [base_of(kind, return_dict=named) for named in (True, False)]
+    losses = []
+    for base in bases:
+        loss_fn = AdapterLoss(lora(base, ARCHITECTURES[kind].targets))
+        losses.append(loss_fn(loss_fn.own(), rows_for(base)))
+    assert torch.equal(*losses)
+    assert [base.config.return_dict for base in bases] == [True, False]

@@ -97,6 +97,14 @@ def test_rates_are_those_of_fast_weights_alone():
     assert InnerRule(fast="b", rates_per_entry=True).initial_rates(ADAPTER)[RATES].shape == (1, 3)
 
 
+def test_each_fast_weight_has_as_many_rates_as_its_columns():
+    for options in ({}, {"fast": "b"}, {"rates_per_entry": True}):
+        rule = InnerRule(**options)
+        assert sum(rule.rates_of_each(ADAPTER).values()) == rule.initial_rates(ADAPTER)[RATES].shape[1]
+    assert InnerRule().rates_of_each(ADAPTER) == {"a": 1, "b": 1}
+    assert InnerRule(rates_per_entry=True).rates_of_each(ADAPTER) == {"a": 4, "b": 3}
+
+
 def test_a_pattern_that_matches_nothing():
     with pytest.raises(MetaPeftError, match=r"fast_weights='lora_C' is found in the name of no LoRA matrix.*like a, b"):
         InnerRule(fast="lora_C").split(ADAPTER)
@@ -177,6 +185,11 @@ def test_a_step_is_the_identity_plus_constants_unless_it_depends_on_the_weights(
         ({"lr": math.nan}, "inner_lr must be a finite number of 0 or more, got nan"),
         ({"lr": math.inf}, "inner_lr must be a finite number of 0 or more, got inf"),
         ({"lr": 0, "learn_rates": True}, "inner_lr is 0: learned rates need a positive rate"),
+        ({"optimizer": Adam}, r"optimizer must be SGD\(\) or Adam\(\) of meta_peft, with parentheses, as in .*Adam'>"),
+        ({"optimizer": torch.optim.SGD}, "optimizer must be .*; got <class 'torch.*SGD'>. Steps of torch's optimizers"),
+        ({"optimizer": "adam"}, "optimizer must be .*; got 'adam'"),
+        ({"optimizer": 0.1}, "optimizer must be .*; got 0.1"),
+        ({"steps": True}, "inner_steps must be 0 or more, got True: a whole number"),
     ],
 )
 def test_impossible_rules(options: dict, message: str):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch import nn
 
 from meta_peft.errors import MetaPeftError
 from meta_peft.functional.adapter_loss import AdapterLoss
-from meta_peft.lora.fast_weights import FastWeights, active_adapter
+from meta_peft.lora.fast_weights import FastWeights, active_adapter, meta_learned_adapter
 from meta_peft.params import expand
 
 
@@ -48,6 +49,15 @@ def test_only_the_active_adapter():
     assert weights.adapter == "other"
     assert [tuple(p.shape) for p in weights.parameters().values()] == [(3, 16), (16, 3)]
     assert len(FastWeights(model, "default").parameters()) == 14
+
+
+def test_the_meta_learned_adapter_is_the_one_that_the_model_carries():
+    model = tiny()
+    assert meta_learned_adapter(model) is None
+    model.meta_peft = SimpleNamespace(adapter="default")  # as `adapters.hub.attach` leaves it
+    model.add_adapter("other", model.peft_config["default"])
+    model.set_adapter("other")
+    assert (meta_learned_adapter(model), active_adapter(model)) == ("default", "other")
 
 
 def test_load_copies_into_the_parameters_of_the_model():

@@ -1,11 +1,16 @@
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 from architectures import ARCHITECTURES, SIZES, base_of
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
+from heads import model_of
+from tiny_models import VOCAB
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
 
 from meta_peft.errors import MetaPeftError
-from meta_peft.objectives import OBJECTIVES, made_for, objective_for, objective_name
+from meta_peft.objectives import OBJECTIVES, head_of, known_labels, made_for, objective_for, objective_name
 
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)
@@ -68,3 +73,20 @@ def test_a_decoder_that_was_made_to_see_ahead():
             objective_for(base)
     finally:
         del base.config.use_bidirectional_attention
+
+
+def test_a_model_that_names_an_embedding_as_its_head():
+    """FSMT, whose head is another layer: gathering in front of the embedding gave shapes that fit nothing."""
+    sizes = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16}
+    sizes |= {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "src_vocab_size": 10, "tgt_vocab_size": 10}
+    base = AutoModelForSeq2SeqLM.from_config(AutoConfig.for_model("fsmt", langs=["en", "de"], **sizes))
+    with pytest.raises(MetaPeftError, match=r"FSMTForConditionalGeneration names the embedding .* another type"):
+        head_of(base)
+    other = base_of("t5")
+    assert head_of(other) is other.lm_head
+
+
+def test_how_many_labels_a_model_knows():
+    assert known_labels(base_of("llama"), "causal_lm") == VOCAB
+    assert known_labels(model_of("bert").get_base_model(), "sequence_classification") == 3
+    assert known_labels(SimpleNamespace(get_output_embeddings=nn.Identity), "causal_lm") is None

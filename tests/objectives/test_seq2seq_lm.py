@@ -1,10 +1,15 @@
 from __future__ import annotations
 
+from dataclasses import replace
+from types import SimpleNamespace
+
 import pytest
 import torch
 from architectures import base_of, rows_for
 from tiny_models import VOCAB
+from transformers import AutoConfig, AutoModelForSeq2SeqLM, PreTrainedModel
 
+from meta_peft.errors import MetaPeftError
 from meta_peft.objectives.seq2seq_lm import SEQ2SEQ_LM
 from meta_peft.types import Rows
 
@@ -61,3 +66,39 @@ def test_a_row_matches_when_greedy_decoding_writes_its_labels(kind: str):
     assert SEQ2SEQ_LM.scores_per_task(model, head, right).exact_match_T.tolist() == [1]
     wrong = Rows(right.inputs, wrong_labels, 2)
     assert SEQ2SEQ_LM.scores_per_task(model, head, wrong).exact_match_T.tolist() == [1, 0]
+
+
+SIZES = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16}
+HEADS = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "max_position_embeddings": 32}
+SPECIAL = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2, "decoder_start_token_id": 2}
+
+
+def model_of(kind: str) -> PreTrainedModel:
+    """Marian and BART make decoder inputs in a method, mBART its own way; M2M100 and Whisper inside their forward."""
+    if kind in KINDS:
+        return base_of(kind).eval()
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(kind, vocab_size=VOCAB, init_std=0.3, **SIZES, **HEADS, **SPECIAL)
+    return AutoModelForSeq2SeqLM.from_config(config, dtype=torch.float64).eval()
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "bart", "mbart", "marian", "m2m_100"])
+def test_decoder_inputs_are_made_of_labels_where_they_are_missing(kind: str):
+    """As in transformers: without them BART reads the encoder's input again, without an error."""
+    model = model_of(kind)
+    whole = rows_for(model, n_tasks=3)
+    rows = replace(whole, inputs={n: v for n, v in whole.inputs.items() if n != "decoder_input_ids"})
+    losses = SEQ2SEQ_LM.loss_per_task(model, model.get_output_embeddings(), rows)
+    for t in range(3):
+        part = rows.tasks(t, t + 1)
+        torch.testing.assert_close(losses[t], model(**part.inputs, labels=part.labels_BL).loss, rtol=1e-6, atol=0)
+    if kind in KINDS:
+        assert torch.equal(losses, SEQ2SEQ_LM.loss_per_task(model, model.get_output_embeddings(), whole))
+
+
+def test_decoder_inputs_that_cannot_be_made():
+    rows, model = rows_for(base_of("t5")), SimpleNamespace(config=SimpleNamespace(pad_token_id=2))
+    assert SEQ2SEQ_LM.inputs_of(model, rows) == rows.inputs
+    del rows.inputs["decoder_input_ids"]
+    with pytest.raises(MetaPeftError, match="no decoder_input_ids, and SimpleNamespace does not say how to make them"):
+        SEQ2SEQ_LM.inputs_of(model, rows)

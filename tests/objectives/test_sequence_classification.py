@@ -8,6 +8,7 @@ from heads import model_of, rows_of
 from tiny_models import tiny_base
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
+from meta_peft.errors import MetaPeftError
 from meta_peft.objectives.labelled_tokens import without_cache
 from meta_peft.objectives.sequence_classification import SEQUENCE_CLASSIFICATION
 
@@ -49,3 +50,18 @@ def test_whatever_rows_are_padded_with_a_decoder_reads_their_last_token(filling:
     padded = {name: torch.cat([rows.inputs[name], more[name]], 1) for name in more}
     found = SEQUENCE_CLASSIFICATION.loss_per_task(model, None, replace(rows, inputs=padded))
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ([[0, 1]] * 4, r"one label for each, \[rows, 1\]; got labels of the shape \[4, 2\] for 4 rows"),
+        ([[0]] * 2, r"got labels of the shape \[2, 1\] for 4 rows"),
+        ([[0], [2], [-100], [1]], "Row 0 of task 1 of a stack of 2 has the label -100 at position 0; expected 0 to 2"),
+    ],
+)
+def test_every_row_has_one_class(labels: list[list[int]], message: str):
+    rows = replace(rows_of("bert"), labels_BL=torch.tensor(labels))
+    with pytest.raises(MetaPeftError, match=message) as found:
+        SEQUENCE_CLASSIFICATION.check(rows, 3)
+    assert "or -100" not in str(found.value)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
+from surface import letter_rows, trained_folder
 from tiny_models import (
     QUANTISED,
     assert_equal,
@@ -20,16 +22,20 @@ from tiny_models import (
 )
 from torch import nn
 
+from meta_peft import adapt as adapt_to_task
+from meta_peft import load
 from meta_peft.algorithms import MAML, ImplicitMAML, MultiTask, Reptile
 from meta_peft.errors import MetaPeftError
 from meta_peft.functional.adapter_loss import AdapterLoss
 from meta_peft.inner_loop.inner_loop import adapt
 from meta_peft.inner_optimizers import SGD, Adam, InnerRule
 from meta_peft.inner_optimizers.rule import RATES
+from meta_peft.lora.fast_weights import FastWeights
 from meta_peft.outer_loop.outer_loop import LearnedRates, assign_gradient, meta_gradient
 from meta_peft.params import take_task
 from meta_peft.types import EpisodeBatch, Params
 
+RULE = InnerRule(lr=0.05, steps=1)
 MODELS = ["llama", "gpt2", "float32", "nf4", "int8"]
 OPTIMIZERS = {"sgd": SGD(), "momentum": SGD(momentum=0.9), "adam": Adam(eps_root=1e-2)}
 
@@ -251,6 +257,163 @@ def test_a_gradient_can_be_assigned_under_attention_without_a_second_derivative(
     assign_gradient(gradient, model)
     weights = AdapterLoss(model, second_order=False).weights.parameters()
     assert all(p.grad is gradient.grads.adapter[n] for n, p in weights.items())
+
+
+# ---- which adapter is learned
+
+
+def of_two_adapters():
+    model = tiny()
+    model.add_adapter("second", model.peft_config["default"])
+    return model
+
+
+def has_gradients(model, adapter: str) -> bool:
+    return any(p.grad is not None for p in FastWeights(model, adapter).parameters().values())
+
+
+def test_a_gradient_goes_to_the_adapter_that_it_is_of():
+    """The names of weights are the same in both."""
+    model = of_two_adapters()
+    gradient = meta_gradient(model, random_batch(), MAML(RULE))
+    assert gradient.of_adapter == "default"
+    model.set_adapter("second")
+    assign_gradient(gradient, model)
+    assert has_gradients(model, "default")
+    assert not has_gradients(model, "second")
+    with pytest.raises(
+        MetaPeftError, match="is of the adapter 'default', and the AdapterLoss of 'second': give the one"
+    ):
+        assign_gradient(gradient, AdapterLoss(model))
+    assert not has_gradients(model, "second")
+
+
+def test_a_sum_of_gradients_has_no_adapter_and_goes_to_the_active_one():
+    model = of_two_adapters()
+    gradient = meta_gradient(model, random_batch(), MAML(RULE))
+    model.set_adapter("second")
+    assign_gradient(replace(gradient, of_adapter=None), model)
+    assert has_gradients(model, "second")
+    model.meta_peft = SimpleNamespace(adapter="default")
+    with pytest.raises(MetaPeftError, match="which of them is to be learned"):
+        assign_gradient(replace(gradient, of_adapter=None), model)
+
+
+def test_after_adapt_a_model_is_not_learned_from_unless_the_adapter_is_named():
+    """Else the start would stay as it is, and the adapted weights would get its gradients."""
+    model, _ = adapt_to_task(load(None, trained_folder()), letter_rows("p")[:2])
+    batch, algorithm = random_batch(), MAML(RULE)
+    start = dict(FastWeights(model, "default").parameters())
+    with pytest.raises(MetaPeftError, match="'adapted', and the meta-learned one is 'default': which of them"):
+        meta_gradient(model, batch, algorithm)
+    named = meta_gradient(AdapterLoss(model, adapter="default"), batch, algorithm)
+    model.set_adapter("default")
+    again = meta_gradient(model, batch, algorithm)
+    assert_equal(again.grads.adapter, named.grads.adapter, 0)
+    assign_gradient(again, model)
+    assert all(p.grad is again.grads.adapter[name] for name, p in start.items())
+    other = meta_gradient(AdapterLoss(model, adapter="adapted"), batch, algorithm)
+    assert (other.of_adapter, named.of_adapter) == ("adapted", "default")
+
+
+@pytest.mark.parametrize(
+    ("fixed", "message"),
+    [
+        ("score", "fixed must be a set or a list of names of weights; got the text 'score'"),
+        (("nonsense",), "fixed has 'nonsense', which is the name of no weight of the adapter"),
+    ],
+)
+def test_fixed_weights_that_there_are_not(fixed, message: str):
+    loss_fn = AdapterLoss(tiny())
+    gradient = meta_gradient(loss_fn, random_batch(), MAML(RULE))
+    with pytest.raises(MetaPeftError, match=message):
+        assign_gradient(gradient, loss_fn, fixed=fixed)
+    assert not has_gradients(loss_fn.model, "default")
+
+
+def test_fixed_weights_get_no_gradient():
+    loss_fn = AdapterLoss(tiny())
+    gradient = meta_gradient(loss_fn, random_batch(), MAML(RULE))
+    first, *others = loss_fn.weights.parameters()
+    with pytest.raises(MetaPeftError, match=f"Did you mean '{first}'"):
+        assign_gradient(gradient, loss_fn, fixed=[first.replace("layers.0", "layer.0")])
+    assign_gradient(gradient, loss_fn, fixed=[first])
+    weights = loss_fn.weights.parameters()
+    assert weights[first].grad is None
+    assert all(weights[name].grad is not None for name in others)
+
+
+# ---- rates of another rule
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (
+            InnerRule(learn_rates=True, fast="lora_B"),
+            r"it has 1 of .*lora_A\.weight, where .* rule has 1 of .*lora_B\.",
+        ),
+        (
+            InnerRule(learn_rates=True),
+            r"it has 1 of .*lora_A\.weight, where .* rule has 1 of .*lora_B\.",
+        ),
+        (InnerRule(learn_rates=True, fast="q_proj.lora_A"), "it has 1 of .*k_proj.*, where .* rule has nothing"),
+        (InnerRule(learn_rates=True, fast="lora_A", rates_per_entry=True), "it has 1 of .*, where .* rule has 32 of"),
+    ],
+    ids=["as many others", "more", "fewer", "for each entry"],
+)
+def test_rates_of_another_rule(other: InnerRule, message: str):
+    """With as many weights they would be mixed up, without an error."""
+    loss_fn, batch = AdapterLoss(tiny()), random_batch()
+    rates = LearnedRates(InnerRule(learn_rates=True, fast="lora_A"), loss_fn.weights.parameters())
+    with pytest.raises(MetaPeftError, match=f"made for another rule or another adapter: {message}"):
+        meta_gradient(loss_fn, batch, MAML(other), rates)
+    meta_gradient(loss_fn, batch, MAML(InnerRule(steps=1, fast="lora_A")), rates)
+    meta_gradient(loss_fn, batch, MultiTask(other), rates)  # which has no inner loop
+
+
+def test_rates_of_what_is_no_adapter():
+    model = tiny()
+    with pytest.raises(MetaPeftError, match=r"adapter must be the LoRA matrices by name, .*; got a generator"):
+        LearnedRates(InnerRule(), model.named_parameters())
+    with pytest.raises(MetaPeftError, match="inner must be an InnerRule"):
+        LearnedRates(SGD(), AdapterLoss(model).weights.parameters())
+    of_all = LearnedRates(InnerRule(), dict(model.named_parameters()))
+    with pytest.raises(MetaPeftError, match="made for another rule or another adapter"):
+        meta_gradient(model, random_batch(), MAML(RULE), of_all)
+
+
+def test_rates_that_are_no_module():
+    loss_fn, batch = AdapterLoss(tiny()), random_batch()
+    rule = InnerRule(lr=0.05, steps=2, learn_rates=True)
+    rates = LearnedRates(rule, loss_fn.weights.parameters())
+    gradient = meta_gradient(loss_fn, batch, MAML(rule), rates)
+    for wrong in (rates.log_rates, rates.values()):
+        with pytest.raises(
+            MetaPeftError, match=r"rates must be a LearnedRates, or None; got a .*Give the module itself"
+        ):
+            meta_gradient(loss_fn, batch, MAML(rule), wrong)
+        with pytest.raises(MetaPeftError, match="rates must be a LearnedRates, or None"):
+            assign_gradient(gradient, loss_fn, wrong)
+    of_steps = LearnedRates(replace(rule, rates_per_step=True), loss_fn.weights.parameters())
+    with pytest.raises(
+        MetaPeftError, match=r"rates of shape \[1, 14\], and LearnedRates holds some of shape \[2, 14\]"
+    ):
+        assign_gradient(gradient, loss_fn, of_steps)
+    assert not has_gradients(loss_fn.model, "default")
+
+
+@pytest.mark.parametrize("without", [torch.no_grad, torch.inference_mode])
+def test_gradients_where_the_caller_asks_for_none(without):
+    """As `adapt` does it; the rows are made there too."""
+    model, algorithm = tiny(), MAML(InnerRule(lr=0.05, steps=2, learn_rates=True, fast="o_proj"))
+    expected = meta_gradient(model, random_batch(), algorithm)
+    with without():
+        found = meta_gradient(model, random_batch(), algorithm)
+        assign_gradient(found, model)
+    assert_equal(found.grads.adapter, expected.grads.adapter, 0)
+    assert_equal(found.grads.hyper, expected.grads.hyper, 0)
+    assert has_gradients(model, "default")
 
 
 def test_one_task_with_plain_matrices_is_a_stack_of_one():

@@ -21,12 +21,13 @@ from meta_peft.comparison.compare import CompareArguments
 from meta_peft.comparison.early_stops import PARTS, stops_of, train_with_stops
 from meta_peft.evaluation.evaluate import Start
 from meta_peft.frozen.cache import FrozenCache
-from meta_peft.protocol import ProtocolArguments, run, starts
+from meta_peft.protocol import ProtocolArguments, measure, run, starts
 from meta_peft.protocol.arguments import TITLES
 from meta_peft.protocol.cells import all_found
 from meta_peft.protocol.summary import Summary
 from meta_peft.protocol.task_heads import TaskHeadsTrainer
 from meta_peft.protocol.verdict import verdict
+from meta_peft.tasks import episodes
 from meta_peft.training.trainer import MetaTrainer
 
 STARTS = ["peft_defaults", "plain", "multitask", "reptile", "fomaml", "imaml", "meta", "in_context"]
@@ -66,6 +67,21 @@ def test_every_start_is_measured_for_every_seed(whole: tuple[Path, Summary]):
     assert before["multi-task LoRA"] < before["plain LoRA"] == before["PEFT's defaults"]
     assert {start: set(by_shots) for start, by_shots in summary.along_shots().items()} == {s: {1, 2} for s in STARTS}
     assert {start: set(by_count) for start, by_count in summary.along_tasks().items()} == {s: {4, 8} for s in trained}
+
+
+def test_scores_with_other_numbers_of_examples_are_of_their_tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Once they were in the order of how long their own support rows are, and read in the order of the cell's."""
+    measured_of: list[list[str]] = []
+    real = measure._after
+
+    def after(trainer, start, episodes, *args):
+        measured_of.append([episode.task for episode in episodes])
+        return real(trainer, start, episodes, *args)
+
+    monkeypatch.setattr(measure, "_after", after)
+    monkeypatch.setattr(episodes, "row_length", lambda row: sum(row["input_ids"]))  # all are equally long here
+    (found,) = compared(tmp_path, protocol={"starts": ["plain"], "shots_curve": [1, 6]}).found
+    assert measured_of == [found.tasks] * 2
 
 
 def test_a_start_that_a_signal_stopped_is_not_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -358,6 +374,22 @@ def test_a_start_that_would_be_trained_for_longer_than_with_another_seed_is_refu
     ):
         compared(tmp_path, protocol={**of_seeds, "seeds": [0, 1]}, layers=[1], steps=12, frozen_cache_gb=0.1)
     assert not (tmp_path / "out" / "starts" / "seed1-multitask").exists()
+
+
+def test_a_curve_over_more_examples_than_tasks_have_is_refused_before_anything_is_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    made = training_of(monkeypatch)
+    with pytest.raises(MetaPeftError, match="shots_curve goes up to 8, for which test tasks are too small: Task 'say"):
+        compared(tmp_path, protocol={"starts": ["multitask"], "shots_curve": [1, 8]})
+    assert not made
+
+
+def test_fewer_training_tasks_than_an_episode_has_classes():
+    arguments = ProtocolArguments(task_counts=[3, 2])
+    arguments.check_task_counts(5)
+    with pytest.raises(MetaPeftError, match=r"task_counts must be 3 or more, .* takes ways=3 of them; got 2\. Leave"):
+        arguments.check_task_counts(5, 3)
 
 
 def test_what_cannot_be_drawn_is_not_trained_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

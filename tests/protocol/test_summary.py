@@ -9,7 +9,7 @@ import pytest
 
 from meta_peft import MetaPeftError
 from meta_peft.protocol.cells import PROTOCOL, Cell, Found
-from meta_peft.protocol.page import tables
+from meta_peft.protocol.page import as_markdown, tables
 from meta_peft.protocol.summary import Summary
 from meta_peft.protocol.verdict import verdict
 
@@ -176,6 +176,36 @@ def test_what_was_trained_without_an_inner_loop_and_is_best_is_what_counts(class
     assert any(sentence.startswith(said) for sentence in words)
     assert sum("multi-task LoRA" in sentence for sentence in words[1:]) == 1
     assert sum("one classifier" in sentence for sentence in words[1:]) == 1
+
+
+def test_the_rival_that_it_is_not_ahead_of_counts():
+    """Level with one, over tasks that disagree, and ahead of another by less: it is not known whether it paid."""
+    disagree = [[0.1, 0.2 if i % 2 else 0.75] for i in range(len(TASKS))]
+    rival = replace(cell("classifier", (0, 0)), score=disagree)
+    words = verdict(summary_of(cell("multitask", (0.1, 0.45)), rival, cell("meta", (0.1, 0.5))))
+    assert words[1].startswith(
+        "Whether meta-training paid for itself is open: at equal compute it is level with one cl"
+    )
+    assert any("ahead of multi-task LoRA by 5 points" in sentence for sentence in words)
+
+
+@pytest.mark.parametrize(("n", "told"), [(1, False), (5, False), (6, True)])
+def test_few_tasks_tell_nothing(n: int, told: bool):
+    starts = (("multitask", 0.5), ("meta", 0.6))
+    found = [replace(cell(name, (0, 0)), tasks=TASKS[:n], score=[[0.1, score]] * n) for name, score in starts]
+    found = [replace(each, loss=each.loss[:n]) for each in found]
+    words = verdict(summary_of(*found))
+    assert words[1].startswith("Meta-training paid for itself:") == told
+    assert words[1].endswith("but the held-out tasks are too few to tell.") != told
+    said = f"Held-out tasks: {n}. Others may move all numbers; twenty or more would tell."
+    assert (said in words) != told
+
+
+def test_the_report_says_how_many_query_rows_there_are():
+    found = [cell("plain", (0.1, 0.5)), cell("meta", (0.1, 0.6))]
+    assert "## Held-out tasks: 8, 1 seed\n" in as_markdown(summary_of(*found)), "of cells that do not say"
+    found = [replace(each, query_rows=n) for each, n in zip(found, (4, 1), strict=True)]
+    assert "## Held-out tasks: 8, 1 query row each, 1 seed\n" in as_markdown(summary_of(*found))
 
 
 @pytest.mark.parametrize(

@@ -3,13 +3,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from kinds import HEAD, peft_model, processor, rows
+from kinds import HEAD, arguments, peft_model, processor, rows
 from surface import config, tiny_folder
 from transformers import AutoConfig
 
-from meta_peft import MetaTrainer, ModelArguments, TaskSet
+from meta_peft import MetaPeftError, MetaTrainer, ModelArguments, TaskSet, load
 from meta_peft.adaptation.stacks import encoded_support
 from meta_peft.adapters.hub import meta_learned
+from meta_peft.base import load_base
 from meta_peft.run_tasks.run_episodes import labels_of, most_classes, with_classes
 
 NAMES = {f"{n}": [{"text": f"{c}{i}", "label": c} for c in "abcd"[:n] for i in range(2)] for n in (2, 4, 3)}
@@ -31,6 +32,55 @@ WORDS = {"a": [{"tokens": ["x", "y"], "tags": [["o", "p"], ["o", "q"]][n]} for n
 )
 def test_most_classes(splits: list[dict], ways: int | None, expected: int):
     assert most_classes([TaskSet.of(tasks) for tasks in splits], ways) == expected
+
+
+IDS = {t: [{"text": f"{t}{n}", "label": 10_001 + n} for n in range(k)] for t, k in (("a", 3), ("b", 2))}
+
+
+def test_ids_under_other_words_are_names():
+    """Episodes give their classes numbers from 0, so that a head needs no class 10003."""
+    within, classes = [TaskSet.of(IDS)], [TaskSet.of([{**row, "task": t} for t in IDS for row in IDS[t]], "label")]
+    for words in ("permuted", "letters"):
+        assert most_classes(within, 2, words) == 3, "the most that a task has, as with names"
+        assert most_classes(classes, 2, words) == 2
+    for tasks in (within, classes):
+        with pytest.raises(MetaPeftError, match="3 of them, of which the largest is 10003"):
+            most_classes(tasks, 2)
+        with pytest.raises(MetaPeftError, match="the largest is 10003"):
+            with_classes(ModelArguments(str(tiny_folder()), objective=HEAD), tasks, 2)
+    assert with_classes(ModelArguments(str(tiny_folder()), objective=HEAD), within, 2, "letters").num_labels == 3
+
+
+@pytest.mark.parametrize(
+    ("options", "labels"),
+    [
+        ({}, "numbers"),
+        ({"ways": 2}, "numbers"),
+        ({"ways": 2, "label_words": "letters"}, "ids"),
+        ({"ways": 2, "label_words": "permuted"}, "ids"),
+        ({"learn_head": False}, "ids"),
+    ],
+)
+def test_what_labels_are_to_an_adapter(tmp_path: Path, options: dict, labels: str):
+    """Saved with it: then the same rows are the same classes in a file whose values are text."""
+    tasks = {t: [{"text": f"{t}{n}", "label": n % 2 + 1} for n in range(8)] for t in "abc"}
+    how = {"shots": 1, "query_size": 1, "max_steps": 1, **options}
+    run = MetaTrainer(peft_model(HEAD), config(tmp_path, **how), tasks, processing_class=processor(HEAD))
+    run.save_model()
+    learned = meta_learned(load(load_base(arguments(HEAD)), tmp_path, tokenizer=processor(HEAD)))
+    assert learned.encoding.facts.labels == labels
+    text = [{**row, "label": str(row["label"])} for row in tasks["a"]]
+    numbers, words = (
+        [row["labels"] for row in encoded_support(learned, "new", rows).rows] for rows in (tasks["a"], text)
+    )
+    assert numbers == [[row["label"]] for row in tasks["a"]]
+    assert words == (numbers if labels == "numbers" else [[row["label"] - 1] for row in tasks["a"]])
+    named = [{**row, "label": "xy"[row["label"] - 1]} for row in tasks["a"]]
+    if labels == "ids":
+        assert [row["labels"] for row in encoded_support(learned, "new", named).rows] == words, "names of the new task"
+    else:
+        with pytest.raises(MetaPeftError, match="Label 'x' is no number, and labels were numbers in training"):
+            encoded_support(learned, "new", named)
 
 
 def test_where_neither_options_nor_base_say_how_many(tmp_path: Path):

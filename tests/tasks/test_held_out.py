@@ -23,6 +23,17 @@ def test_each_task_has_as_many_query_rows_as_the_smallest_can_give(tasks: TaskSe
     assert all(len(episode.support) == 2 and len(episode.query) == given for episode in episodes)
 
 
+def test_it_says_that_a_small_task_leaves_fewer_query_rows_for_all(tasks: TaskSet, caplog: pytest.LogCaptureFixture):
+    with caplog.at_level("INFO", "meta_peft"):
+        held_out(tasks, shots=4, query_size=77)
+        held_out(tasks, shots=4)
+        held_out(tasks, shots=3, query_size=2)
+    assert [r.getMessage() for r in caplog.records] == [
+        "Held-out tasks are judged on 1 query row each, not on 77: the smallest has no more besides 4 support rows. To have"
+        " more, leave small tasks out, or lower shots."
+    ]
+
+
 def test_they_are_the_same_each_time_and_others_with_another_seed(tasks: TaskSet):
     first, again, other = (held_out(tasks, shots=2, seed=seed) for seed in (0, 0, 1))
     assert first[0] == again[0] != other[0]

@@ -8,7 +8,7 @@ from surface import tiny_tokenizer
 from meta_peft.errors import MetaPeftError
 from meta_peft.tasks import Encoding, EpisodeDataset, Labelling, PromptFormat, TaskSet
 from meta_peft.tasks.encoding import Facts
-from meta_peft.tasks.labelling import numbered_within
+from meta_peft.tasks.labelling import large_enough, numbered_within
 
 
 class Characters:
@@ -220,3 +220,78 @@ def test_numbers_for_a_head_are_in_the_order_of_whole_numbers():
         for row in episode.support + episode.query:
             text = head.tokenizer.decode(row["input_ids"], skip_special_tokens=True)
             assert row["labels"] == [letters.index(text[0])]
+
+
+# ---- labels that are missing
+
+
+def sparse(empty: object, **options) -> TaskSet:
+    """Every third row of two tasks has no category."""
+    rows = [
+        {"task": t, "input": f"{t}{i}", "target": "x", "category": empty if i % 3 == 0 else "pq"[i % 2]}
+        for t in "ab"
+        for i in range(12)
+    ]
+    return TaskSet.of(rows, **options)
+
+
+@pytest.mark.parametrize("empty", [None, ""])
+def test_a_row_without_a_label_is_an_empty_row(empty: str | None):
+    """It is of no class; where it is not to be left out, it is an error."""
+    labels = Labelling(2, column="category")
+    message = r"Task 'a' has a row with nothing in the column 'category', \{.*'input': 'a0'.*empty_rows: leave_out"
+    for refused in (labels.classes, lambda tasks: large_enough(tasks, labels, 1, 1)):
+        with pytest.raises(MetaPeftError, match=message):
+            refused(sparse(empty))
+    tasks = sparse(empty, empty_rows="leave_out")
+    assert {t: sorted(classes) for t, classes in labels.classes(tasks).within.items()} == {
+        "a": ["p", "q"],
+        "b": ["p", "q"],
+    }
+    left = large_enough(tasks, labels, 1, 1)
+    assert (left.found["rows"], left.found["empty_rows"], len(left.table)) == (24, 8, 16)
+    assert {row["category"] for name in left.names for row in left.rows(name)} == {"p", "q"}
+    assert labels.classes(left).within["b"].keys() == {"p", "q"}
+    assert large_enough(tasks, None, 1, 1) is tasks, "no row needs a category by itself"
+
+
+def test_numbers_of_which_some_are_missing():
+    rows = [{"task": "a", "input": f"{i}", "target": "x", "category": None if i == 3 else i % 2} for i in range(12)]
+    classes = Labelling(2, column="category").classes(TaskSet.of(rows, empty_rows="leave_out"))
+    assert {label: len(numbers) for label, numbers in classes.within["a"].items()} == {"0": 6, "1": 5}
+
+
+def test_a_task_in_which_no_row_has_a_label():
+    rows = [{"task": t, "input": f"{t}{i}", "target": "x", "category": "pq"[i % 2]} for t in "ab" for i in range(6)]
+    rows = [{**row, "category": None} if row["task"] == "b" else row for row in rows]
+    tasks, labels = TaskSet.of(rows, empty_rows="leave_out"), Labelling(2, column="category")
+    with pytest.raises(MetaPeftError, match="Task 'b' has 0 classes"):
+        labels.classes(tasks).check_rows(1, 1)
+    assert large_enough(tasks, labels, 1, 1).names == ["a"]
+
+
+# ---- what numbers are to a head
+
+
+def test_a_head_that_learned_numbers_keeps_them_where_all_is_text():
+    """And each task is a class, which has no number by its place among the names of its task."""
+    head = Encoding("sequence_classification", PromptFormat(), tiny_tokenizer(), 32, Facts(num_labels=6)).naming([1, 5])
+    coded = [{**row, "label": str(1 + CLASSES.index(row["text"][0]))} for row in ROWS]
+    found = numbers_of(head, TaskSet.from_rows(coded, "label"), 2)
+    assert all(n == {1 + CLASSES.index(c)} for of_task in found.values() for c, n in of_task.items())
+
+
+def test_ids_of_classes_are_numbered_in_each_episode():
+    """A head that is new in every task has no class 501."""
+    head = Encoding("sequence_classification", PromptFormat(), tiny_tokenizer(), 32, Facts(num_labels=2))
+    coded = [{**row, "label": 501 + CLASSES.index(row["text"][0])} for row in ROWS]
+    ids = head.naming((row["label"] for row in coded), kept=False)
+    found = numbers_of(ids, TaskSet.from_rows(coded, "label"), 2)
+    assert {n for of_task in found.values() for numbers in of_task.values() for n in numbers} == {0, 1}
+    drawn = episodes("given", TaskSet.from_rows(coded, "label").encoded(ids), 2)
+    for episode in (drawn[i] for i in range(len(drawn))):
+        letters = {
+            ids.tokenizer.decode(row["input_ids"], skip_special_tokens=True)[0]: row["labels"][0]
+            for row in episode.query
+        }
+        assert [letters[c] for c in sorted(letters)] == [0, 1], "in the order of the ids"

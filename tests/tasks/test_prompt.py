@@ -114,6 +114,18 @@ def test_unusable_rows(row: dict, message: str):
         PromptFormat().encode(row, tokenizer(), 99)
 
 
+@pytest.mark.parametrize("turns", ["last", "all"])
+@pytest.mark.parametrize("nothing", [{"role": "assistant", "content": ""}, {"role": "user", "content": None}])
+def test_turns_without_content(turns: str, nothing: dict):
+    """A template would write the word None, and an answer of no words would be learned."""
+    said = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}]
+    messages = [*said[:1], nothing] if nothing["role"] == "assistant" else [nothing, said[1]]
+    with pytest.raises(
+        MetaPeftError, match=r"The turn \{.*\} has no content, in the conversation \[.*: fill it, or leave"
+    ):
+        PromptFormat(assistant_turns=turns).encode({"messages": messages}, tokenizer(), 99)
+
+
 TURN = {"messages": [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}]}
 
 

@@ -7,7 +7,7 @@ from datasets import Dataset
 
 from meta_peft.errors import MetaPeftError
 from meta_peft.tasks import row_index
-from meta_peft.tasks.row_index import RowIndex, hash_rows, index_rows
+from meta_peft.tasks.row_index import RowIndex, full_rows, hash_rows, index_rows
 
 COLUMNS = ("input", "target")
 
@@ -117,3 +117,46 @@ def test_hashes_tell_rows_apart():
 def test_hashes_are_the_same_in_every_process():
     """A number computed in another one."""
     assert hash_rows([pa.chunked_array([["a"]]), pa.chunked_array([[1]])], 1).tolist() == [11399807700178370582]
+
+
+# ---- conversations
+
+
+def chats(*last: dict) -> Dataset:
+    turns = ({"role": "user", "content": "one"}, {"role": "assistant", "content": "two"})
+    return Dataset.from_list([{"task": "a", "messages": [*turns, turns[0], turn]} for turn in (turns[1], *last)])
+
+
+@pytest.mark.parametrize(
+    "turn",
+    [{"role": "assistant", "content": ""}, {"role": "assistant", "content": None}, {"role": "user", "content": None}],
+)
+def test_a_conversation_with_a_turn_that_says_nothing_is_an_empty_row(turn: dict):
+    table, columns = chats({"role": "assistant", "content": "three"}, turn), ("messages",)
+    with pytest.raises(
+        MetaPeftError, match=r"Row 3 has a turn without content, \{.*\}, in the column 'messages': fill it"
+    ):
+        index_rows(table, ("task",), columns, columns)
+    found = index_rows(table, ("task",), columns, columns, empty_rows="leave_out")
+    assert (found.rows_of["a"].tolist(), found.empty_rows) == ([0, 1], 1)
+
+
+def test_a_turn_that_calls_a_tool_says_something():
+    call = {"role": "assistant", "content": None, "tool_calls": [{"name": "look"}]}
+    columns = ("messages",)
+    assert index_rows(chats(call), ("task",), columns, columns).empty_rows == 0
+
+
+def test_no_conversation_at_all():
+    columns = ("messages",)
+    said = [{"role": "assistant", "content": "x"}]
+    for nothing in ([], None):
+        table = Dataset.from_list([{"task": "a", "messages": turns} for turns in (said, nothing)])
+        with pytest.raises(MetaPeftError, match="Row 2 has nothing in the column 'messages'"):
+            index_rows(table, ("task",), columns, columns)
+
+
+def test_which_rows_have_something():
+    table = Dataset.from_list([{"x": value} for value in ("a", "", None, "b", "")])
+    assert full_rows(table, "x").tolist() == [True, False, False, True, False]
+    assert full_rows(Dataset.from_list([{"x": 0.0}, {"x": None}]), "x").tolist() == [True, False]

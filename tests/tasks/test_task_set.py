@@ -294,6 +294,25 @@ def test_rows_of_a_large_table_are_encoded_when_they_are_drawn(tmp_path, monkeyp
     assert len(calls) == 2 + 6
 
 
+def test_rows_with_something_in_a_column_that_no_row_needs():
+    """Those without are counted as empty, beside those that are so by themselves."""
+    kinds = ["p", None, "q", "", "p", "p"]
+    rows = [{"task": "ab"[i > 3], "input": f"{i}", "target": "x", "kind": kind} for i, kind in enumerate(kinds)]
+    rows.append({"task": "a", "input": "", "target": "x", "kind": "p"})
+    tasks = TaskSet.of(rows, empty_rows="leave_out")
+    assert {task: numbers.tolist() for task, numbers in tasks.rows_with("kind").items()} == {"a": [0, 2], "b": [4, 5]}
+    full = tasks.having("kind")
+    assert {task: [row["input"] for row in full.rows(task)] for task in full.names} == {
+        "a": ["0", "2"],
+        "b": ["4", "5"],
+    }
+    assert (full.found["rows"], full.found["tasks"], full.found["empty_rows"]) == (7, 2, 3)
+    assert tasks.found["empty_rows"] == 1
+    assert full.having("kind") is full
+    with pytest.raises(MetaPeftError, match="Task 'a' has a row with nothing in the column 'kind'"):
+        TaskSet.of(rows[:6]).having("kind")
+
+
 @pytest.mark.parametrize("empty", [None, ""])
 def test_rows_that_were_left_out_are_not_encoded(empty: str | None, caplog):
     """Neither what is empty nor what is repeated, which would be counted as cut once more."""

@@ -450,6 +450,17 @@ def test_a_checkpoint_of_another_algorithm_optimizer_or_schedule_is_refused(tmp_
         other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
 
 
+def test_a_checkpoint_of_other_tasks_is_refused(tmp_path: Path):
+    """Its episodes would be others than those that the run had."""
+    trainer(tmp_path, max_steps=1, save_strategy="steps", save_steps=1).train()
+    tasks = letter_tasks(TRAIN)
+    tasks["say a"].pop()
+    fewer = trainer(tmp_path, max_steps=2, tasks=tasks)
+    said = r"The training tasks \(8 of 64 rows\) of .*checkpoint-1 is not that of these options: .* with the same tasks"
+    with pytest.raises(MetaPeftError, match=said):
+        fewer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+
+
 def test_a_checkpoint_of_another_base_is_refused(tmp_path: Path):
     run = trainer(tmp_path, max_steps=1, save_strategy="steps", save_steps=1)
     run.train()

@@ -63,6 +63,13 @@ def test_an_evaluation_without_tasks(tmp_path: Path):
         MetaTrainer("no/such-model", args, letter_tasks("ab"), peft_config=lora(), processing_class=tiny_tokenizer())
 
 
+def test_the_best_of_what_is_never_evaluated(tmp_path: Path):
+    """Once the last adapter was saved as the best one."""
+    args = config(tmp_path, load_best_model_at_end=True)
+    with pytest.raises(MetaPeftError, match="eval_strategy=no evaluates none: set eval_strategy and save_strategy"):
+        check_evaluation(args, validation=True)
+
+
 def test_the_best_by_what_is_not_measured(tmp_path: Path):
     evaluates = {"eval_strategy": "steps", "eval_steps": 1}
     named = config(tmp_path, metric_for_best_model="eval_accuracy", **evaluates)

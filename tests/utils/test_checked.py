@@ -9,7 +9,18 @@ import numpy as np
 import pytest
 
 from meta_peft import MetaPeftError
-from meta_peft.utils.checked import at_least, each_once, flag, is_number, one_of, read_object, shown, text, whole
+from meta_peft.utils.checked import (
+    at_least,
+    each_once,
+    flag,
+    is_number,
+    is_whole,
+    one_of,
+    read_object,
+    shown,
+    text,
+    whole,
+)
 
 
 @pytest.mark.parametrize("value", [True, "1", None, math.nan, math.inf, 10**400, [1], 1j])
@@ -31,6 +42,13 @@ def test_what_is_no_whole_number_in_range(value: Any):
 @pytest.mark.parametrize("value", [np.int64(3), np.uint8(3), np.array(3)])
 def test_whole_numbers_of_other_libraries(value: Any):
     assert type(whole("x", value, 1, 10)) is int
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"), [(0, True), (-3, True), (10**400, True), (True, False), (1.0, False), ("1", False)]
+)
+def test_what_is_an_int(value: Any, expected: bool):
+    assert is_whole(value) is expected
 
 
 @pytest.mark.parametrize("value", ["", "a\nb", "\x1b[2J", "\ud800", "\x00", "aaaaaa", 3, None])

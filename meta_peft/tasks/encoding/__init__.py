@@ -21,8 +21,8 @@ from meta_peft.tasks.encoding import (
     speech_seq2seq,
     token_classification,
 )
-from meta_peft.tasks.encoding.classes import class_names
-from meta_peft.tasks.encoding.facts import Facts, facts_of, tokenizer_of
+from meta_peft.tasks.encoding.classes import class_names, each, names_of_task, whole_number
+from meta_peft.tasks.encoding.facts import IDS, NUMBERS, Facts, facts_of, tokenizer_of
 from meta_peft.tasks.multiple_choice import CHOICES, encode_with_choices
 from meta_peft.tasks.prompt import PromptFormat, example_columns
 
@@ -84,30 +84,40 @@ class Encoding:
         """What stacks the rows of this encoding."""
         return EpisodeCollator(self.tokenizer.pad_token_id)
 
-    def naming(self, labels: Iterable[Any]) -> Encoding:
+    def naming(self, labels: Iterable[Any], *, kept: bool = True) -> Encoding:
         """With one number for each name among `labels`, those of all tasks together, if the head has so many classes.
 
-        Else, as where labels are numbers, it stays as it is, and each task numbers its own names (see `of_task`).
+        Else it stays as it is, and each task numbers its own names (see `of_task`). Where labels are numbers, they are
+        those of the classes that the head learns, if training has `kept` them; else they tell the classes of a task apart
+        and no more.
         """
-        if self.objective not in CLASSIFYING or self.facts.label_names:
+        if self._shared:
             return self
-        names = class_names(labels)
-        return self if len(names) > self.facts.num_labels else self._with_names(names)
+        found = set(each(labels))
+        names = class_names(found)
+        if len(names) < len(found) and all(whole_number(name) is not None for name in names):
+            return self._with(labels=NUMBERS if kept else IDS)
+        return self if len(names) > self.facts.num_labels else self._with(label_names=names)
 
     def of_task(self, rows: Sequence[Mapping[str, Any]]) -> Encoding:
         """With the names of one task's classes, in alphabetical order, unless all tasks share theirs."""
-        if self.objective not in CLASSIFYING or self.facts.label_names:
+        if self._shared:
             return self
         kind: Any = _KINDS[self.objective]
-        return self._with_names(class_names(kind.label(row) for row in rows))
+        return self._with(label_names=names_of_task([kind.label(row) for row in rows], self.facts))
 
     def of_tasks(
         self, rows_of: Callable[[str], list[dict[str, Any]]], names: Iterable[str]
     ) -> Encoding | dict[str, Encoding]:
         """`of_task` for each of the tasks called `names`, whose rows `rows_of` gives; itself if it is the same for all."""
-        if self.objective not in CLASSIFYING or self.facts.label_names:
+        if self._shared:
             return self
         return {name: self.of_task(rows_of(name)) for name in names}
 
-    def _with_names(self, names: tuple[str, ...]) -> Encoding:
-        return replace(self, facts=replace(self.facts, label_names=names))
+    @property
+    def _shared(self) -> bool:
+        """Whether a label means the same in all tasks: it is a text to be written, or the head knows its classes."""
+        return self.objective not in CLASSIFYING or bool(self.facts.label_names) or self.facts.labels == NUMBERS
+
+    def _with(self, **facts: Any) -> Encoding:
+        return replace(self, facts=replace(self.facts, **facts))

@@ -8,9 +8,10 @@ from typing import Any
 from meta_peft.errors import MetaPeftError
 from meta_peft.objectives import CLASSIFYING
 from meta_peft.tasks.encoding.special_tokens import special_tokens
-from meta_peft.utils.checked import shown, text, whole
+from meta_peft.utils.checked import one_of, shown, text, whole
 
 MOST_CLASSES, LONGEST_NAME, LONGEST_PREFIX = 10_000, 1000, 64
+NAMES, NUMBERS, IDS, UNKNOWN = LABELS = ("names", "numbers", "ids", "unknown")
 
 
 @dataclass(frozen=True)
@@ -22,11 +23,15 @@ class Facts:
             for Whisper also those of language and task.
         num_labels: classes of the head.
         label_names: names of the classes, by number, where all tasks share them.
+        labels: what labels were in training. ``names``, where a number is the number of a class. ``numbers`` of classes
+            which the head has learned, and no names. ``ids``, numbers that mean nothing to the head, since episodes number
+            their classes anew, or its start is not learned. ``unknown`` in a file from before this was written down.
     """
 
     decoder_prefix: tuple[int, ...] = ()
     num_labels: int = 0
     label_names: tuple[str, ...] = ()
+    labels: str = NAMES
 
     def __post_init__(self) -> None:
         if len(self.decoder_prefix) > LONGEST_PREFIX:
@@ -34,6 +39,7 @@ class Facts:
         for token in self.decoder_prefix:
             whole("decoder_prefix", token, 0, 2**31)
         whole("num_labels", self.num_labels, 0, MOST_CLASSES)
+        one_of("labels", self.labels, LABELS)
         for name in self.label_names:
             text("label_names", name, LONGEST_NAME)
         if len(set(self.label_names)) < len(self.label_names) or len(self.label_names) > self.num_labels:

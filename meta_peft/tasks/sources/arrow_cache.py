@@ -171,9 +171,13 @@ def _with_schema(table: pa.Table, schema: pa.Schema) -> pa.Table:
         values = table[field.name]
         if values.type == field.type:
             return values
-        if pa.types.is_nested(field.type):  # a cast of objects in lists gives arrays that cannot be read (pyarrow 26)
-            return pa.array(values.to_pylist(), field.type)
-        return values.cast(field.type)
+        try:
+            # A cast of objects in lists gives arrays that cannot be read (pyarrow 26).
+            if pa.types.is_nested(field.type):
+                return pa.array(values.to_pylist(), field.type)
+            return values.cast(field.type)
+        except pa.ArrowException as error:  # whole numbers that are too large to be written as fractions
+            raise no_table(f"column {shown(field.name)}: {shown(str(error))}") from error
 
     return pa.table([column(field) for field in schema], schema=schema)
 

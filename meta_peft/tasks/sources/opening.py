@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +15,18 @@ from datasets import (
     IterableDatasetDict,
     concatenate_datasets,
     load_dataset,
-    load_from_disk,
 )
 
 from meta_peft.errors import MetaPeftError, did_you_mean
 from meta_peft.tasks.plain import plain_row
-from meta_peft.tasks.sources.arrow_cache import cached, key_of_files, no_table, table_of, uncached
+from meta_peft.tasks.sources.arrow_cache import no_table, table_of, uncached
 from meta_peft.tasks.sources.class_names import name_classes
-from meta_peft.tasks.sources.text_files import READERS, existing, rows_of_file
+from meta_peft.tasks.sources.folders import saved, table_of_paths
+from meta_peft.tasks.sources.split_files import SPLIT_NAMES, split_files
+from meta_peft.tasks.sources.text_files import READERS
 from meta_peft.utils.checked import shown
 
 SPLITS = ("train", "validation", "test")
-SPLIT_NAMES = (*SPLITS, "dev", "eval", "valid")
 
 
 def opened(source: Any, task_column: str = "task") -> Dataset:
@@ -41,12 +42,12 @@ def opened(source: Any, task_column: str = "task") -> Dataset:
     if isinstance(source, IterableDataset):
         return streamed(source)
     if isinstance(source, (str, Path)):
-        return _from_paths([source], task_column)
+        return table_of_paths([source], task_column)
     if isinstance(source, Mapping):
         return _from_mapping(source, task_column)
     source = source if isinstance(source, (list, tuple)) else _first_seen(source)
     if isinstance(source, (list, tuple)) and source and all(isinstance(path, (str, Path)) for path in source):
-        return _from_paths(source, task_column)
+        return table_of_paths(source, task_column)
     return from_rows(source)
 
 
@@ -91,8 +92,9 @@ def opened_splits(
     """The splits of a dataset that holds them all, by our names for them: train, validation and test.
 
     Args:
-        name: a hub id; a folder that `save_to_disk` wrote; a folder whose files or subfolders are named after their
-            splits, such as ``train.jsonl``; or else a file or folder, all of which is the split train.
+        name: a hub id; a folder that `save_to_disk` wrote; a folder whose files or subfolders, or those of its
+            folder ``data``, are named after their splits, such as ``train.jsonl`` (see `split_files`); or else a file
+            or folder, all of which is the split train.
         config: the hub's name for one of several datasets under one id.
         splits: what the dataset calls each split; None is our name, if there is such a split.
         streaming: read the hub's rows one after the other, and not whole files first.
@@ -121,14 +123,14 @@ def _splits(name: str, config: str | None, task_column: str, streaming: bool) ->
     if streaming and path.exists():
         raise MetaPeftError(f"streaming is for datasets of the hub, and {name} is here: leave it out.")
     if path.is_dir():
-        saved = _saved(path)
-        if isinstance(saved, DatasetDict):
-            return {str(split): lambda table=table: table for split, table in saved.items()}  # type: ignore[misc]
-        parts = [part for part in sorted(path.iterdir()) if part.stem in SPLIT_NAMES and _holds_rows(part)]
-        if saved is None and parts:
-            return {part.stem: lambda part=part: _from_paths([part], task_column) for part in parts}  # type: ignore[misc]
+        whole = saved(path)
+        if isinstance(whole, DatasetDict):
+            return {str(split): lambda table=table: table for split, table in whole.items()}  # type: ignore[misc]
+        splits = split_files(path) if whole is None else {}
+        if splits:
+            return {s: partial(table_of_paths, files, task_column, parts=True) for s, files in splits.items()}
     if path.exists() or path.suffix in READERS:
-        return {"train": lambda: _from_paths([path], task_column)}
+        return {"train": lambda: table_of_paths([path], task_column)}
     try:
         loaded = load_dataset(name, config, streaming=streaming)
     except Exception as error:  # of many kinds: no such id, no such config, no network, files of another format
@@ -138,55 +140,6 @@ def _splits(name: str, config: str | None, task_column: str, streaming: bool) ->
         ) from error
     assert isinstance(loaded, (DatasetDict, IterableDatasetDict))
     return {str(split): lambda table=table: table for split, table in loaded.items()}  # type: ignore[misc]
-
-
-def _from_paths(paths: Sequence[str | Path], task_column: str) -> Dataset:
-    """One table of all files. Where there may be several, rows without the task column are of the task of their file."""
-    named: dict[str, Path] = {}
-    for path in map(Path, paths):
-        if path.is_dir():
-            saved = _saved(path)
-            if isinstance(saved, DatasetDict):
-                raise MetaPeftError(
-                    f"{path} holds the splits {', '.join(map(str, saved))}: give it as dataset_name, or one of them."
-                )
-            if saved is not None and len(paths) > 1:
-                raise MetaPeftError(f"{path} is a saved dataset, which is given alone: as files, several can be given.")
-            if saved is not None:
-                return saved
-            inside = [file for file in sorted(path.rglob("*")) if _holds_rows(file) and file.is_file()]
-            if not inside:
-                raise MetaPeftError(f"The folder {path} has no file that ends with {', '.join(READERS)}.")
-            new = {file.relative_to(path).with_suffix("").as_posix(): file for file in inside}
-        else:
-            new = {path.stem: existing(path)}
-        if twice := set(new) & set(named):
-            raise MetaPeftError(f"Two files would be the task {min(twice)!r}: rename one, or give a task column.")
-        named |= new
-    alone = len(paths) == 1 and not Path(paths[0]).is_dir()
-
-    def rows() -> Iterator[Mapping[str, Any]]:
-        for name, path in named.items():
-            for row in rows_of_file(path):
-                yield row if alone else {task_column: name, **row}
-
-    places = [str(path.parent.resolve()) for path in named.values()]  # of sounds that rows name
-    key = [key_of_files(named.values()), *named, *places, task_column, str(alone)]
-    return cached("\0".join(key), rows)
-
-
-def _holds_rows(path: Path) -> bool:
-    return path.is_dir() or path.suffix.lower() in READERS
-
-
-def _saved(folder: Path) -> Dataset | DatasetDict | None:
-    """What `save_to_disk` wrote there, if it did."""
-    if not any((folder / name).is_file() for name in ("dataset_dict.json", "state.json")):
-        return None
-    try:
-        return load_from_disk(str(folder))
-    except Exception as error:  # JSON, Arrow and the system each have their own
-        raise MetaPeftError(f"{folder} is damaged or not a saved dataset ({shown(str(error))}).") from error
 
 
 def _from_mapping(tasks: Mapping[str, Any], task_column: str) -> Dataset:

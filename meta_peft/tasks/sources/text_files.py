@@ -22,6 +22,8 @@ from meta_peft.utils.checked import shown
 
 Row = dict[str, Any]
 
+LARGEST_CELL = 2**26  # characters of CSV: more than any text has, and an open quote does not fill the memory
+
 
 def read_rows(path: str | Path) -> list[Row]:
     """All rows of a file, in memory."""
@@ -126,10 +128,13 @@ def _checked(row: Any, where: str) -> Row:
 
 def _csv(path: Path, delimiter: str = ",") -> Iterator[Row]:
     """Every value is text, as it stands there."""
+    csv.field_size_limit(max(LARGEST_CELL, csv.field_size_limit()))  # of this process; it begins at 128 KiB
     reader = csv.reader((line for _, line in _lines(path)), delimiter=delimiter, strict=True)
     header: list[str] = []
+    read = 0  # lines of whole rows
     try:
         for values in reader:
+            read = reader.line_num
             if not values:
                 continue
             if not header:
@@ -144,7 +149,7 @@ def _csv(path: Path, delimiter: str = ",") -> Iterator[Row]:
                 )
             yield dict(zip(header, values, strict=True))
     except csv.Error as error:
-        raise MetaPeftError(f"{path}, line {reader.line_num}: not CSV ({error}).") from error
+        raise MetaPeftError(f"{path}, line {read + 1}: not CSV ({error}).") from error  # where its row begins
 
 
 def _tsv(path: Path) -> Iterator[Row]:

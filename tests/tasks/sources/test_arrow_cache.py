@@ -100,3 +100,11 @@ def test_mixed_types_are_named_by_column_and_row(rows: list[dict], message: str)
 def test_mixed_types_far_apart():
     with pytest.raises(MetaPeftError, match="after row 2 the values are of another kind"):
         uncached([{"a": 1}, {"a": 2}, {"a": "x"}])
+
+
+@pytest.mark.parametrize(("early", "late"), [(2**60 + 1, 0.5), ([2**60 + 1], [0.5]), ({"b": 2**60 + 1}, {"b": 0.5})])
+def test_numbers_that_fit_no_column_far_apart(tmp_path: Path, early, late):
+    """A later row makes fractions of a column, which whole numbers beyond 2^53 cannot be."""
+    with pytest.raises(MetaPeftError, match=r"do not make a table \(column 'a': .*nteger value 1152921504606846977"):
+        arrow_cache.write([{"a": early}, {"a": early}, {"a": late}], tmp_path / "x.arrow")
+    assert not list(tmp_path.iterdir())

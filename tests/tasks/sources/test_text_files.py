@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import csv
 import json
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import pytest
 from datasets import ClassLabel, Dataset, Features, Value
 
 from meta_peft.errors import MetaPeftError
+from meta_peft.tasks.sources import text_files
 from meta_peft.tasks.sources.text_files import read_rows, rows_of_file
 
 ROWS = [{"input": "007", "target": "2024-03-05"}, {"input": "NA", "target": "a, b"}]
@@ -73,6 +75,7 @@ def test_parquet_with_classes(tmp_path: Path):
         ("x.csv", "a,b\n1,2\n1,2,3\n", "x.csv, line 3: expected 2 values, as in the first line, got 3"),
         ("x.csv", "a,a\n", "x.csv: the first line must name each column once"),
         ("x.csv", 'a,b\n1,"2"3\n', "x.csv, line 2: not CSV"),
+        ("x.csv", 'a,b\n1,2\n3,"4\n' + "5,6\n" * 50_000, r"x.csv, line 3: not CSV \(unexpected end of data\)"),
         ("x.csv", b"a\n\xe9\n", "x.csv, line 2: not UTF-8 text"),
         ("x.parquet", "no", "x.parquet is damaged or not Parquet"),
         ("x.jsnl", "{}", r"x.jsnl is of no known kind: name it .jsonl, .*Did you mean '.jsonl'"),
@@ -87,6 +90,24 @@ def test_characters_that_end_a_line_elsewhere_are_content(tmp_path: Path):
     """JSON lines end at newlines only; U+2028 and its like may stand inside a string."""
     line = json.dumps({"input": "x\u2028y\x85z", "target": "1"}, ensure_ascii=False) + "\r\n"
     assert read_rows(written(tmp_path, "x.jsonl", line))[0]["input"] == "x\u2028y\x85z"
+
+
+@pytest.mark.parametrize("quote", ["", '"'])
+def test_a_long_text_may_stand_in_any_kind_of_file(tmp_path: Path, quote: str):
+    text = "x" * 5_000_000
+    row = [{"input": text, "target": "y"}]
+    assert read_rows(written(tmp_path, "x.jsonl", json.dumps(row[0]))) == row
+    assert read_rows(written(tmp_path, "x.csv", f"input,target\n{quote}{text}{quote},y\n")) == row
+
+
+def test_an_open_quote_does_not_fill_the_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    before = csv.field_size_limit(1000)
+    try:
+        monkeypatch.setattr(text_files, "LARGEST_CELL", 1000)
+        with pytest.raises(MetaPeftError, match=r"x.csv, line 2: not CSV \(field larger than field limit"):
+            read_rows(written(tmp_path, "x.csv", 'a\n"' + "b\n" * 1000))
+    finally:
+        csv.field_size_limit(before)
 
 
 def test_sounds_are_beside_the_file_that_names_them(tmp_path: Path):
