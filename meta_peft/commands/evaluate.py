@@ -127,6 +127,8 @@ def compare(words: Sequence[str]) -> int:
 
     given = run_options(words, ProtocolArguments, prog="meta-peft evaluate")
     summary = run(*given)
+    if summary is None:
+        return 0
     print("\n".join(verdict(summary)))
     print(f"The report is {Path(str(given[2].output_dir)) / 'report.html'}.")
     return 0

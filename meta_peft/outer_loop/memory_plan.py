@@ -25,6 +25,7 @@ from meta_peft.inner_loop.inner_loop import start
 from meta_peft.inner_optimizers import InnerRule
 from meta_peft.params import leaves
 from meta_peft.types import EpisodeBatch, LossFn, Meta, Rows
+from meta_peft.utils.checked import is_whole, shown
 from meta_peft.utils.memory import available
 
 logger = logging.getLogger("meta_peft")
@@ -45,8 +46,10 @@ class MemoryPlan:
     """
 
     def __init__(self, tasks_per_forward: int | None = None, budget: float | None = None):
-        if tasks_per_forward is not None and tasks_per_forward < 1:
-            raise MetaPeftError(f"tasks_per_forward must be 1 or more, or None to find it; got {tasks_per_forward}.")
+        if tasks_per_forward is not None and not (is_whole(tasks_per_forward) and tasks_per_forward >= 1):
+            raise MetaPeftError(
+                f"tasks_per_forward must be 1 or more, or None to find it; got {shown(tasks_per_forward)}: a whole number."
+            )
         if budget is not None and not budget > 0:
             raise MetaPeftError(f"A memory budget must be positive, got {budget}.")
         self.tasks_per_forward, self.budget = tasks_per_forward, budget

@@ -106,6 +106,11 @@ def meta_gradient(
             is active; or `rates` are those of other weights.
     """
     _check_rates(rates)
+    if not isinstance(episode_batch, EpisodeBatch):
+        raise MetaPeftError(
+            f"episode_batch must be an EpisodeBatch, which EpisodeCollator makes of episodes, and"
+            f" meta_peft.episode_batch of tensors; got a {type(episode_batch).__name__}."
+        )
     loss_fn = bind(model, algorithm)
     if not isinstance(tasks_per_forward, MemoryPlan):
         tasks_per_forward = MemoryPlan(tasks_per_forward, budget=math.inf)

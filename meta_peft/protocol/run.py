@@ -20,7 +20,7 @@ from meta_peft.protocol.cells import all_found, cells_of, digest, path_of, train
 from meta_peft.protocol.measure import measured
 from meta_peft.protocol.page import write_page
 from meta_peft.protocol.setting import Setting
-from meta_peft.protocol.summary import Summary
+from meta_peft.protocol.summary import NothingToCompareError, Summary
 from meta_peft.run_tasks.run_episodes import with_classes
 from meta_peft.run_tasks.task_loading import run_tasks
 from meta_peft.tasks import TaskSet
@@ -47,8 +47,11 @@ def run(
     args: MetaLoraConfig,
     comparison: CompareArguments,
     protocol: ProtocolArguments,
-) -> Summary:
+) -> Summary | None:
     """Compare starts on held-out tasks; cells and report are in `args.output_dir`.
+
+    Returns:
+        What the cells say together; None if they were measured, and make no comparison without those of other processes.
 
     Raises:
         MetaPeftError: there are no validation or test tasks, or too few tasks or rows for `task_counts` or `shots_curve`;
@@ -95,7 +98,13 @@ def run(
     if not found:
         raise MetaPeftError(f"There is nothing measured in {folder} yet: leave measure=false out.")
     trained_for(found)  # the same for all seeds
-    summary = Summary.of(found, about)
+    try:
+        summary = Summary.of(found, about)
+    except NothingToCompareError as why:
+        if not protocol.measure:
+            raise
+        logger.warning("All that was asked for is measured, and there is no report yet. %s", why)
+        return None
     write_page(summary, folder)
     return summary
 

@@ -25,6 +25,10 @@ from meta_peft.protocol.arguments import IN_CONTEXT, META, TITLES
 from meta_peft.protocol.cells import PROTOCOL, Found
 
 
+class NothingToCompareError(MetaPeftError):
+    """What was measured so far makes no comparison."""
+
+
 @dataclass(frozen=True)
 class Difference:
     """How far the meta-learned start is ahead of another, in the metric; above 0 is better, whatever the metric.
@@ -70,13 +74,17 @@ class Summary:
         """Of the seeds for which every start was measured.
 
         Raises:
-            MetaPeftError: there is no such seed yet.
+            NothingToCompareError: there is no such seed yet, or no start that adapts.
         """
         kinds = {(each.cell.start, each.cell.task_count) for each in found}
         by_kind = [{f.cell.seed for f in found if (f.cell.start, f.cell.task_count) == kind} for kind in kinds]
         seeds = sorted(set.intersection(*by_kind))
         if not seeds:
-            raise MetaPeftError("No seed has all its starts measured yet: go on measuring.")
+            raise NothingToCompareError("No seed has all its starts measured yet: go on measuring.")
+        if all(start == IN_CONTEXT for start, _ in kinds):
+            raise NothingToCompareError(
+                "In-context examples have nothing to be compared with yet: measure another start."
+            )
         others = sorted({f.cell.seed for f in found} - set(seeds))
         left_out = {
             seed: tuple(s for s in TITLES if any((f.cell.seed, f.cell.start) == (seed, s) for f in found))

@@ -425,7 +425,13 @@ def test_one_task_with_plain_matrices_is_a_stack_of_one():
     assert_equal(single, take_task(stacked, 0), 1e-12)
 
 
-@pytest.mark.parametrize("size", [0, -1])
+def test_what_is_no_batch():
+    batch = random_batch()
+    with pytest.raises(MetaPeftError, match=r"episode_batch must be an EpisodeBatch, .* got a list"):
+        meta_gradient(tiny(), [batch], MAML())
+
+
+@pytest.mark.parametrize("size", [0, -1, 1.5, True])
 def test_no_tasks_per_forward(size: int):
     with pytest.raises(MetaPeftError, match="tasks_per_forward must be 1 or more"):
         meta_gradient(tiny(), random_batch(), MAML(), tasks_per_forward=size)

@@ -376,6 +376,18 @@ def test_a_start_that_would_be_trained_for_longer_than_with_another_seed_is_refu
     assert not (tmp_path / "out" / "starts" / "seed1-multitask").exists()
 
 
+def test_what_makes_no_comparison_yet_is_measured_all_the_same(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    """Processes that share the work may each have a part of it; once the first to be ready ended in an error."""
+    assert compared(tmp_path, protocol={"starts": ["in_context"]}) is None
+    assert "there is no report yet. In-context examples have nothing to be compared with" in caplog.text
+    assert compared(tmp_path, protocol={"starts": ["plain"], "seeds": [1]}) is None
+    assert "there is no report yet. No seed has all its starts measured" in caplog.text
+    assert [found.cell.name for found in all_found(tmp_path / "out")] == ["seed0-in_context", "seed1-plain"]
+    with pytest.raises(MetaPeftError, match="No seed has all its starts"):
+        compared(tmp_path, protocol={"starts": ["plain"], "measure": False})
+    assert compared(tmp_path, protocol={"starts": ["plain"]}).seeds == (0,)
+
+
 def test_a_curve_over_more_examples_than_tasks_have_is_refused_before_anything_is_trained(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
