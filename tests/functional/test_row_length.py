@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from architectures import base_of
 from tiny_models import random_rows, tiny_base, with_lora
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
 
@@ -75,6 +76,12 @@ def test_learned_positions_end_with_their_table(kind: str):
     base(input_ids=short, **({"decoder_input_ids": short} if kind == "bart" else {}))
     with pytest.raises((IndexError, RuntimeError)):
         base(input_ids=long, **({"decoder_input_ids": long} if kind == "bart" else {}))
+
+
+def test_positions_of_sound_are_no_limit_of_tokens():
+    base = base_of("whisper")
+    assert base.config.max_source_positions < base.config.max_target_positions
+    assert longest(base) == (base.config.max_target_positions, LEARNED)
 
 
 def test_rows_beyond_learned_positions_are_refused():
