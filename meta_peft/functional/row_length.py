@@ -58,9 +58,7 @@ def longest(base: nn.Module) -> tuple[int | None, str]:
         if kind == "longrope":
             own = part.get("original_max_position_embeddings")
             return own or getattr(config, "original_max_position_embeddings", config.max_position_embeddings), kind
-    hears = (
-        getattr(base, "main_input_name", "input_ids") != "input_ids"
-    )  # an encoder of sound has no tokens
+    hears = getattr(base, "main_input_name", "input_ids") != "input_ids"  # an encoder of sound has no tokens
     modules = (part for part in base.named_modules() if not (hears and ENCODER in part[0]))
     tables = [m for path, m in modules if path.endswith(TABLES) and isinstance(m, nn.Embedding)]
     return min(map(_positions, tables), default=None), LEARNED if tables else ""
