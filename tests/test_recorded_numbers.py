@@ -138,6 +138,12 @@ def test_by_how_much_where_a_model_writes():
     bounds = sorted(-bound for bound in behind["interval"])
     assert "is {} points ahead of it ({} to {}), in each seed".format(*map(percent, (-behind["mean"], *bounds))) in text
     assert max(behind["by_seed"]) < 0
+    folder = EVIDENCE / "data_wrangling"
+    meta, plain, multitask = (after(folder, start, 1, 3, 10) for start in ("meta", "plain", "multitask"))
+    meta, plain, multitask = (" and ".join(each.rsplit(", ", 1)) for each in (meta, plain, multitask))
+    said = f"(five seeds), meta-learned LoRA has {meta} % after 1, 3 and 10 steps, plain LoRA {plain}, and multi-task LoRA,"
+    assert f"{said} stopped early where the validation tasks say so, {multitask}." in text
+    assert len(summary(folder)["seeds"]) == 5
 
 
 @pytest.mark.parametrize(
