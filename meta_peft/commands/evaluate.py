@@ -12,9 +12,8 @@ from meta_peft.errors import MetaPeftError
 
 ABOUT = "Query loss and a metric of an adapter on held-out tasks."
 USAGE = "--adapter DIR_OR_ID --tasks FILE [options]"
-EXAMPLES = """examples:
-  meta-peft evaluate --adapter outputs/mine --tasks held_out.jsonl --shots 8
-  meta-peft evaluate --config mine.yaml    (which start is best; has a --help)"""
+EXAMPLES = """example: meta-peft evaluate --adapter outputs/mine --tasks held_out.jsonl
+which start is best: meta-peft evaluate --config mine.yaml    (has a --help)"""
 COMPARE_HELP = """usage: meta-peft evaluate --config FILE [--key value ...]
 
 Which start is best for these tasks, at equal compute: train each, adapt it to
@@ -40,8 +39,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tasks", required=True, metavar="FILE", help="rows with a column that names their task")
     parser.add_argument("--task-column", nargs="+", metavar="C", help="that column, or several (as in meta-training)")
     parser.add_argument("--shots", type=int, metavar="N", help="support rows of a task (as in meta-training)")
-    most = "query rows of a task, at most (64); memory grows with them"
-    parser.add_argument("--query-size", type=int, default=64, metavar="N", help=most)
+    parser.add_argument("--query-size", type=int, default=64, metavar="N", help="query rows of a task at most (64)")
     steps = {"type": int, "nargs": "+", "default": [0, 1, 3, 10], "metavar": "N"}
     parser.add_argument("--steps", **steps, help="adaptation steps (0 1 3 10)")  # type: ignore[arg-type]
     parser.add_argument("--metric", metavar="NAME", help="beside the loss (as in meta-training)")
