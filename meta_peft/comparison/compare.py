@@ -157,10 +157,14 @@ def by_all_rules(trainer: MetaTrainer, stops: list[Start]) -> list[Start]:
     return [*stops, *map(by_adam, stops)]
 
 
+def held_out_tasks(tasks: TaskSet, n: int, ways: int | None) -> TaskSet:
+    """At most n of the held-out tasks to measure on; but `ways`, of which an episode is where tasks are classes."""
+    return some_tasks(tasks, max(n, ways or 0))
+
+
 def held_out_episodes(trainer: MetaTrainer, tasks: TaskSet, n: int) -> list[Episode]:
     """The episodes of at most n held-out tasks, the same for every start."""
-    n = max(n, trainer.args.ways or 0)  # where tasks are classes, an episode takes so many of them
-    return trainer.evaluation_episodes(some_tasks(tasks, n)).by_length()
+    return trainer.evaluation_episodes(held_out_tasks(tasks, n, trainer.args.ways)).by_length()
 
 
 def start_curve(

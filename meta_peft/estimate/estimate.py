@@ -30,6 +30,7 @@ from meta_peft.lora.fast_weights import LAYER_NUMBER, lora_layers
 from meta_peft.outer_loop.memory_plan import SHARE, MemoryPlan
 from meta_peft.outer_loop.outer_loop import LearnedRates, bind, in_chunks
 from meta_peft.types import EpisodeBatch, Meta, Params, Rows
+from meta_peft.utils.words import counted
 
 SUPPORT, QUERY, BACK = "support rows, forward", "query rows, forward", "gradients on the way back"
 SCORES, LOGITS, DENSE, FAST = "attention scores", "logits", "dequantised weights", "fast weights"
@@ -332,7 +333,7 @@ def _how(kind: str, settled: _Settled, loss_fn: AdapterLoss) -> str:
         graphs = max(algorithm.kept_graphs, 1) if kind == SUPPORT and second and isinstance(algorithm, MAML) else 1
         tasks, inputs = settled.batch.n_tasks, "layer inputs" if settled.checkpoint else "activations"
         rows = f"{tasks} x {labels.shape[0] // tasks} rows of {labels.shape[1]} tokens"
-        return f"{rows}: {inputs} of {layers - frozen - slow} of {layers} layers, {graphs} graph{'s' * (graphs > 1)}"
+        return f"{rows}: {inputs} of {layers - frozen - slow} of {layers} layers, {counted(graphs, 'graph')}"
     return {
         BACK: "what backward passes make" + (", kept for second derivatives" if second else ""),
         SCORES: "rows x heads x tokens x tokens" + (", kept for second derivatives" if second else ""),

@@ -17,7 +17,6 @@ from meta_peft.types import Rows
 
 LEARNED = "learned"
 TABLES = ("wpe", "position_embeddings", "embed_positions")  # what transformers calls a table of learned positions
-
 ENCODER = "encoder."
 
 

@@ -93,8 +93,7 @@ def _with_shots(trainer: MetaTrainer, setting: Setting, test: list[Episode], sho
     args.shots = shots
     names = dict.fromkeys(episode.task for episode in test)
     episodes = RunEpisodes(trainer.loss_fn.model, trainer.encoding, args, sharded=False)
-    drawn = episodes.held_out(setting.tasks["test"].select(names))
-    return [drawn[i] for i in range(len(drawn))]
+    return list(episodes.held_out(setting.tasks["test"].select(names)))
 
 
 def _in_context(trainer: MetaTrainer, episodes: list[Episode]) -> Scores:

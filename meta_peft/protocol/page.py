@@ -17,6 +17,7 @@ from meta_peft.protocol.arguments import IN_CONTEXT, TITLES
 from meta_peft.protocol.summary import Summary
 from meta_peft.protocol.verdict import verdict
 from meta_peft.utils.atomic_files import write_file
+from meta_peft.utils.words import counted
 
 Table = tuple[str, list[str], list[list[str]]]
 """What it shows, its columns and its rows."""
@@ -114,9 +115,9 @@ def _scores(summary: Summary) -> Table:
         [row["start"], row["steps"], row["loss"], row["score"], row["worst_score"], error, row["rate_factor"]]
         for row, error in zip(summary.report.texts(), errors, strict=True)
     ]
-    parts = [f"Held-out tasks: {len(summary.tasks)}", _some(len(summary.seeds), "seed")]
+    parts = [f"Held-out tasks: {len(summary.tasks)}", counted(len(summary.seeds), "seed")]
     if summary.query_rows is not None:
-        parts.insert(1, f"{_some(summary.query_rows, 'query row')} each")
+        parts.insert(1, f"{counted(summary.query_rows, 'query row')} each")
     return ", ".join(parts), columns, lines
 
 
@@ -183,10 +184,6 @@ def _cost(summary: Summary) -> Table:
         lines.append([TITLES[start], f"{cost['outer_steps']:.0f}", f"{cost['training_seconds']:.0f}", adapted, seconds])
         lines[-1].append(prompt)
     return "Cost", columns, lines
-
-
-def _some(n: int, what: str) -> str:
-    return f"{n} {what}{'s' * (n != 1)}"
 
 
 def _html_table(title: str, columns: list[str], rows: list[list[str]]) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 from meta_peft.base.base_config import objective_of
 from meta_peft.base.tokenizers import tokenizer_for
 from meta_peft.comparison.about_run import about_run
-from meta_peft.comparison.compare import CompareArguments, some_tasks
+from meta_peft.comparison.compare import CompareArguments, held_out_tasks
 from meta_peft.config import MetaLoraConfig, ModelArguments, TaskArguments
 from meta_peft.errors import MetaPeftError
 from meta_peft.evaluation.report import check_plots
@@ -75,7 +75,7 @@ def run(
         )
     protocol.check_task_counts(len(tasks["train"]), args.ways if tasks_are_classes and args.ways else 1)
     if protocol.shots_curve:
-        judged = some_tasks(tasks["test"], max(comparison.max_test_tasks, args.ways or 1))
+        judged = held_out_tasks(tasks["test"], comparison.max_test_tasks, args.ways)
         _check_shots(episodes_of(judged, labels), max(protocol.shots_curve))
     model_args = with_classes(model_args, tasks.values(), args.ways, args.label_words)
     about = {**about_run(model_args, task_args, args, tasks), "leakage": leakage, "comparison": _compared(comparison)}

@@ -6,6 +6,7 @@ that chooses tasks by what training shows (`sampling.Adaptive`) depends on more,
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -63,6 +64,9 @@ class EpisodeDataset(Dataset[Episode]):
     def __len__(self) -> int:
         return self.length
 
+    def __iter__(self) -> Iterator[Episode]:
+        return (self[i] for i in range(len(self)))
+
     def __getitem__(self, i: int) -> Episode:
         if not 0 <= i < self.length:
             raise IndexError(i)
@@ -89,4 +93,4 @@ class EpisodeDataset(Dataset[Episode]):
 
     def by_length(self) -> list[Episode]:
         """All episodes, shortest support rows first, so that those stacked together need little padding."""
-        return sorted((self[i] for i in range(len(self))), key=lambda e: max(map(row_length, e.support)))
+        return sorted(self, key=lambda e: max(map(row_length, e.support)))

@@ -7,6 +7,7 @@ from meta_peft.tasks.episodes import EpisodeDataset
 from meta_peft.tasks.labelling import Labelling, episodes_of
 from meta_peft.tasks.support_selection import SupportSelection
 from meta_peft.tasks.task_set import TaskSet
+from meta_peft.utils.words import counted
 
 
 def held_out(
@@ -33,7 +34,7 @@ def held_out(
     size = episodes_of(tasks, labels).query_size(shots, query_size)
     if query_size is not None and size < query_size:
         say_once(
-            f"Held-out tasks are judged on {size} query row{'s' * (size != 1)} each, not on {query_size}: the smallest has"
+            f"Held-out tasks are judged on {counted(size, 'query row')} each, not on {query_size}: the smallest has"
             f" no more besides {shots} support rows. To have more, leave small tasks out, or lower shots."
         )
     return EpisodeDataset(

@@ -23,7 +23,7 @@ from meta_peft.tasks.prompt import INPUT_TARGET, example_columns
 from meta_peft.tasks.row_index import LEAVE_OUT
 from meta_peft.tasks.task_set import TaskSet
 from meta_peft.tasks.written import written
-from meta_peft.utils.checked import one_of
+from meta_peft.utils.checked import is_whole, one_of
 
 GIVEN = "given"
 LABEL_WORDS = (GIVEN, "permuted", "letters")
@@ -57,7 +57,7 @@ class Labelling:
     column: str = "label"
 
     def __post_init__(self) -> None:
-        if not isinstance(self.ways, int) or isinstance(self.ways, bool) or self.ways < 2:
+        if not (is_whole(self.ways) and self.ways >= 2):
             raise MetaPeftError(f"ways must be a whole number of 2 or more; got {self.ways!r}.")
         one_of("label_words", self.words, LABEL_WORDS)
         if self.words == "letters" and self.ways > len(string.ascii_uppercase):

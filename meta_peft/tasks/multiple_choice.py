@@ -14,7 +14,7 @@ from torch import Tensor
 
 from meta_peft.errors import MetaPeftError
 from meta_peft.objectives.labelled_tokens import IGNORED
-from meta_peft.utils.checked import shown
+from meta_peft.utils.checked import is_whole, shown
 
 CHOICES = "choices"
 Features = dict[str, Any]
@@ -70,7 +70,7 @@ def _checked(row: Mapping[str, Any], column: str) -> tuple[list[str], int]:
         raise MetaPeftError(f"Column {CHOICES!r} must hold a list of texts, none of them empty; got {shown(texts)}.")
     if len(texts) < 2 or len(set(texts)) < len(texts):
         raise MetaPeftError(f"Column {CHOICES!r} must hold two or more different texts; got {shown(texts)}.")
-    if isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < len(texts):
+    if is_whole(answer) and 0 <= answer < len(texts):
         return texts, answer
     if isinstance(answer, str) and answer in texts:
         return texts, texts.index(answer)

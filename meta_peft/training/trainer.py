@@ -238,7 +238,7 @@ class MetaTrainer(PushingTrainer):
         each = EpisodeDataset(
             self.train_dataset.tasks, shots=args.shots, query_size=args.query_size, seed=args.seed, shuffle=False
         )
-        in_order = self.batches([each[task] for task in range(len(each))])
+        in_order = self.batches(list(each))
         losses = curve(self.scorer.loss_fn, self.start(), in_order, (0,)).loss[:, 0]
         return group.from_first(torch.from_numpy(losses).to(args.device)).cpu().numpy()
 

@@ -8,7 +8,7 @@ import operator
 import reprlib
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from meta_peft.errors import MetaPeftError, did_you_mean
 
@@ -62,7 +62,7 @@ def flag(option: str, value: Any) -> bool:
     return value
 
 
-def is_whole(value: Any) -> bool:
+def is_whole(value: Any) -> TypeGuard[int]:
     """Whether `value` is an int, and no bool."""
     return isinstance(value, int) and not isinstance(value, bool)
 
