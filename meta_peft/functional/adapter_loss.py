@@ -7,11 +7,10 @@ differentiated twice. Outside a call the model is an ordinary PEFT model, as it 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from typing import Any, TypeVar
-from weakref import WeakSet
 
 import torch
 from peft import PeftModel
@@ -27,8 +26,9 @@ from meta_peft.frozen.whole_weights import is_elsewhere
 from meta_peft.functional.checkpointing import checkpointed
 from meta_peft.functional.fast_attention import twice_differentiable_attention
 from meta_peft.functional.fast_forwards import fast_forwards
+from meta_peft.functional.model_modes import configs_of, evaluation_mode, outputs_by_name
 from meta_peft.functional.padding import TokenPositions
-from meta_peft.functional.row_length import check_length, check_rows, longest
+from meta_peft.functional.row_checks import RowChecks
 from meta_peft.functional.slow_prefix import AboveSlow, below_first
 from meta_peft.functional.task_rows import RowsRearrangedError, TasksApart, rows_in_place
 from meta_peft.inner_optimizers import InnerRule
@@ -79,13 +79,11 @@ class AdapterLoss:
         self.objective = objective_name(base) if objective is None else objective
         self._objective = objective_for(base, objective)
         self._head = head_of(base)
-        self._known_labels = known_labels(base, self.objective)
-        self._checked: WeakSet[Rows] = WeakSet()
         self._configs = configs_of(base)
         adapter = self.weights.adapter
         self._positions = TokenPositions()
         self._one_input = base.config.model_type in ONE_INPUT
-        self._longest = longest(base)
+        self._check = RowChecks(base, self._objective, known_labels(base, self.objective))
         self._forwards = fast_forwards(model, adapter, self._positions)
         self._checkpoint = checkpoint
         below_head = [name for name in self.weights.parameters() if is_lora(name)]
@@ -102,21 +100,21 @@ class AdapterLoss:
         self._apart = TasksApart()
 
     def __call__(self, adapter: Params, rows: Rows) -> Tensor:
-        self._check(rows)
+        self._check.labels(rows)
         losses = self._measured(lambda r: self._objective.loss_per_task(self._base, self._head, r), adapter, rows)
         return torch.cat(losses)
 
     @torch.no_grad()
     def scores(self, adapter: Params, rows: Rows) -> TaskScores:
         """Losses, matches and predictions, without gradients."""
-        self._check(rows)
+        self._check.labels(rows)
         parts = self._measured(lambda r: self._objective.scores_per_task(self._base, self._head, r), adapter, rows)
         return TaskScores(*(torch.cat(values) for values in zip(*parts, strict=True)))
 
     @torch.no_grad()
     def log_likelihoods(self, adapter: Params, rows: Rows) -> tuple[Tensor, Tensor]:
         """Each row's summed log-likelihood of its labels, and how many they are, ``[B]`` each."""
-        self._check(rows)
+        self._check.labels(rows)
         measure = self._objective.log_likelihood_per_row
         parts = self._measured(lambda r: measure(self._base, self._head, r), adapter, rows)
         total_B, count_B = (torch.cat(values) for values in zip(*parts, strict=True))
@@ -152,7 +150,7 @@ class AdapterLoss:
         if tokens:
             own = self.weights.parameters()
             assert all(value.dim() == own[name].dim() for name, value in adapter.items()), "a prompt is for one task"
-            check_length(*self._longest, len(tokens))
+            self._check.length(len(tokens))
             with self._forwards_in_place(adapter, False):
                 self._behind = SharedPrompt(self._base, tokens, next(iter(adapter.values())).device)
         try:
@@ -221,8 +219,8 @@ class AdapterLoss:
         Raises:
             RowsRearrangedError: this model cannot have the tasks of a stack at once.
         """
-        self._check(rows)
-        check_rows(*self._longest, rows)
+        self._check.labels(rows)
+        self._check.readable(rows)
         own = self.weights.parameters()
         at_once = any(value.dim() > own[name].dim() for name, value in adapter.items())
         with self._running(adapter, rows, at_once=at_once, second_order=second_order), inside:
@@ -233,12 +231,6 @@ class AdapterLoss:
         prefix, below = self._below(tuple(rule.fast_names(self.weights.parameters())))
         frozen = self._prefix.n_layers
         return Stack(len(layers_of(self._base)), frozen, prefix.n_layers - frozen if below and self._at_once else 0)
-
-    def _check(self, rows: Rows) -> None:
-        """Whether rows are such that they have a loss, asked when they come for the first time."""
-        if rows not in self._checked:
-            self._objective.check(rows, self._known_labels)
-            self._checked.add(rows)
 
     def _below(self, fast: tuple[str, ...]) -> tuple[Prefix, tuple[str, ...]]:
         if fast not in self._slow_prefixes:
@@ -257,7 +249,7 @@ class AdapterLoss:
         self, measure: Callable[[Rows], Measured], adapter: Params, rows: Rows, *, all_layers: bool = False
     ) -> list[Measured]:
         """What `measure` returns for all tasks at once, or for one after the other."""
-        check_rows(*self._longest, rows, behind=0 if self._behind is None else self._behind.length)
+        self._check.readable(rows, behind=0 if self._behind is None else self._behind.length)
         own = self.weights.parameters()
         stacked = {name for name, value in adapter.items() if value.dim() > own[name].dim()}
         if wrong := {len(adapter[name]) for name in stacked} - {rows.n_tasks}:
@@ -328,38 +320,3 @@ class AdapterLoss:
 def _is_stackable(head: nn.Module) -> bool:
     """Whether all weights of a head are those of linear layers, which take a stack of them."""
     return all(type(module) is nn.Linear for module in head.modules() if list(module.parameters(recurse=False)))
-
-
-@contextmanager
-def evaluation_mode(model: PeftModel) -> Iterator[None]:
-    """No dropout, and not transformers' activation checkpointing: the loss is a fixed function of the adapter.
-
-    That checkpointing would compute again during backward, when the fast weights are no longer in their layers.
-    """
-    training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
-def configs_of(base: nn.Module) -> list[Any]:
-    """The configs that the modules of a model look up how to return outputs in: an encoder may have one of its own."""
-    found = (getattr(module, "config", None) for module in base.modules())
-    return list({id(config): config for config in found if hasattr(config, "return_dict")}.values())
-
-
-@contextmanager
-def outputs_by_name(configs: Iterable[Any]) -> Iterator[None]:
-    """Inside this context models return what has names, as is asked of them here, and not tuples."""
-    tuples = [config for config in configs if not config.return_dict]
-    for config in tuples:
-        config.return_dict = True
-    try:
-        yield
-    finally:
-        for config in tuples:
-            config.return_dict = False

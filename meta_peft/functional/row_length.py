@@ -13,7 +13,6 @@ from typing import Any
 from torch import nn
 
 from meta_peft.errors import MetaPeftError
-from meta_peft.types import Rows
 
 LEARNED = "learned"
 TABLES = ("wpe", "position_embeddings", "embed_positions")  # what transformers calls a table of learned positions
@@ -22,12 +21,6 @@ ENCODER = "encoder."
 
 class RowsTooLongError(MetaPeftError):
     """Rows are longer than the base can read them."""
-
-
-def check_rows(most: int | None, kind: str, rows: Rows, behind: int = 0) -> None:
-    """`check_length` of rows that stand behind so many tokens of a prompt."""
-    length = rows.labels_BL.shape[-1] if "input_ids" not in rows.inputs else rows.inputs["input_ids"].shape[-1]
-    check_length(most, kind, length + behind)
 
 
 def check_length(most: int | None, kind: str, length: int) -> None:

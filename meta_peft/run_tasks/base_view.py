@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from meta_peft.errors import MetaPeftError
-from meta_peft.functional.adapter_loss import evaluation_mode
+from meta_peft.functional.model_modes import evaluation_mode
 from meta_peft.objectives import CLASSIFYING, objective_for, objective_name
 from meta_peft.objectives.labelled_tokens import IGNORED
 from meta_peft.tasks.collate import EpisodeCollator
