@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -50,8 +50,7 @@ class Found:
             ``[S]``; None where it is not finite. Empty in cells of before it was kept.
         at: the number of steps that is compared along shots and numbers of tasks.
         cost: outer steps and seconds of training, support tokens and seconds of adaptation (see `measure`).
-        options: a digest of what the cell depends on.
-        inputs: a digest of all options of the training and of the rows; empty in cells of before there was one.
+        options, inputs, base: see `MeasuredWith`; the latter two are empty in cells of before there was one.
         protocol: see `PROTOCOL`; 1 where a cell does not say.
         query_rows: of each task; None in cells of before it was kept.
     """
@@ -71,6 +70,7 @@ class Found:
     cost: dict[str, float] = field(default_factory=dict)
     options: str = ""
     inputs: str = ""
+    base: str = ""
     protocol: int = 1
     query_rows: int | None = None
 
@@ -84,6 +84,29 @@ class Found:
             return cls(**{**values, "cell": Cell(**values["cell"])})
         except (KeyError, TypeError) as error:
             raise MetaPeftError(f"{file} is damaged or not a cell of a comparison ({error}): remove it.") from error
+
+
+@dataclass(frozen=True)
+class MeasuredWith:
+    """What a cell depends on, as digests.
+
+    Args:
+        options: of all options of the comparison and of the run that are recorded.
+        inputs: of all options of the training, and of the rows.
+        base: of the weights of the base.
+        earlier: what `options` were in earlier versions.
+    """
+
+    options: str
+    inputs: str
+    base: str
+    earlier: tuple[str, ...] = ()
+
+    def other_than(self, found: Found) -> str:
+        """What a cell was measured with that is something else now, in words; empty if it is all the same."""
+        if found.options not in (self.options, *self.earlier) or found.inputs not in ("", self.inputs):
+            return "other options or other data"
+        return "other weights of the base, under the same name" if found.base not in ("", self.base) else ""
 
 
 def path_of(cell: Cell, folder: Path) -> Path:
@@ -100,19 +123,18 @@ def cells_of(arguments: ProtocolArguments, starts: Sequence[str]) -> Iterator[Ce
                     yield Cell(seed, start, count)
 
 
-def all_found(folder: Path, options: Collection[str] | None = None, inputs: str = "") -> list[Found]:
+def all_found(folder: Path, now: MeasuredWith | None = None) -> list[Found]:
     """What was measured so far, in the order of names.
 
     Raises:
-        MetaPeftError: a cell was measured with none of these `options`, or with other `inputs`.
+        MetaPeftError: a cell was measured with something else than what there is `now`.
     """
     found = [Found.read(file) for file in sorted((folder / FOLDER).glob("*.json"))]
     for each in found:
-        others = options is not None and each.options not in options
-        if others or (inputs and each.inputs and each.inputs != inputs):
+        if now is not None and (other := now.other_than(each)):
             raise MetaPeftError(
-                f"{path_of(each.cell, folder)} was measured with other options or other data. Give the options it was"
-                " measured with, another output_dir, or remove it to have it measured again."
+                f"{path_of(each.cell, folder)} was measured with {other}. Give what it was measured with, another"
+                " output_dir, or remove it to have it measured again."
             )
     return found
 

@@ -17,7 +17,7 @@ from meta_peft.evaluation.scoring import Scores
 from meta_peft.functional.adapter_loss import AdapterLoss
 from meta_peft.inner_loop.inner_loop import adapt
 from meta_peft.protocol.arguments import IN_CONTEXT
-from meta_peft.protocol.cells import PROTOCOL, Cell, Found
+from meta_peft.protocol.cells import PROTOCOL, Cell, Found, MeasuredWith
 from meta_peft.protocol.setting import Setting
 from meta_peft.protocol.starts import trained
 from meta_peft.run_tasks.run_episodes import RunEpisodes
@@ -26,7 +26,7 @@ from meta_peft.training.trainer import MetaTrainer
 from meta_peft.types import Episode
 
 
-def measured(cell: Cell, setting: Setting, options: str, inputs: str) -> Found:
+def measured(cell: Cell, setting: Setting, now: MeasuredWith) -> Found:
     """What is found in a cell. Its adapter, if it is trained, is saved in the folder ``starts``: as it was when
     it was best for the number of steps that is compared."""
     trainer, stops, cost = trained(cell, setting)
@@ -34,7 +34,8 @@ def measured(cell: Cell, setting: Setting, options: str, inputs: str) -> Found:
     test = held_out_episodes(trainer, setting.tasks["test"], setting.comparison.max_test_tasks)
     more = {n: _with_shots(trainer, setting, test, n) for n in setting.shots_curve if n != trainer.args.shots}
     common: dict[str, Any] = {"cell": cell, "metric": trainer.scorer.metric.name, "tasks": [e.task for e in test]}
-    common |= {"at": setting.at, "options": options, "inputs": inputs, "protocol": PROTOCOL}
+    common |= {"at": setting.at, "protocol": PROTOCOL}
+    common |= {"options": now.options, "inputs": now.inputs, "base": now.base}
     common["query_rows"] = len(test[0].query)
     cost["support_tokens"] = float(np.mean([sum(map(row_length, e.support)) for e in test]))
     if cell.start == IN_CONTEXT:

@@ -9,6 +9,7 @@ from typing import Any
 
 from meta_peft.base.base_config import objective_of
 from meta_peft.base.tokenizers import tokenizer_for
+from meta_peft.base.weight_files import weights_digest
 from meta_peft.comparison.about_run import about_run
 from meta_peft.comparison.compare import CompareArguments, held_out_tasks
 from meta_peft.config import MetaLoraConfig, ModelArguments, TaskArguments
@@ -16,7 +17,7 @@ from meta_peft.errors import MetaPeftError
 from meta_peft.evaluation.report import check_plots
 from meta_peft.frozen.cache import FrozenCache
 from meta_peft.protocol.arguments import ProtocolArguments
-from meta_peft.protocol.cells import all_found, cells_of, digest, path_of, trained_for
+from meta_peft.protocol.cells import MeasuredWith, all_found, cells_of, digest, path_of, trained_for
 from meta_peft.protocol.measure import measured
 from meta_peft.protocol.page import write_page
 from meta_peft.protocol.setting import Setting
@@ -55,8 +56,8 @@ def run(
 
     Raises:
         MetaPeftError: there are no validation or test tasks, or too few tasks or rows for `task_counts` or `shots_curve`;
-            the job has several processes; or cells in the folder were measured with other options or trained for another
-            number of outer steps.
+            the job has several processes; or cells in the folder were measured with other options, rows or weights of the
+            base, or trained for another number of outer steps.
     """
     if args.world_size > 1:
         raise MetaPeftError(
@@ -81,9 +82,13 @@ def run(
     about = {**about_run(model_args, task_args, args, tasks), "leakage": leakage, "comparison": _compared(comparison)}
     folder = Path(str(args.output_dir))
     curve = tuple(sorted(set(protocol.shots_curve or ())))
-    options, inputs = _options_of_a_cell(about, curve), _inputs_of_a_cell(args, tasks)
-    same = (options, _options_of_a_cell(about, curve, files=True))  # an earlier version had the names of files in it
-    found = all_found(folder, same, inputs)  # what is there may be of others: known before anything is trained
+    now = MeasuredWith(
+        options=_options_of_a_cell(about, curve),
+        inputs=_inputs_of_a_cell(args, tasks),
+        base=weights_digest(model_args),
+        earlier=(_options_of_a_cell(about, curve, files=True),),  # with the names of files in them
+    )
+    found = all_found(folder, now)  # what is there may be of others: known before anything is trained
     if protocol.measure:
         processor = tokenizer_for(model_args)
         frozen = FrozenCache(args.frozen_cache_gb * 1e9)
@@ -93,8 +98,8 @@ def run(
             if path_of(cell, folder).is_file():
                 continue
             logger.info("Cell %d of %d: %s", i, len(cells), cell.name)
-            measured(cell, setting, options, inputs).write(folder)
-        found = all_found(folder, same, inputs)  # other processes may have measured some
+            measured(cell, setting, now).write(folder)
+        found = all_found(folder, now)  # other processes may have measured some
     if not found:
         raise MetaPeftError(f"There is nothing measured in {folder} yet: leave measure=false out.")
     trained_for(found)  # the same for all seeds

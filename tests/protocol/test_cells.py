@@ -10,7 +10,7 @@ import pytest
 
 from meta_peft import MetaPeftError
 from meta_peft.protocol.arguments import ProtocolArguments
-from meta_peft.protocol.cells import Cell, Found, all_found, cells_of, path_of, trained_for
+from meta_peft.protocol.cells import Cell, Found, MeasuredWith, all_found, cells_of, path_of, trained_for
 
 LOSS, SCORE, COUNTS = [[2.0, 1.0]] * 2, [[0.0, 0.5]] * 2, [[[1, 0.5, 1]]]
 FOUND = Found(Cell(1, "meta"), "exact_match", ["a", "b"], [0, 10], [1.0, 0.5], LOSS, SCORE, COUNTS, 10, options="these")
@@ -32,11 +32,30 @@ def test_a_cell_that_does_not_say_its_protocol_is_of_the_first(tmp_path: Path):
     assert [found.protocol for found in all_found(tmp_path)] == [1]
 
 
-def test_cells_of_other_options_are_refused(tmp_path: Path):
-    FOUND.write(tmp_path)
-    assert all_found(tmp_path, ["these"]) == all_found(tmp_path, ["those", "these"]) == [FOUND]
-    with pytest.raises(MetaPeftError, match=r"seed1-meta.json was measured with other options"):
-        all_found(tmp_path, ["those"])
+NOW = MeasuredWith("these", "rows", "weights")
+
+
+@pytest.mark.parametrize("now", [NOW, replace(NOW, options="new", earlier=("these",))])
+@pytest.mark.parametrize("before", [{}, {"inputs": "rows", "base": "weights"}])
+def test_cells_of_the_same_options_are_read(tmp_path: Path, now: MeasuredWith, before: dict):
+    """Those of before there were digests of the rows and of the base say nothing about them."""
+    found = replace(FOUND, **before)
+    found.write(tmp_path)
+    assert all_found(tmp_path, now) == [found]
+
+
+@pytest.mark.parametrize(
+    ("before", "said"),
+    [
+        ({"options": "those"}, "other options or other data"),
+        ({"inputs": "other rows"}, "other options or other data"),
+        ({"base": "other weights"}, "other weights of the base, under the same name"),
+    ],
+)
+def test_cells_of_something_else_are_refused(tmp_path: Path, before: dict, said: str):
+    replace(FOUND, **before).write(tmp_path)
+    with pytest.raises(MetaPeftError, match=f"seed1-meta.json was measured with {said}. Give what it was measured"):
+        all_found(tmp_path, NOW)
 
 
 def test_a_start_is_trained_for_as_long_with_each_seed():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 from contextlib import nullcontext
 from importlib import import_module
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from surface import EVAL, TEST, TRAIN, config, letter_rows, letter_tasks, tiny_folder, write_jsonl
+from surface import EVAL, TEST, TRAIN, base_model, config, letter_rows, letter_tasks, tiny_folder, write_jsonl
 
 from meta_peft import MetaPeftError, ModelArguments, TaskArguments, adapt, load
 from meta_peft.comparison.compare import CompareArguments
@@ -34,11 +35,13 @@ STARTS = ["peft_defaults", "plain", "multitask", "reptile", "fomaml", "imaml", "
 
 
 def compared(
-    folder: Path, *, splits=("train", "validation", "test"), protocol=(), layers=None, steps=2, **options
+    folder: Path, *, base=None, splits=("train", "validation", "test"), protocol=(), layers=None, steps=2, **options
 ) -> Summary:
     letters = {"train": TRAIN, "validation": EVAL, "test": TEST}
     files = {f"{s}_tasks": str(write_jsonl(folder / f"{s}.jsonl", letter_tasks(letters[s]))) for s in splits}
-    model = ModelArguments(str(tiny_folder()), lora_r=4, lora_target_modules=["q_proj", "v_proj"], lora_layers=layers)
+    model = ModelArguments(
+        str(base or tiny_folder()), lora_r=4, lora_target_modules=["q_proj", "v_proj"], lora_layers=layers
+    )
     comparison = CompareArguments("full", [3, 0], [0.5, 2.0])
     args = config(folder / "out", max_steps=steps, learning_rate=0.01, **options)
     return run(model, TaskArguments(**files), args, comparison, ProtocolArguments(**{"seeds": [0], **dict(protocol)}))
@@ -363,6 +366,18 @@ def test_what_is_there_of_other_rows_or_options_is_refused(tmp_path: Path, monke
         )
     with pytest.raises(MetaPeftError, match="was measured with other options or other data"):
         compared(tmp_path, protocol={"starts": ["plain", "meta"]}, **options)
+
+
+def test_what_is_there_of_a_base_that_was_trained_on_since_is_refused(tmp_path: Path):
+    """Once its cells went into one verdict with those of the weights that were there before."""
+    base = tmp_path / "base"
+    shutil.copytree(tiny_folder(), base)
+    compared(tmp_path, base=base, protocol={"starts": ["plain"]})
+    model = base_model()
+    model.get_submodule("model.layers.0.mlp.up_proj").weight.data.mul_(1.5)
+    model.save_pretrained(base)
+    with pytest.raises(MetaPeftError, match="was measured with other weights of the base, under the same name"):
+        compared(tmp_path, base=base, protocol={"starts": ["plain", "meta"]})
 
 
 def test_a_start_that_would_be_trained_for_longer_than_with_another_seed_is_refused(tmp_path: Path):
