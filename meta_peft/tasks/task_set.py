@@ -5,38 +5,29 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 from datasets import Dataset
 
 from meta_peft.errors import MetaPeftError
-from meta_peft.tasks.encoding import Encoding, token_classification
-from meta_peft.tasks.fingerprint import fingerprint
-from meta_peft.tasks.multiple_choice import CHOICES
+from meta_peft.tasks.encoded_rows import TAGGING, RowEncoding
+from meta_peft.tasks.encoding import Encoding
 from meta_peft.tasks.prompt import SOUND, PromptFormat, example_columns, read_columns
 from meta_peft.tasks.row_form import RowForm
-from meta_peft.tasks.row_index import ERROR, LEAVE_OUT, full_rows, index_rows, task_name
+from meta_peft.tasks.row_index import ERROR, LEAVE_OUT, full_rows, index_rows
 from meta_peft.tasks.sound import check_sound
 from meta_peft.tasks.sources import opened
 from meta_peft.tasks.sources.class_names import with_class_names
 from meta_peft.tasks.sources.opening import from_rows
 from meta_peft.tasks.sources.text_files import existing
 from meta_peft.tasks.text_columns import check_text
-from meta_peft.utils import digests
 from meta_peft.utils.checked import shown
 
 logger = logging.getLogger("meta_peft")
 
 LARGE = 100_000  # rows; of a larger table only those are encoded that are drawn, if fewer than all of them are
-WAS_CUT = "was_cut"
-TAGGING = "token_classification"  # where a row that is too long loses whole words
-
-Encodings = Encoding | Mapping[str, Encoding]
 
 
 class TaskSet:
@@ -228,40 +219,19 @@ class TaskSet:
         encoding = Encoding("causal_lm", how, tokenizer, max_length) if isinstance(how, PromptFormat) else how
         encoded = copy.copy(self)
         encoded.encoding = encoding
-        options: dict[str, Any] = {
-            "encoding": encoding.of_tasks(self.rows, self.names),
-            "task_columns": self.task_columns,
-        }
+        rows = RowEncoding(encoding.of_tasks(self.rows, self.names), self.task_columns)
         if rows_drawn is not None and len(self.dataset) > LARGE and rows_drawn < len(self.dataset):
-            encoded.dataset = self.dataset.with_transform(partial(_encode_batch, **options))
+            encoded.dataset = rows.when_drawn(self.dataset)
             return encoded
-        parts = fingerprint(*options.values())
-        name = parts and digests.of_texts(self.dataset._fingerprint, parts)
-        encode = partial(
-            self.dataset.map,
-            _encode_counted,
-            fn_kwargs=options,
-            remove_columns=[c for c in self.dataset.column_names if c not in self.task_columns],
-            new_fingerprint=name,
-            num_proc=num_proc,
-            desc="encoding",
-        )
-        try:
-            dataset = encode()
-        except (pa.ArrowInvalid, OSError):  # a file in the cache that was damaged
-            dataset = encode(load_from_cache_file=False)
-        was_cut = np.concatenate([part[WAS_CUT] for part in _columns(dataset, WAS_CUT)])
-        self._cut_rows |= {task: int(was_cut[rows].sum()) for task, rows in self.rows_of.items()}
+        encoded.dataset, was_cut = rows.of_table(self.dataset, num_proc)
+        self._cut_rows |= {task: int(was_cut[its].sum()) for task, its in self.rows_of.items()}
         self._count_cut_rows()
         if was_cut.any():
             lost = "words at their end" if encoding.objective == TAGGING else "the start of their prompt"
             logger.warning(
                 "%d of %d rows are longer than max_length=%d and lost %s.",
-                *(was_cut.sum(), len(dataset), encoding.max_length, lost),
+                *(was_cut.sum(), len(was_cut), encoding.max_length, lost),
             )
-        encoded.dataset = dataset.remove_columns([WAS_CUT])
-        if "input_features" in dataset.column_names:  # as lists of numbers they would be slow
-            encoded.dataset = encoded.dataset.with_format("numpy", ["input_features"], output_all_columns=True)
         return encoded
 
     def _count_cut_rows(self) -> None:
@@ -314,48 +284,3 @@ def _without_left_out(table: Dataset, rows_of: dict[str, np.ndarray]) -> tuple[D
     if len(kept) == len(table):
         return table, rows_of
     return table.select(kept), {task: np.searchsorted(kept, rows) for task, rows in rows_of.items()}
-
-
-def _encode_counted(row: Mapping[str, Any], encoding: Encodings, task_columns: Sequence[str]) -> dict[str, Any]:
-    features = _encode(row, encoding, task_columns)
-    return features | {WAS_CUT: _was_cut(row, features, _of_its_task(row, encoding, task_columns))}
-
-
-def _was_cut(row: Mapping[str, Any], features: Mapping[str, Any], how: Encoding) -> bool:
-    if how.objective == TAGGING:
-        return token_classification.lost_words(row, features)
-    length = len(features.get("input_ids", ()))
-    if length < how.max_length and not features.get(CHOICES):  # the longest choice may be another one
-        return False
-    roomier = replace(how, max_length=how.max_length + 1)  # with room for one token more, would it have that one?
-    return len(roomier(row).get("input_ids", ())) > length
-
-
-def _encode_batch(
-    batch: Mapping[str, list[Any]], encoding: Encodings, task_columns: Sequence[str]
-) -> dict[str, list[Any]]:
-    """What `datasets` calls when rows are drawn."""
-    rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
-    encoded = [
-        {**{column: row[column] for column in task_columns}, **_encode(row, encoding, task_columns)} for row in rows
-    ]
-    return {name: [row[name] for row in encoded] for name in encoded[0]}
-
-
-def _encode(row: Mapping[str, Any], encoding: Encodings, task_columns: Sequence[str]) -> dict[str, Any]:
-    try:
-        return _of_its_task(row, encoding, task_columns)(row)
-    except MetaPeftError as error:
-        raise MetaPeftError(f"{error} (In task {_task(row, task_columns)!r}.)") from error
-
-
-def _of_its_task(row: Mapping[str, Any], encoding: Encodings, task_columns: Sequence[str]) -> Encoding:
-    return encoding[_task(row, task_columns)] if isinstance(encoding, Mapping) else encoding
-
-
-def _task(row: Mapping[str, Any], task_columns: Sequence[str]) -> str:
-    return task_name(row[column] for column in task_columns)
-
-
-def _columns(dataset: Dataset, column: str) -> Iterable[dict[str, Any]]:
-    return dataset.select_columns([column]).with_format("numpy").iter(100_000)
