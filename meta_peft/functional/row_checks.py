@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 from weakref import WeakSet
 
 from torch import nn
 
-from meta_peft.functional.row_length import check_length, longest
+from meta_peft.functional.row_length import check_length, longest, made_for
 from meta_peft.objectives.labelled_tokens import LabelledTokens
 from meta_peft.types import Rows
+
+logger = logging.getLogger("meta_peft")
 
 
 class RowChecks:
@@ -17,6 +20,7 @@ class RowChecks:
     def __init__(self, base: nn.Module, objective: LabelledTokens, n_known: int | None):
         self._objective, self._n_known = objective, n_known
         self._most, self._kind = longest(base)
+        self._made_for = made_for(base)
         self._labelled: WeakSet[Rows] = WeakSet()
 
     def labels(self, rows: Rows) -> None:
@@ -33,3 +37,10 @@ class RowChecks:
     def length(self, length: int) -> None:
         """The same of a number of tokens."""
         check_length(self._most, self._kind, length)
+        if self._made_for is not None and length > self._made_for:
+            logger.warning(
+                "Rows of %d tokens are longer than the %d that the base is made for (max_position_embeddings of its"
+                " config): it may read them badly. Set max_length to %d or less.",
+                *(length, self._made_for, self._made_for),
+            )
+            self._made_for = None  # said once

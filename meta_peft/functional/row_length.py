@@ -41,7 +41,7 @@ def check_length(most: int | None, kind: str, length: int) -> None:
 def longest(base: nn.Module) -> tuple[int | None, str]:
     """The most tokens, and the kind of embedding that limits them; None where nothing does."""
     config: Any = base.config
-    given = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    given = _rotary(config)
     by_kind_of_layer = [part for part in given.values() if isinstance(part, dict)]
     for part in by_kind_of_layer or [given]:
         kind = part.get("rope_type", part.get("type"))
@@ -54,6 +54,17 @@ def longest(base: nn.Module) -> tuple[int | None, str]:
     modules = (part for part in base.named_modules() if not (hears and ENCODER in part[0]))
     tables = [m for path, m in modules if path.endswith(TABLES) and isinstance(m, nn.Embedding)]
     return min(map(_positions, tables), default=None), LEARNED if tables else ""
+
+
+def made_for(base: nn.Module) -> int | None:
+    """The length in tokens that a base with rotary embeddings is made for; None if its config gives none."""
+    whole: Any = base.config
+    config = whole.get_text_config()
+    return getattr(config, "max_position_embeddings", None) if _rotary(config) else None
+
+
+def _rotary(config: Any) -> dict[str, Any]:
+    return getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
 
 
 def _positions(table: nn.Embedding) -> int:

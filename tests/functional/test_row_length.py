@@ -92,3 +92,14 @@ def test_rows_beyond_learned_positions_are_refused():
         MetaPeftError, match="Rows of 10 tokens are longer than the 9 that the base has learned positions"
     ):
         loss_fn(loss_fn.own(), random_rows(length=10))
+
+
+def test_rows_beyond_what_rotary_embeddings_are_made_for_are_read_and_warned_of_once(caplog: pytest.LogCaptureFixture):
+    loss_fn = AdapterLoss(with_lora(tiny_base(max_position_embeddings=9)))
+    with caplog.at_level("WARNING", "meta_peft"):
+        loss_fn(loss_fn.own(), random_rows(length=9))
+        assert not caplog.messages
+        for length in (10, 11):
+            loss_fn(loss_fn.own(), random_rows(length=length))
+    (said,) = caplog.messages
+    assert said.startswith("Rows of 10 tokens are longer than the 9 that the base is made for")
