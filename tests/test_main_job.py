@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import shlex
+import signal
 from importlib.metadata import version
 from pathlib import Path
 
@@ -15,8 +18,10 @@ from meta_peft.comparison.compare import CompareArguments
 from meta_peft.comparison.early_stops import PARTS
 from meta_peft.evaluation.report import Report
 from meta_peft.functional.row_length import LEARNED, check_length
-from meta_peft.main_job import run
+from meta_peft.main_job import _how_to_go_on, run
 from meta_peft.run_tasks.task_loading import load_tasks
+from meta_peft.survival import training_state
+from meta_peft.training.trainer import MetaTrainer
 
 ADAPTER = {"README.md", "adapter_config.json", "adapter_model.safetensors", "meta_peft.json", "meta_peft.safetensors"}
 RESULTS = {"results.json", "results.md", "results.png"}
@@ -191,6 +196,35 @@ def test_resuming_a_job(tmp_path: Path):
     resumed, again = job(tmp_path, **options)
     assert (resumed / "adapter_model.safetensors").read_bytes() == finished
     assert report.rows() == again.rows()
+
+
+@pytest.mark.parametrize(
+    "saves", [{"save_strategy": "no"}, {"save_strategy": "steps", "save_only_model": True}], ids=str
+)
+def test_stopped_where_there_is_nothing_to_go_on_from(
+    tmp_path: Path, saves: dict, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    """In the evaluation after the last outer step, say. Once a checkpoint was named that was not there."""
+    original = MetaTrainer.evaluate
+
+    def signalled(self, *args, **kwargs):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(MetaTrainer, "evaluate", signalled)
+    with pytest.raises(SystemExit) as ended:
+        job(tmp_path, eval_strategy="steps", eval_steps=4, **saves)
+    assert ended.value.code == 143
+    assert "Stopped by a signal. There is no checkpoint of outer step 4 to go on from;" in capsys.readouterr().out
+    assert_usable(tmp_path / "out")
+
+
+def test_what_to_go_on_with_is_one_word_each(tmp_path: Path):
+    folder = tmp_path / "with spaces"
+    (folder / "checkpoint-2").mkdir(parents=True)
+    (folder / "checkpoint-2" / training_state.JSON).touch()
+    words = shlex.split(_how_to_go_on(folder, 2).removeprefix("To go on: "))
+    assert words == ["--output_dir", str(folder), "--resume_from_checkpoint", str(folder / "checkpoint-2")]
 
 
 def test_the_other_algorithms(tmp_path: Path):

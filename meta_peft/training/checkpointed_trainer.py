@@ -28,6 +28,7 @@ class CheckpointedTrainer(Trainer, ABC):
     lr_scheduler: Any
     control: Any
     started = 0.0  # when the run began, in seconds since 1970; one that is gone on with began when it first did
+    _stopped = False  # before its last outer step was made
 
     @abstractmethod
     def _trained(self) -> list[Tensor]:
@@ -42,8 +43,23 @@ class CheckpointedTrainer(Trainer, ABC):
         """Take up what `_progress` gave."""
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        self.started = time.time()
+        self.started, self._stopped = time.time(), False
         return super().train(*args, **kwargs)
+
+    def stop_here(self) -> None:
+        """End training after this outer step, with a checkpoint to go on from."""
+        self.control.should_save = self.control.should_training_stop = self._stopped = True
+
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        """With `save_total_limit` 1 the Trainer removes all checkpoints but the best one when training is over. A run that
+        was stopped is not over: it goes on from its last one."""
+        limit = self.args.save_total_limit
+        if self._stopped:
+            self.args.save_total_limit = None
+        try:
+            return super()._finalize_training(*args, **kwargs)
+        finally:
+            self.args.save_total_limit = limit
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         random = group.gathered_objects(training_state.random_numbers())

@@ -83,8 +83,8 @@ class MetaTrainer(PushingTrainer):
 
     `fixed` are the names of weights that inner steps move and no outer step does (`learn_head`).
 
-    After `train()` the model is ready for `meta_peft.adapt`. If SIGTERM or Ctrl-C ended it early, `interrupted` is the
-    signal's number, and the last outer step has a checkpoint.
+    After `train()` the model is ready for `meta_peft.adapt`. If SIGTERM or Ctrl-C came, `interrupted` is the signal's
+    number, and the last outer step has a checkpoint; one that came after it, as in a last evaluation, makes none.
     """
 
     args: MetaLoraConfig
@@ -286,7 +286,7 @@ class MetaTrainer(PushingTrainer):
             self._skipped = 0
             assign_gradient(total.gradient, self.loss_fn, self.rates, fixed=self.fixed)
         if total.stop:
-            self._stop_here()
+            self.stop_here()
         return total.gradient.metrics["loss"].mean().to(self.args.device, torch.float32)
 
     def _skip_update(self, wrong: list[str]) -> None:
@@ -301,11 +301,7 @@ class MetaTrainer(PushingTrainer):
                 f" The state before them is in checkpoint-{step} of {self.args.output_dir}. Smaller inner_lr or"
                 " learning_rate, inner_max_grad_norm, or other data for the tasks named may help."
             )
-            self._stop_here()
-
-    def _stop_here(self) -> None:
-        """End training after this outer step, with a checkpoint."""
-        self.control.should_save = self.control.should_training_stop = True
+            self.stop_here()
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         """The adapter and the rates are clipped apart: their gradients differ by orders of magnitude."""

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import sys
 import time
 from dataclasses import replace
@@ -502,6 +503,34 @@ def test_the_best_checkpoint_comes_back(tmp_path: Path):
     assert bits(dict(run.loss_fn.weights.parameters())) == bits(
         {name: saved[name] for name in weights(run) if name in saved}
     )
+
+
+class Signalled(TrainerCallback):
+    """SIGTERM comes in the evaluation after an outer step."""
+
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_a_run_that_was_stopped_keeps_its_last_checkpoint_beside_the_best(tmp_path: Path):
+    """Once the Trainer removed it, as it does at the end of training where save_total_limit is 1."""
+    options = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2, "max_steps": 6}
+    options |= {"load_best_model_at_end": True, "metric_for_best_model": "loss", "save_total_limit": 1}
+    run = trainer(tmp_path, eval_tasks=letter_tasks(EVAL), callbacks=[Signalled(2)], **options)
+    run.train()
+    assert run.interrupted == signal.SIGTERM
+    assert {path.name for path in tmp_path.glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-3"}
+    assert run.args.save_total_limit == 1
+    resumed = trainer(tmp_path, eval_tasks=letter_tasks(EVAL), **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert len(list(tmp_path.glob("checkpoint-*"))) == 1, "training is over"
+    whole = trainer(tmp_path / "whole", eval_tasks=letter_tasks(EVAL), **options)
+    whole.train()
+    assert bits(weights(resumed)) == bits(weights(whole))
 
 
 # ---- evaluation
