@@ -14,6 +14,7 @@ from meta_peft.base.new_adapter import new_model
 from meta_peft.base.tokenizers import tokenizer_for
 from meta_peft.comparison.about_run import about_run
 from meta_peft.comparison.compare import CompareArguments, compare, multitask_starts
+from meta_peft.comparison.equal_compute import check_schedule
 from meta_peft.comparison.rate_edges import at_the_edge, edges_in_words
 from meta_peft.config import MetaLoraConfig, ModelArguments, TaskArguments
 from meta_peft.evaluation.report import PLOT, Report, check_plots, remove_report
@@ -39,6 +40,8 @@ def run(
     compared = comparison.compare != "none" and {"validation", "test"} <= set(tasks)
     if compared:
         check_plots()
+        if comparison.compare == "full":
+            check_schedule(args)
     model_args = with_classes(model_args, tasks.values(), args.ways, args.label_words)
     tokenizer = tokenizer_for(model_args)
     trainer = MetaTrainer(

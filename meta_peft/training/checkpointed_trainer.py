@@ -28,6 +28,7 @@ class CheckpointedTrainer(Trainer, ABC):
     lr_scheduler: Any
     control: Any
     started = 0.0  # when the run began, in seconds since 1970; one that is gone on with began when it first did
+    in_parts = True  # a run that is stopped leaves a checkpoint, and goes on from it
     _stopped = False  # before its last outer step was made
 
     @abstractmethod
@@ -47,8 +48,9 @@ class CheckpointedTrainer(Trainer, ABC):
         return super().train(*args, **kwargs)
 
     def stop_here(self) -> None:
-        """End training after this outer step, with a checkpoint to go on from."""
-        self.control.should_save = self.control.should_training_stop = self._stopped = True
+        """End training after this outer step, with a checkpoint to go on from if the run is one `in_parts`."""
+        self.control.should_training_stop = self._stopped = True
+        self.control.should_save = self.in_parts
 
     def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
         """With `save_total_limit` 1 the Trainer removes all checkpoints but the best one when training is over. A run that

@@ -296,10 +296,11 @@ class MetaTrainer(PushingTrainer):
         if self.is_world_process_zero():
             logger.warning("Outer step %d changes nothing, its gradient is not finite: %s.", step, "; ".join(wrong))
         if self._skipped >= self.args.max_skipped_updates:
+            kept = f" The state before them is in checkpoint-{step} of {self.args.output_dir}." if self.in_parts else ""
             self._failure = MetaPeftError(
                 f"The gradients of {self._skipped} outer steps in a row were not finite (the last one: {'; '.join(wrong)})."
-                f" The state before them is in checkpoint-{step} of {self.args.output_dir}. Smaller inner_lr or"
-                " learning_rate, inner_max_grad_norm, or other data for the tasks named may help."
+                f"{kept} Smaller inner_lr or learning_rate, inner_max_grad_norm, or other data for the tasks named may"
+                " help."
             )
             self.stop_here()
 
@@ -390,7 +391,8 @@ class MetaTrainer(PushingTrainer):
         folder = Path(str(self.args.output_dir))
         with Claim(folder) as claim:
             group.of_first(claim.take)
-            resume = partial(checkpoints.to_resume, resume_from_checkpoint, folder, attempt=attempt())
+            again = attempt() if self.in_parts else None
+            resume = partial(checkpoints.to_resume, resume_from_checkpoint, folder, attempt=again)
             found = group.of_first(resume)
             same_everywhere(self._trained())
             if found is None and self.train_dataset is not None:
@@ -408,9 +410,13 @@ class MetaTrainer(PushingTrainer):
     def train_whole(self) -> None:
         """`train`, for what is worth nothing in part, such as a baseline: a signal that ends it early ends the program too.
 
+        It leaves no checkpoint then, and a job that is started again does not go on from one: those in `output_dir` may be
+        of the run that this is the baseline of.
+
         Raises:
             SystemExit: a signal came, with its exit code.
         """
+        self.in_parts = False
         self.train()
         if self.interrupted is not None:
             raise SystemExit(128 + self.interrupted)
