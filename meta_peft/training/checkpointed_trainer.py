@@ -44,7 +44,7 @@ class CheckpointedTrainer(Trainer, ABC):
         """Take up what `_progress` gave."""
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        self.started, self._stopped = time.time(), False
+        self.started, self._stopped = group.of_first(time.time), False
         return super().train(*args, **kwargs)
 
     def stop_here(self) -> None:
@@ -69,7 +69,7 @@ class CheckpointedTrainer(Trainer, ABC):
         self.store_flos()
         parent = Path(self._get_output_dir(trial))
         folder, best = (parent / f"checkpoint-{n}" for n in (self.state.global_step, self.state.best_global_step))
-        if best == folder or best.is_dir():
+        if best == folder or self._is_own(best):
             self.state.best_model_checkpoint = str(best)
         if self.args.should_save:
             checkpoints.write(folder, partial(self._fill_checkpoint, random))
@@ -82,6 +82,12 @@ class CheckpointedTrainer(Trainer, ABC):
         group.gathered_objects(None)  # until it is there for all of them
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(folder))
+
+    def _is_own(self, folder: Path) -> bool:
+        """Whether there is such a checkpoint, and of this run: an earlier one may have left another in the same folder."""
+        if training_state.is_in(folder):
+            return training_state.started(folder) == self.started
+        return folder.is_dir() and folder.stat().st_mtime >= self.started  # without a state nothing was gone on with
 
     def _fill_checkpoint(self, random: list[Any], folder: Path) -> None:
         self._save(str(folder))

@@ -505,6 +505,21 @@ def test_the_best_checkpoint_comes_back(tmp_path: Path):
     )
 
 
+@pytest.mark.parametrize("more", [{}, {"save_only_model": True}], ids=str)
+def test_the_best_checkpoint_is_one_of_this_run(tmp_path: Path, more: dict):
+    """Once it was an earlier run's, where that had saved one after the outer step that was best, and this run had not."""
+    used, new = tmp_path / "used", tmp_path / "new"
+    trainer(used, max_steps=4, seed=7, save_strategy="steps", save_steps=1, **more).train()
+    options = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 4, "max_steps": 4}
+    options |= {"load_best_model_at_end": True, "metric_for_best_model": "loss", "learning_rate": 0.5}
+    runs = [trainer(folder, eval_tasks=letter_tasks(EVAL), **options | more) for folder in (used, new)]
+    for run in runs:
+        run.train()
+        assert run.state.best_global_step < 4, "a learning rate of 0.5 should have spoilt the last step"
+        assert run.state.best_model_checkpoint is None
+    assert bits(weights(runs[0])) == bits(weights(runs[1]))
+
+
 class Signalled(TrainerCallback):
     """SIGTERM comes in the evaluation after an outer step."""
 
