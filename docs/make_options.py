@@ -59,7 +59,8 @@ INHERITED = """### What is inherited
 | `push_to_hub`, `hub_model_id` | Push the adapter to the hub. |
 | `use_cpu` | Stay on the CPU where there is a GPU. |
 
-`fp16`, `bf16`, `num_train_epochs`, `label_smoothing_factor`, `neftune_noise_alpha`, `torch_compile`,
+`fp16`, `bf16`, `bf16_full_eval`, `fp16_full_eval`, `num_train_epochs`, `data_seed`, `train_sampling_strategy`,
+`label_smoothing_factor`, `neftune_noise_alpha`, `include_num_input_tokens_seen`, `torch_compile`, `use_liger_kernel`,
 `remove_unused_columns`, `fsdp` and `deepspeed` are refused, and so is an `optim` that follows a backward pass (GaLore,
 APOLLO, LOMO): see [limits](limits.md).
 """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from dataclasses import replace
 from functools import partial
@@ -13,12 +14,14 @@ from meta_peft.base.new_adapter import new_model
 from meta_peft.base.tokenizers import tokenizer_for
 from meta_peft.comparison.about_run import about_run
 from meta_peft.comparison.compare import CompareArguments, compare, multitask_starts
+from meta_peft.comparison.equal_compute import check_schedule
 from meta_peft.comparison.rate_edges import at_the_edge, edges_in_words
 from meta_peft.config import MetaLoraConfig, ModelArguments, TaskArguments
 from meta_peft.evaluation.report import PLOT, Report, check_plots, remove_report
 from meta_peft.run_tasks.run_episodes import with_classes
 from meta_peft.run_tasks.task_loading import run_tasks
 from meta_peft.sharding import asked_for, check_sharding
+from meta_peft.survival import training_state
 from meta_peft.tasks import TaskSet
 from meta_peft.tasks.labelling import of_classes
 from meta_peft.training.trainer import MetaTrainer
@@ -37,6 +40,8 @@ def run(
     compared = comparison.compare != "none" and {"validation", "test"} <= set(tasks)
     if compared:
         check_plots()
+        if comparison.compare == "full":
+            check_schedule(args)
     model_args = with_classes(model_args, tasks.values(), args.ways, args.label_words)
     tokenizer = tokenizer_for(model_args)
     trainer = MetaTrainer(
@@ -54,8 +59,7 @@ def run(
         remove_report(output_dir)  # of an earlier run there: it would be pushed with this one's adapter
     trainer.save_model()
     if trainer.interrupted is not None:
-        last = output_dir / f"checkpoint-{trainer.state.global_step}"
-        print(f"Stopped by a signal. To go on: --output_dir {args.output_dir} --resume_from_checkpoint {last}")
+        print(f"Stopped by a signal. {_how_to_go_on(output_dir, trainer.state.global_step)}")
         raise SystemExit(128 + trainer.interrupted)
     if not compared:
         if not args.process_index:
@@ -97,6 +101,13 @@ def run(
             print(words)
     print(f"Adapter, table and plot are in {args.output_dir}.")
     return report
+
+
+def _how_to_go_on(output_dir: Path, step: int) -> str:
+    last = output_dir / f"checkpoint-{step}"
+    if training_state.is_in(last):
+        return f"To go on: {shlex.join(['--output_dir', str(output_dir), '--resume_from_checkpoint', str(last)])}"
+    return f"There is no checkpoint of outer step {step} to go on from; the adapter as it was then is in {output_dir}."
 
 
 def _not_compared(comparison: CompareArguments, tasks: dict[str, TaskSet]) -> str:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import shlex
+import signal
 from importlib.metadata import version
 from pathlib import Path
 
@@ -15,8 +18,10 @@ from meta_peft.comparison.compare import CompareArguments
 from meta_peft.comparison.early_stops import PARTS
 from meta_peft.evaluation.report import Report
 from meta_peft.functional.row_length import LEARNED, check_length
-from meta_peft.main_job import run
+from meta_peft.main_job import _how_to_go_on, run
 from meta_peft.run_tasks.task_loading import load_tasks
+from meta_peft.survival import training_state
+from meta_peft.training.trainer import MetaTrainer
 
 ADAPTER = {"README.md", "adapter_config.json", "adapter_model.safetensors", "meta_peft.json", "meta_peft.safetensors"}
 RESULTS = {"results.json", "results.md", "results.png"}
@@ -191,6 +196,91 @@ def test_resuming_a_job(tmp_path: Path):
     resumed, again = job(tmp_path, **options)
     assert (resumed / "adapter_model.safetensors").read_bytes() == finished
     assert report.rows() == again.rows()
+
+
+@pytest.mark.parametrize(
+    "saves", [{"save_strategy": "no"}, {"save_strategy": "steps", "save_only_model": True}], ids=str
+)
+def test_stopped_where_there_is_nothing_to_go_on_from(
+    tmp_path: Path, saves: dict, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    """In the evaluation after the last outer step, say. Once a checkpoint was named that was not there."""
+    original = MetaTrainer.evaluate
+
+    def signalled(self, *args, **kwargs):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(MetaTrainer, "evaluate", signalled)
+    with pytest.raises(SystemExit) as ended:
+        job(tmp_path, eval_strategy="steps", eval_steps=4, **saves)
+    assert ended.value.code == 143
+    assert "Stopped by a signal. There is no checkpoint of outer step 4 to go on from;" in capsys.readouterr().out
+    assert_usable(tmp_path / "out")
+
+
+def test_what_to_go_on_with_is_one_word_each(tmp_path: Path):
+    folder = tmp_path / "with spaces"
+    (folder / "checkpoint-2").mkdir(parents=True)
+    (folder / "checkpoint-2" / training_state.JSON).touch()
+    words = shlex.split(_how_to_go_on(folder, 2).removeprefix("To go on: "))
+    assert words == ["--output_dir", str(folder), "--resume_from_checkpoint", str(folder / "checkpoint-2")]
+
+
+def test_the_best_checkpoint_and_every_baseline(tmp_path: Path):
+    """Once the baseline was refused when all training was done, for options that were not the user's."""
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "loss", "save_strategy": "steps", "save_steps": 2}
+    _, report = job(tmp_path, "full", eval_strategy="steps", eval_steps=2, **best)
+    assert "multi-task LoRA" in report.curves
+
+
+def test_a_baseline_that_is_stopped_leaves_the_run_s_checkpoints_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Once it wrote its own among them, or over one of them, and the run went on from that."""
+    original = MetaTrainer.training_step
+
+    def signalled(self, *args, **kwargs):
+        if self.args.algorithm == "multitask" and self.state.global_step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, *args, **kwargs)
+
+    saves = {"save_strategy": "steps", "save_steps": 4, "save_total_limit": 1}
+    monkeypatch.setattr(MetaTrainer, "training_step", signalled)
+    with pytest.raises(SystemExit) as ended:
+        job(tmp_path, "full", **saves)
+    monkeypatch.undo()
+    assert ended.value.code == 143
+    (checkpoint,) = (tmp_path / "out").glob("checkpoint-*")
+    assert Sidecar.read(checkpoint).algorithm == "maml"
+    _, report = job(tmp_path, "full", resume_from_checkpoint="True", **saves)
+    assert "multi-task LoRA" in report.curves
+
+
+def test_a_baseline_does_not_go_on_from_the_run_s_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Once it did where a launcher had started the job again."""
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "2")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    saves = {"save_strategy": "steps", "save_steps": 2}
+    output, report = job(tmp_path, "full", **saves)
+    (output / "checkpoint-4").rename(tmp_path / "checkpoint-4")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    steps: list[tuple[str, int]] = []
+    original = MetaTrainer.training_step
+
+    def counted(self, *args, **kwargs):
+        steps.append((self.args.algorithm, self.state.global_step))
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(MetaTrainer, "training_step", counted)
+    _, again = job(tmp_path, "full", **saves)
+    assert steps[0] == ("maml", 2), "its own checkpoint, which the baseline has not made an earlier job's"
+    assert ("multitask", 0) in steps
+    assert again.rows() == report.rows()
+
+
+def test_a_schedule_that_follows_evaluations_and_starts_that_have_none(tmp_path: Path):
+    evaluates = {"eval_strategy": "steps", "eval_steps": 2, "lr_scheduler_type": "reduce_lr_on_plateau"}
+    with pytest.raises(MetaPeftError, match=r"reduce_lr_on_plateau .* compared at equal compute have none"):
+        job(tmp_path, "full", **evaluates)
 
 
 def test_the_other_algorithms(tmp_path: Path):

@@ -11,10 +11,12 @@ import copy
 from typing import Any
 
 import numpy as np
+from transformers import SchedulerType
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from meta_peft.algorithms import MultiTask
 from meta_peft.config import MetaLoraConfig
+from meta_peft.errors import MetaPeftError
 from meta_peft.outer_loop.schedule import AnyAlgorithm
 from meta_peft.tasks import TaskSet
 from meta_peft.types import Stack
@@ -28,18 +30,34 @@ def at_equal_compute(args: MetaLoraConfig, layers: Stack, tasks: TaskSet, **chan
         tasks: what is trained on.
         changes: options, such as ``algorithm="multitask"``. Steps of multi-task warm-up stay as they are.
     """
-    own = copy.copy(args)
+    own = unwatched(args)
     for option, value in changes.items():
         setattr(own, option, value)
     if not own.adapts_throughout:
         own.learn_head = None  # no inner step would move a head that the outer loop leaves as it is
-    own.eval_strategy, own.save_strategy = IntervalStrategy.NO, SaveStrategy.NO
     warmup = min(args.multitask_warmup_steps, args.max_steps)  # these cost what a step of multi-task training costs
     if layers.frozen < layers.all and _sees_kept_rows(args, tasks):
         layers = Stack(layers.all - layers.frozen, 0, layers.slow)
     ratio = compute_ratio(layers, args) / compute_ratio(layers, own)
     own.max_steps = warmup + round((args.max_steps - warmup) * ratio)
     return own
+
+
+def unwatched(args: MetaLoraConfig) -> MetaLoraConfig:
+    """A copy of the options of a run, for a training that is neither evaluated on its way nor saved."""
+    own = copy.copy(args)
+    own.eval_strategy, own.save_strategy = IntervalStrategy.NO, SaveStrategy.NO
+    own.load_best_model_at_end = False  # which there is none of
+    return own
+
+
+def check_schedule(args: MetaLoraConfig) -> None:
+    """Raise if the learning rate follows evaluations, of which `at_equal_compute` leaves none: it would never fall."""
+    if args.lr_scheduler_type == SchedulerType.REDUCE_ON_PLATEAU:
+        raise MetaPeftError(
+            "lr_scheduler_type=reduce_lr_on_plateau follows the evaluations of a training, and starts that are compared at"
+            " equal compute have none: choose another schedule, or set compare to plain or none."
+        )
 
 
 def _sees_kept_rows(args: MetaLoraConfig, tasks: TaskSet) -> bool:

@@ -15,7 +15,6 @@ meta-gradient of group a, v that of the validation tasks, at the adapter that tr
 
 from __future__ import annotations
 
-import copy
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -26,10 +25,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from meta_peft.base.new_adapter import new_model
 from meta_peft.base.tokenizers import tokenizer_for
+from meta_peft.comparison.equal_compute import unwatched
 from meta_peft.config import MetaLoraConfig, ModelArguments, TaskArguments
 from meta_peft.errors import MetaPeftError
 from meta_peft.evaluation.evaluate import curve
@@ -174,8 +173,7 @@ def run(
         raise MetaPeftError("The report compares training tasks with validation tasks: give validation_tasks.")
     tasks = with_enough_rows(tasks, task_args, args)
     model_args = with_classes(model_args, tasks.values(), args.ways, args.label_words)
-    args = copy.copy(args)
-    args.eval_strategy = IntervalStrategy.NO  # which is of a training
+    args = unwatched(args)
     trainer = MetaTrainer(
         new_model(model_args, args.seed),
         args=args,
@@ -315,7 +313,7 @@ def leave_one_group_out(
 
 
 def _for_some_steps(args: MetaLoraConfig, steps: int) -> MetaLoraConfig:
-    own = copy.copy(args)
-    own.max_steps, own.save_strategy, own.eval_strategy = steps, SaveStrategy.NO, IntervalStrategy.NO
+    own = unwatched(args)
+    own.max_steps = steps
     own.resume_from_checkpoint = None
     return own

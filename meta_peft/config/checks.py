@@ -102,6 +102,30 @@ def _of_the_trainer(options: Any) -> Iterator[tuple[Any, str]]:
         " bfloat16 (dtype: bfloat16).",
     )
     yield (
+        options.bf16_full_eval or options.fp16_full_eval,
+        "bf16_full_eval and fp16_full_eval are refused: they would change nothing, since tasks are evaluated in the base's"
+        " own type. Leave them out.",
+    )
+    yield (
+        options.data_seed not in (None, options.seed),
+        f"data_seed={options.data_seed} is refused: it would change nothing, since episodes are drawn from seed"
+        f" ({options.seed}). Set seed, or leave data_seed out.",
+    )
+    yield (
+        getattr(options, "train_sampling_strategy", "random") != "random",  # which the first of transformers 5 has not
+        "train_sampling_strategy is refused: it would change nothing, since task_sampling says which tasks are drawn. Leave"
+        " it out.",
+    )
+    yield (
+        options.include_num_input_tokens_seen not in ("no", False),
+        "include_num_input_tokens_seen is refused: what is read at once are episodes, which go through the model several"
+        " times. Leave it out.",
+    )
+    yield (
+        options.use_liger_kernel,
+        "use_liger_kernel is refused: Liger's kernels have no second derivative. Leave it out.",
+    )
+    yield (
         options.num_train_epochs != 3.0,  # the default of TrainingArguments
         "num_train_epochs is refused: episodes are drawn anew and have no epochs. Set max_steps.",
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import sys
 from collections.abc import Sequence
@@ -22,6 +23,7 @@ REFUSED = {
 }
 
 NULL = "null"
+YAML_NULL, YAML_TEXT = (f"tag:yaml.org,2002:{kind}" for kind in ("null", "str"))
 
 
 def parse(
@@ -37,7 +39,11 @@ def parse(
     """
     parser = HfArgumentParser(list(groups), prog=prog, description=about, exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--config", help="A flat YAML file with any of these options.")
-    known = {f.name for group in groups for f in fields(group) if f.init}
+    options = [f for group in groups for f in fields(group) if f.init]
+    known, kinds = {f.name for f in options}, _kinds(groups)
+    for action in parser._actions:  # of an option that is a text or a list of them, HfArgumentParser takes one text
+        if action.nargs is None and "list[str]" in kinds.get(action.dest, ""):
+            action.nargs = "+"
     path, rest = _config_option(list(argv))
     if any(word.partition("=")[0] == "--config" for word in rest):
         raise MetaPeftError(
@@ -48,15 +54,21 @@ def parse(
         sys.exit(0)
     given = [word[2:].split("=")[0].replace("-", "_") for word in rest if word.startswith("--")]
     each_once([f"--{key}" for key in (*given, *([] if path is None else ["config"]))])
-    from_file = {} if path is None else _read(path, known)
+    from_file = {} if path is None else _read(path, known, {key for key, kind in kinds.items() if "str" in kind})
     from_line = set(given)
-    for key in from_line - known - {f"no_{key}" for key in known}:
+    for key in from_line - known - {f"no_{f.name}" for f in options if f.default is True}:
         raise MetaPeftError(REFUSED.get(key) or f"There is no option --{key}.{did_you_mean(key, known)} Try --help.")
     try:
         words = [word for key, value in from_file.items() if key not in from_line for word in _as_words(key, value)]
     except (ValueError, TypeError, RecursionError) as error:  # JSON that cannot be, an integer of thousands of digits
         raise MetaPeftError(f"{path} has a value that cannot be an option ({error}).") from error
     return _dataclasses(parser, words + _without_nulls(rest))
+
+
+def _kinds(groups: Sequence[type]) -> dict[str, str]:
+    """The types of options as they are written; those of the fields `HfArgumentParser` overwrites."""
+    bases = [base for group in groups for base in reversed(group.__mro__)]
+    return {name: str(kind) for base in bases for name, kind in inspect.get_annotations(base).items()}
 
 
 def _dataclasses(parser: HfArgumentParser, words: list[str]) -> tuple[Any, ...]:
@@ -98,11 +110,11 @@ def _config_option(argv: list[str]) -> tuple[str | None, list[str]]:
     return None, argv
 
 
-def _read(path: str, known: set[str]) -> dict[str, Any]:
+def _read(path: str, known: set[str], texts: set[str]) -> dict[str, Any]:
     if not Path(path).is_file():
         raise MetaPeftError(f"There is no config file {path!r}.")
     try:
-        values = yaml.load(Path(path).read_text(encoding="utf-8"), _Strict) or {}
+        values = _Strict(Path(path).read_text(encoding="utf-8"), texts).get_single_data() or {}
     except Exception as error:  # a tag such as !!int raises whatever Python makes of its value
         raise MetaPeftError(f"{path} is not YAML: {error}") from error
     if not isinstance(values, dict):
@@ -118,7 +130,21 @@ def _read(path: str, known: set[str]) -> dict[str, Any]:
 
 class _Strict(yaml.SafeLoader):
     """No aliases: a few lines of aliases of aliases stand for more values than any memory holds, and options need none. No
-    key twice, of which the last one would count without a word."""
+    key twice, of which the last one would count without a word. And the values of `texts` are as they are written, where
+    YAML would make false of no (Norwegian, or a strategy), 45045 of 12:30:45 and 1.1 of 1.10."""
+
+    def __init__(self, text: str, texts: set[str]):
+        super().__init__(text)
+        self._texts = texts
+
+    def get_single_node(self) -> Any:
+        root = super().get_single_node()
+        for key, value in root.value if isinstance(root, yaml.MappingNode) else ():
+            if key.value in self._texts:
+                for node in value.value if isinstance(value, yaml.SequenceNode) else [value]:
+                    if isinstance(node, yaml.ScalarNode) and node.tag != YAML_NULL:
+                        node.tag = YAML_TEXT
+        return root
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):

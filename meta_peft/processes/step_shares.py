@@ -2,7 +2,8 @@
 
 The episodes of a step are numbered through, whatever the number of processes: step s has episodes ``s * T`` to
 ``(s + 1) * T``, cut into as many pieces of consecutive episodes as there are processes (times batches that are
-accumulated). Pieces may differ by one in size, and be empty.
+accumulated); a process has the pieces that follow one another. Pieces may differ by one in size, and be empty, and so may
+what the processes have in all.
 """
 
 from __future__ import annotations
@@ -64,7 +65,8 @@ class StepShares(Dataset[Share]):
 
     def __getitem__(self, i: int) -> Share:
         step, turn = divmod(i, self.turns)
-        piece, pieces = turn * self.processes + self.process, self.turns * self.processes
+        # A process has consecutive pieces: one of each turn may be the emptier one in all turns.
+        piece, pieces = self.process * self.turns + turn, self.turns * self.processes
         first, last = (p * self.tasks_per_step // pieces for p in (piece, piece + 1))
         try:
             drawn = [self.episodes[step * self.tasks_per_step + place] for place in range(first, last)]

@@ -8,8 +8,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from meta_peft.errors import MetaPeftError
-from meta_peft.protocol.arguments import UNTRAINED, ProtocolArguments
+from meta_peft.protocol.arguments import IN_CONTEXT, UNTRAINED, ProtocolArguments
 from meta_peft.utils.atomic_files import write_file
 from meta_peft.utils.checked import read_object
 from meta_peft.utils.digests import of_texts
@@ -81,9 +83,27 @@ class Found:
     def read(cls, file: Path) -> Found:
         values = read_object(file, "a cell of a comparison")
         try:
-            return cls(**{**values, "cell": Cell(**values["cell"])})
-        except (KeyError, TypeError) as error:
+            found = cls(**{**values, "cell": Cell(**values["cell"])})
+            if found.cell.name != file.stem:
+                raise ValueError(f"it is the cell {found.cell.name}")
+        except (KeyError, TypeError, ValueError) as error:
             raise MetaPeftError(f"{file} is damaged or not a cell of a comparison ({error}): remove it.") from error
+        return found
+
+    def check_sizes(self) -> None:
+        """Raise `MetaPeftError` unless there are as many numbers as tasks and numbers of steps."""
+        tasks, steps = len(self.tasks), len(self.steps)
+        try:
+            fits = np.shape(self.loss) == np.shape(self.score) == (tasks, steps)
+            fits &= len(self.factors) == len(self.calibration) == steps
+            fits &= self.cell.start == IN_CONTEXT or self.at in self.steps
+        except (TypeError, ValueError):
+            fits = False
+        if not fits:
+            raise MetaPeftError(
+                f"The cell {self.cell.name} is damaged: its numbers are not those of {tasks} tasks after {steps} numbers of"
+                " steps. Remove it to have it measured again."
+            )
 
 
 @dataclass(frozen=True)

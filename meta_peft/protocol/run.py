@@ -12,6 +12,7 @@ from meta_peft.base.tokenizers import tokenizer_for
 from meta_peft.base.weight_files import weights_digest
 from meta_peft.comparison.about_run import about_run
 from meta_peft.comparison.compare import CompareArguments, held_out_tasks
+from meta_peft.comparison.equal_compute import check_schedule
 from meta_peft.config import MetaLoraConfig, ModelArguments, TaskArguments
 from meta_peft.errors import MetaPeftError
 from meta_peft.evaluation.report import check_plots
@@ -65,6 +66,7 @@ def run(
             " the same output_dir."
         )
     check_plots()
+    check_schedule(args)
     tasks, leakage = run_tasks(task_args, args)
     labels, columns = args.labelling(), tasks["train"].task_columns
     tasks_are_classes = labels is not None and labels.tasks_are_classes(columns)

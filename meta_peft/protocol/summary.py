@@ -75,7 +75,10 @@ class Summary:
 
         Raises:
             NothingToCompareError: there is no such seed yet, or no start that adapts.
+            MetaPeftError: a cell is damaged.
         """
+        for each in found:
+            each.check_sizes()
         kinds = {(each.cell.start, each.cell.task_count) for each in found}
         by_kind = [{f.cell.seed for f in found if (f.cell.start, f.cell.task_count) == kind} for kind in kinds]
         seeds = sorted(set.intersection(*by_kind))

@@ -8,8 +8,8 @@ Two tasks of different splits are reported as near duplicates if
   case that they share inputs and mostly answer them differently, which is what makes them two tasks.
 
 Similarities of texts are estimated by MinHash (Broder 1997) for all pairs, and computed for those that seem alike. Rows
-are compared without regard to case and white space. Besides, for each pair of splits, the rows are counted that stand in
-both: a query row of a test task may have been a support row of a training task.
+are compared without regard to case, white space and how letters with accents are composed. Besides, for each pair of
+splits, the rows are counted that stand in both: a query row of a test task may have been a support row of a training task.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+import unicodedata
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -127,7 +128,7 @@ def find_leakage(splits: Mapping[str, TaskSet]) -> Leakage:
 
 @dataclass(frozen=True)
 class _Texts:
-    """A task's rows as pairs of input and answer, without what case and white space add."""
+    """A task's rows as pairs of input and answer, without what case, white space and composition add."""
 
     name: str
     rows: frozenset[tuple[str, str]]
@@ -163,7 +164,10 @@ class _Texts:
 def _input_and_answer(row: Mapping[str, Any], columns: tuple[str, ...]) -> tuple[str, str]:
     if columns[-1] == "messages":  # a conversation, whose last turn is the answer
         turns = row["messages"]
-        return _plain(json.dumps(turns[:-1], default=str)), _plain(json.dumps(turns[-1:], default=str))
+        before, answer = (
+            _plain(json.dumps(part, default=str, ensure_ascii=False)) for part in (turns[:-1], turns[-1:])
+        )
+        return before, answer
     read = (row[column] for column in columns[:-1])  # some rows may have no context, or no choices
     text = "\n".join(written(value) for value in read if value not in (None, ""))
     return _plain(text), _plain(written(row[columns[-1]]))
@@ -171,7 +175,7 @@ def _input_and_answer(row: Mapping[str, Any], columns: tuple[str, ...]) -> tuple
 
 def _plain(text: str) -> str:
     text = text.encode("utf-8", "replace").decode("utf-8")  # JSON may hold half of a surrogate pair
-    return re.sub(r"\s+", " ", text).strip().casefold()
+    return re.sub(r"\s+", " ", unicodedata.normalize("NFC", text)).strip().casefold()
 
 
 def _mixed(values: Array) -> Array:

@@ -28,6 +28,8 @@ class CheckpointedTrainer(Trainer, ABC):
     lr_scheduler: Any
     control: Any
     started = 0.0  # when the run began, in seconds since 1970; one that is gone on with began when it first did
+    in_parts = True  # a run that is stopped leaves a checkpoint, and goes on from it
+    _stopped = False  # before its last outer step was made
 
     @abstractmethod
     def _trained(self) -> list[Tensor]:
@@ -42,8 +44,24 @@ class CheckpointedTrainer(Trainer, ABC):
         """Take up what `_progress` gave."""
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        self.started = time.time()
+        self.started, self._stopped = group.of_first(time.time), False
         return super().train(*args, **kwargs)
+
+    def stop_here(self) -> None:
+        """End training after this outer step, with a checkpoint to go on from if the run is one `in_parts`."""
+        self.control.should_training_stop = self._stopped = True
+        self.control.should_save = self.in_parts
+
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        """With `save_total_limit` 1 the Trainer removes all checkpoints but the best one when training is over. A run that
+        was stopped is not over: it goes on from its last one."""
+        limit = self.args.save_total_limit
+        if self._stopped:
+            self.args.save_total_limit = None
+        try:
+            return super()._finalize_training(*args, **kwargs)
+        finally:
+            self.args.save_total_limit = limit
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         random = group.gathered_objects(training_state.random_numbers())
@@ -51,7 +69,7 @@ class CheckpointedTrainer(Trainer, ABC):
         self.store_flos()
         parent = Path(self._get_output_dir(trial))
         folder, best = (parent / f"checkpoint-{n}" for n in (self.state.global_step, self.state.best_global_step))
-        if best == folder or best.is_dir():
+        if best == folder or self._is_own(best):
             self.state.best_model_checkpoint = str(best)
         if self.args.should_save:
             checkpoints.write(folder, partial(self._fill_checkpoint, random))
@@ -64,6 +82,12 @@ class CheckpointedTrainer(Trainer, ABC):
         group.gathered_objects(None)  # until it is there for all of them
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(folder))
+
+    def _is_own(self, folder: Path) -> bool:
+        """Whether there is such a checkpoint, and of this run: an earlier one may have left another in the same folder."""
+        if training_state.is_in(folder):
+            return training_state.started(folder) == self.started
+        return folder.is_dir() and folder.stat().st_mtime >= self.started  # without a state nothing was gone on with
 
     def _fill_checkpoint(self, random: list[Any], folder: Path) -> None:
         self._save(str(folder))

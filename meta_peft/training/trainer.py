@@ -83,8 +83,8 @@ class MetaTrainer(PushingTrainer):
 
     `fixed` are the names of weights that inner steps move and no outer step does (`learn_head`).
 
-    After `train()` the model is ready for `meta_peft.adapt`. If SIGTERM or Ctrl-C ended it early, `interrupted` is the
-    signal's number, and the last outer step has a checkpoint.
+    After `train()` the model is ready for `meta_peft.adapt`. If SIGTERM or Ctrl-C came, `interrupted` is the signal's
+    number, and the last outer step has a checkpoint; one that came after it, as in a last evaluation, makes none.
     """
 
     args: MetaLoraConfig
@@ -286,7 +286,7 @@ class MetaTrainer(PushingTrainer):
             self._skipped = 0
             assign_gradient(total.gradient, self.loss_fn, self.rates, fixed=self.fixed)
         if total.stop:
-            self._stop_here()
+            self.stop_here()
         return total.gradient.metrics["loss"].mean().to(self.args.device, torch.float32)
 
     def _skip_update(self, wrong: list[str]) -> None:
@@ -296,16 +296,13 @@ class MetaTrainer(PushingTrainer):
         if self.is_world_process_zero():
             logger.warning("Outer step %d changes nothing, its gradient is not finite: %s.", step, "; ".join(wrong))
         if self._skipped >= self.args.max_skipped_updates:
+            kept = f" The state before them is in checkpoint-{step} of {self.args.output_dir}." if self.in_parts else ""
             self._failure = MetaPeftError(
                 f"The gradients of {self._skipped} outer steps in a row were not finite (the last one: {'; '.join(wrong)})."
-                f" The state before them is in checkpoint-{step} of {self.args.output_dir}. Smaller inner_lr or"
-                " learning_rate, inner_max_grad_norm, or other data for the tasks named may help."
+                f"{kept} Smaller inner_lr or learning_rate, inner_max_grad_norm, or other data for the tasks named may"
+                " help."
             )
-            self._stop_here()
-
-    def _stop_here(self) -> None:
-        """End training after this outer step, with a checkpoint."""
-        self.control.should_save = self.control.should_training_stop = True
+            self.stop_here()
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         """The adapter and the rates are clipped apart: their gradients differ by orders of magnitude."""
@@ -394,7 +391,8 @@ class MetaTrainer(PushingTrainer):
         folder = Path(str(self.args.output_dir))
         with Claim(folder) as claim:
             group.of_first(claim.take)
-            resume = partial(checkpoints.to_resume, resume_from_checkpoint, folder, attempt=attempt())
+            again = attempt() if self.in_parts else None
+            resume = partial(checkpoints.to_resume, resume_from_checkpoint, folder, attempt=again)
             found = group.of_first(resume)
             same_everywhere(self._trained())
             if found is None and self.train_dataset is not None:
@@ -412,9 +410,13 @@ class MetaTrainer(PushingTrainer):
     def train_whole(self) -> None:
         """`train`, for what is worth nothing in part, such as a baseline: a signal that ends it early ends the program too.
 
+        It leaves no checkpoint then, and a job that is started again does not go on from one: those in `output_dir` may be
+        of the run that this is the baseline of.
+
         Raises:
             SystemExit: a signal came, with its exit code.
         """
+        self.in_parts = False
         self.train()
         if self.interrupted is not None:
             raise SystemExit(128 + self.interrupted)

@@ -65,6 +65,11 @@ def check_evaluation(args: MetaLoraConfig, *, validation: bool) -> None:
             "load_best_model_at_end takes the checkpoint that evaluates best, and eval_strategy=no evaluates none: set"
             " eval_strategy and save_strategy to steps, or leave load_best_model_at_end out."
         )
+    if args.save_strategy == "best" and (args.eval_strategy == "no" or args.metric_for_best_model is None):
+        raise MetaPeftError(
+            "save_strategy=best saves a checkpoint where an evaluation is the best so far: set eval_strategy, and"
+            " metric_for_best_model, such as loss."
+        )
 
 
 def check_best_metric(args: MetaLoraConfig, objective: str) -> None:

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 from surface import config
 
-from meta_peft.comparison.equal_compute import at_equal_compute, compute_ratio
+from meta_peft.comparison.equal_compute import at_equal_compute, compute_ratio, unwatched
 from meta_peft.tasks import TaskSet
+from meta_peft.training.trainer_options import check_evaluation
 from meta_peft.types import Stack
 
 TASKS = TaskSet.of({f"task {i}": [{"input": str(j), "target": str(i)} for j in range(50)] for i in range(20)})
@@ -110,3 +111,14 @@ def test_a_baseline_without_an_inner_loop_learns_its_head(tmp_path: Path):
     baseline = at_equal_compute(args, Stack(6, 4), TASKS, algorithm="multitask")
     assert baseline.learns_head
     assert not at_equal_compute(args, Stack(6, 4), TASKS, algorithm="fomaml").learns_head
+
+
+def test_what_is_neither_evaluated_nor_saved_has_no_best_checkpoint(tmp_path: Path):
+    """A trainer refuses to look for one, and once did when the run's own training was done."""
+    best = {"load_best_model_at_end": True, "save_strategy": "steps", "save_steps": 2}
+    args = config(tmp_path, eval_strategy="steps", eval_steps=2, **best)
+    own = unwatched(args)
+    check_evaluation(own, validation=False)
+    assert own.save_strategy == "no"
+    check_evaluation(args, validation=True)
+    assert args.load_best_model_at_end, "the options given stay as they are"

@@ -27,6 +27,7 @@ class Small:
     maybe: str | None = field(default=None, metadata={"help": "A text or nothing."})
     numbers: list[int] = field(default_factory=lambda: [1], metadata={"help": "Some numbers."})
     layers: list[int] | None = field(default=None, metadata={"help": "Some numbers or nothing."})
+    names: list[str] | None = field(default=None, metadata={"help": "Some texts or nothing."})
 
 
 def small(tmp_path: Path, text: str, *argv: str) -> Small:
@@ -67,6 +68,10 @@ def test_without_a_file():
         ('text: " a b\\n c"', Small(text=" a b\n c")),
         ("text: größer", Small(text="größer")),
         ("text: 5", Small(text="5")),
+        ("text: no\nmaybe: on", Small(text="no", maybe="on")),  # which YAML 1.1 takes for false and true
+        ("text: 1.10\nmaybe: 010", Small(text="1.10", maybe="010")),
+        ("text: 12:30:45\nmaybe: 2024-13-45", Small(text="12:30:45", maybe="2024-13-45")),
+        ("maybe: ~\nnames: [no, 1_0, 'null']", Small(names=["no", "1_0", "null"])),
         ("", Small()),
         ("# nothing but a comment", Small()),
     ],
@@ -128,6 +133,15 @@ def test_all_groups_together(tmp_path: Path):
     assert comparison == CompareArguments("none", rate_factors=[1.0, 3.0])
 
 
+def test_words_that_yaml_takes_for_something_else(tmp_path: Path):
+    """Once `save_strategy: no` was no choice, and Norwegian the language False."""
+    text = "save_strategy: no\nreport_to: [tensorboard, wandb]\nsource_lang: no\nresume_from_checkpoint: true\n"
+    _, tasks, training, _ = parse(GROUPS, ["--config", str(write(tmp_path, text)), "--use_cpu"])
+    assert (training.save_strategy, tasks.source_lang, training.resume_from_checkpoint) == ("no", "no", "true")
+    assert training.report_to == ["tensorboard", "wandb"]
+    assert parse(GROUPS, ["--report_to", "none", "--use_cpu"])[2].report_to == []
+
+
 def test_the_recipe_s_configs_are_good():
     configs = sorted((ROOT / "recipes" / "configs").glob("*.yaml"))
     assert configs
@@ -180,6 +194,7 @@ def test_files_that_cannot_be_used(tmp_path: Path, text: str, message: str):
         (["--cuont=3"], r"There is no option --cuont. Did you mean 'count'\?"),
         (["--xyzzy"], "There is no option --xyzzy"),
         (["--coun", "3"], r"There is no option --coun. Did you mean 'count'\?"),  # no abbreviations
+        (["--no_flag"], r"There is no option --no_flag. Did you mean 'flag'\?"),  # it is off already
         (["--packing", "true"], "packing is refused"),
         (["--count"], "argument --count: expected one argument"),
         (["--count", "x"], "argument --count: invalid int value: 'x'"),

@@ -58,6 +58,16 @@ def test_every_episode_of_a_step_is_read_once(tasks: int, processes: int, turns:
         assert max(sizes) - min(sizes) <= 1
 
 
+@pytest.mark.parametrize("turns", [2, 3, 4])
+@pytest.mark.parametrize("processes", [2, 3])
+@pytest.mark.parametrize("tasks", [4, 5, 8])
+def test_no_process_has_more_than_one_task_more_than_another(tasks: int, processes: int, turns: int):
+    """Once one of two had all of four tasks, where four batches were accumulated, and the other waited."""
+    found = read(tasks, processes, turns, steps=1)
+    sizes = [sum(len(batch) for _, batches in process for batch in batches) for process in found]
+    assert max(sizes) - min(sizes) <= 1
+
+
 def test_one_by_one():
     assert read(3, 1, steps=1, one_by_one=True) == [[(0, [[0], [1], [2]])]]
     assert read(3, 2, steps=1, one_by_one=True) == [[(0, [[0]])], [(1, [[1], [2]])]]

@@ -79,6 +79,35 @@ def test_a_damaged_cell_is_named(tmp_path: Path, text: str):
         all_found(tmp_path)
 
 
+def test_a_cell_in_the_file_of_another_is_named(tmp_path: Path):
+    """Once it counted twice in the means of its own seed."""
+    FOUND.write(tmp_path)
+    path_of(FOUND.cell, tmp_path).rename(path_of(Cell(2, "meta"), tmp_path))
+    with pytest.raises(MetaPeftError, match=r"seed2-meta.json is damaged .* \(it is the cell seed1-meta\): remove it"):
+        all_found(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"loss": [[2.0, 1.0]]},
+        {"score": [[0.0], [0.5]]},
+        {"score": [[0.0, 0.5], [0.5]]},
+        {"factors": []},
+        {"loss": None},
+    ],
+    ids=str,
+)
+def test_numbers_of_a_cell_that_are_too_few(damage: dict):
+    """Once a traceback, with no word of which cell it was."""
+    whole = replace(FOUND, calibration=[*COUNTS, *COUNTS])
+    whole.check_sizes()
+    with pytest.raises(MetaPeftError, match="The cell seed1-meta is damaged: its numbers are not those of 2 tasks"):
+        replace(whole, **damage).check_sizes()
+    with pytest.raises(MetaPeftError, match="The cell seed1-meta is damaged"):
+        replace(whole, at=3).check_sizes()
+
+
 def test_every_seed_has_every_start_and_numbers_of_tasks_are_of_trained_ones():
     arguments = ProtocolArguments(starts=["plain", "meta"], seeds=[3, 1], task_counts=[2])
     names = [cell.name for cell in cells_of(arguments, arguments.starts)]

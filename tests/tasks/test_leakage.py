@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import logging
+import unicodedata
 
 import numpy as np
 import pytest
@@ -33,6 +34,20 @@ def test_a_task_under_two_names():
     assert (pair.splits, pair.tasks) == (("train", "test"), ("a", "b"))
     assert (pair.same_rows, pair.same_inputs, pair.same_answers, pair.alike) == (1, 1, 1, 1)
     assert found.rows == {("train", "test"): 12}
+
+
+def test_letters_that_are_composed_otherwise_hide_nothing():
+    """As files from another system have them: é as one character, or as e and an accent."""
+    composed = [{"input": f"café {row['input']}", "target": row["target"]} for row in rows(1)]
+    apart = [{**row, "input": unicodedata.normalize("NFD", row["input"])} for row in composed]
+    assert apart != composed
+    found = find_leakage(splits({"a": composed}, {"b": apart}))
+    assert found.rows == {("train", "test"): 12}
+    said = [
+        [{"messages": [{"role": "user", "content": r["input"]}, {"role": "assistant", "content": "Ja"}]} for r in part]
+        for part in (composed, apart)
+    ]
+    assert find_leakage(splits({"a": said[0]}, {"b": said[1]})).rows == {("train", "test"): 12}
 
 
 def test_case_and_white_space_hide_nothing():

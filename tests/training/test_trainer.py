@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import sys
 import time
 from dataclasses import replace
@@ -502,6 +503,49 @@ def test_the_best_checkpoint_comes_back(tmp_path: Path):
     assert bits(dict(run.loss_fn.weights.parameters())) == bits(
         {name: saved[name] for name in weights(run) if name in saved}
     )
+
+
+@pytest.mark.parametrize("more", [{}, {"save_only_model": True}], ids=str)
+def test_the_best_checkpoint_is_one_of_this_run(tmp_path: Path, more: dict):
+    """Once it was an earlier run's, where that had saved one after the outer step that was best, and this run had not."""
+    used, new = tmp_path / "used", tmp_path / "new"
+    trainer(used, max_steps=4, seed=7, save_strategy="steps", save_steps=1, **more).train()
+    options = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 4, "max_steps": 4}
+    options |= {"load_best_model_at_end": True, "metric_for_best_model": "loss", "learning_rate": 0.5}
+    runs = [trainer(folder, eval_tasks=letter_tasks(EVAL), **options | more) for folder in (used, new)]
+    for run in runs:
+        run.train()
+        assert run.state.best_global_step < 4, "a learning rate of 0.5 should have spoilt the last step"
+        assert run.state.best_model_checkpoint is None
+    assert bits(weights(runs[0])) == bits(weights(runs[1]))
+
+
+class Signalled(TrainerCallback):
+    """SIGTERM comes in the evaluation after an outer step."""
+
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_a_run_that_was_stopped_keeps_its_last_checkpoint_beside_the_best(tmp_path: Path):
+    """Once the Trainer removed it, as it does at the end of training where save_total_limit is 1."""
+    options = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2, "max_steps": 6}
+    options |= {"load_best_model_at_end": True, "metric_for_best_model": "loss", "save_total_limit": 1}
+    run = trainer(tmp_path, eval_tasks=letter_tasks(EVAL), callbacks=[Signalled(2)], **options)
+    run.train()
+    assert run.interrupted == signal.SIGTERM
+    assert {path.name for path in tmp_path.glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-3"}
+    assert run.args.save_total_limit == 1
+    resumed = trainer(tmp_path, eval_tasks=letter_tasks(EVAL), **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert len(list(tmp_path.glob("checkpoint-*"))) == 1, "training is over"
+    whole = trainer(tmp_path / "whole", eval_tasks=letter_tasks(EVAL), **options)
+    whole.train()
+    assert bits(weights(resumed)) == bits(weights(whole))
 
 
 # ---- evaluation

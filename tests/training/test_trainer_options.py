@@ -70,6 +70,21 @@ def test_the_best_of_what_is_never_evaluated(tmp_path: Path):
         check_evaluation(args, validation=True)
 
 
+@pytest.mark.parametrize(
+    "options", [{"eval_strategy": "steps", "eval_steps": 1}, {"metric_for_best_model": "loss"}], ids=str
+)
+def test_checkpoints_where_it_is_best_need_to_know_of_what(tmp_path: Path, options: dict):
+    """Once it was a traceback after the base was loaded, or no checkpoint at all."""
+    with pytest.raises(
+        MetaPeftError, match="save_strategy=best saves a checkpoint where an evaluation is the best so far"
+    ):
+        check_evaluation(config(tmp_path, **{"save_strategy": "best"} | options), validation=True)
+    check_evaluation(
+        config(tmp_path, save_strategy="best", metric_for_best_model="loss", eval_strategy="steps", eval_steps=1),
+        validation=True,
+    )
+
+
 def test_the_best_by_what_is_not_measured(tmp_path: Path):
     evaluates = {"eval_strategy": "steps", "eval_steps": 1}
     named = config(tmp_path, metric_for_best_model="eval_accuracy", **evaluates)
