@@ -6,13 +6,15 @@ Every check names what was expected, what came and what to do. `tests/test_prefl
 from __future__ import annotations
 
 import logging
+import math
 from typing import Any
 
 import bitsandbytes as bnb
 import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
-from peft.utils.other import ModulesToSaveWrapper
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -77,7 +79,7 @@ def check_learned_is_active(model: PeftModel) -> None:
 def check_bare(base: nn.Module) -> None:
     """Raise `MetaPeftError` if `base` carries an adapter already, whose weights a new one of its name would replace."""
     for path, module in base.named_modules():
-        if isinstance(module, (LoraLayer, ModulesToSaveWrapper)):
+        if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
             raise MetaPeftError(
                 f"{path} of {type(base).__name__} belongs to an adapter that was loaded or made before: PEFT puts adapters"
                 " into the base itself. Give a base of its own to each, or take the other one off first, with"
@@ -85,8 +87,8 @@ def check_bare(base: nn.Module) -> None:
             )
 
 
-def check_in_use(path: str, layer: LoraLayer) -> None:
-    """Raise `MetaPeftError` if a LoRA layer is one in name alone: merged into its base, or switched off."""
+def check_in_use(model: PeftModel, adapter: str, path: str, layer: LoraLayer) -> None:
+    """Raise `MetaPeftError` if a LoRA layer is one in name alone: taken off, merged into its base, or switched off."""
     if layer.merged:
         raise MetaPeftError(f"The adapter is merged into {path}: call model.unmerge_adapter() first.")
     if layer.disable_adapters:
@@ -94,6 +96,18 @@ def check_in_use(path: str, layer: LoraLayer) -> None:
             f"Adapters are switched off in {path}: call this outside of model.disable_adapter(), or switch them on with"
             " model.base_model.enable_adapter_layers()."
         )
+    if adapter not in {*layer.lora_A, *layer.lora_embedding_A} or not _is_at(model, path, layer):
+        raise MetaPeftError(
+            f"The adapter {adapter!r} is no longer in {path}: it was deleted, or taken off with unload(), after the"
+            " AdapterLoss was made. Make another one, of a model that has the adapter."
+        )
+
+
+def _is_at(model: nn.Module, path: str, layer: nn.Module) -> bool:
+    try:
+        return model.get_submodule(path) is layer
+    except AttributeError:
+        return False
 
 
 def other_quantisation(method: Any) -> MetaPeftError:
@@ -161,12 +175,21 @@ def _check_layers(model: PeftModel, adapter: str) -> None:
                 f"{path} has DoRA on an 8-bit layer, whose scales PEFT's own forward loses, so that the adapter could not"
                 " be used: load the base model in 4-bit or unquantised, or set use_dora=False."
             )
-        check_in_use(path, layer)
+        check_in_use(model, adapter, path, layer)
+        _check_scaling(path, layer, adapter, model.peft_config[adapter])
         if not isinstance(layer.get_base_layer(), ADAPTABLE):
             kind = type(layer.get_base_layer()).__name__
             raise MetaPeftError(
                 f"{path} is a {kind} with LoRA; only linear layers and embeddings are supported: leave it out of"
                 " target_modules."
+            )
+    for path, module in model.named_modules():
+        if isinstance(module, BaseTunerLayer) and module.merged:
+            names = ", ".join(map(repr, module.merged_adapters))
+            raise MetaPeftError(
+                f"Another adapter, {names}, is merged into {path}: what is learned would fit that base, and be saved as one"
+                " for the original base. Call model.unmerge_adapter() first; or keep the merged base, with"
+                " merge_and_unload(), save it, and load it as a base of its own."
             )
     weights = FastWeights(model, adapter).parameters()
     held = [name for name, parameter in weights.items() if is_lora(name) and not parameter.requires_grad]
@@ -199,6 +222,18 @@ def _check_layers(model: PeftModel, adapter: str) -> None:
                 f"{path or 'The model'} is patched by Unsloth, whose kernels overwrite activations in backward. Load"
                 " the model with transformers alone."
             )
+
+
+def _check_scaling(path: str, layer: Any, adapter: str, config: Any) -> None:
+    """Raise if a layer's scale is another one than its config says, from which whoever loads the adapter has it."""
+    rank, alpha, scaling = layer.r[adapter], layer.lora_alpha[adapter], layer.scaling[adapter]
+    expected = alpha / (math.sqrt(rank) if config.use_rslora else rank)
+    if not math.isclose(scaling, expected):
+        raise MetaPeftError(
+            f"{path} scales its adapter by {scaling:g}, and by lora_alpha and r it would be {expected:g}: set_scale and"
+            " scale_layer are not saved with an adapter, so it would do something else where it is loaded. Set lora_alpha"
+            " or alpha_pattern in LoraConfig."
+        )
 
 
 def _is_compiled(module: nn.Module) -> bool:

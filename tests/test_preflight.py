@@ -156,6 +156,30 @@ def test_merged_adapter():
     passes(model)
 
 
+def test_another_adapter_is_merged_into_the_base():
+    """In layers that the adapter has no part of, nothing else would tell."""
+    model = with_lora(tiny_base(), target_modules=["v_proj"])
+    model.add_adapter("other", LoraConfig(target_modules=["q_proj"]))
+    model.merge_adapter(["other"])
+    refused(model, r"Another adapter, 'other', is merged into .*q_proj: .* model.unmerge_adapter\(\) first")
+    model.unmerge_adapter()
+    passes(model)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"use_rslora": True, "alpha_pattern": {"k_proj": 7}, "rank_pattern": {"v_proj": 3}}]
+)
+def test_a_scale_that_is_not_saved(options):
+    """Stock PEFT would load the adapter with the scale of its config."""
+    model = with_lora(tiny_base(), **options)
+    passes(model)
+    layer = model.get_submodule("base_model.model.model.layers.0.mlp.up_proj")
+    layer.set_scale("default", 0.5)
+    refused(model, r"up_proj scales its adapter by [\d.]+, and by lora_alpha and r it would be [\d.]+: set_scale")
+    layer.set_scale("default", 1)
+    passes(model)
+
+
 def test_convolution():
     base = tiny_base()
     base.model.extra = nn.Conv1d(4, 4, 1, dtype=torch.float64)

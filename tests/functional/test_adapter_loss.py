@@ -195,6 +195,19 @@ def test_an_adapter_that_is_merged_or_switched_off_is_refused():
     torch.testing.assert_close(loss_fn(loss_fn.own(), rows), expected, rtol=1e-12, atol=0)
 
 
+@pytest.mark.filterwarnings("ignore:Adapter default was active which is now deleted")
+@pytest.mark.parametrize("how", ["unload", "delete_adapter"])
+def test_an_adapter_that_is_gone_is_refused(how: str):
+    """Once these were errors of torch and of a dict, far below."""
+    model, rows = tiny(), random_rows()
+    model.add_adapter("other", LoraConfig(r=3, target_modules=["q_proj"]))
+    loss_fn = AdapterLoss(model)
+    own = loss_fn.own()
+    model.unload() if how == "unload" else model.delete_adapter("default")
+    with pytest.raises(MetaPeftError, match=r"'default' is no longer in .*q_proj: it was deleted, or taken off"):
+        loss_fn(own, rows)
+
+
 def runs_of(loss_fn: AdapterLoss) -> list[int]:
     """How many rows go through the model in each forward, from now on."""
     seen: list[int] = []
