@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import logging
 import math
+from functools import cache
 from typing import Any
 
 import bitsandbytes as bnb
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
@@ -22,6 +23,7 @@ from meta_peft.errors import MetaPeftError
 from meta_peft.frozen.linear import quant_state
 from meta_peft.lora.fast_weights import (
     HEADS,
+    WITH_HEAD,
     FastWeights,
     active_adapter,
     head_modules,
@@ -35,7 +37,15 @@ _said: set[str] = set()
 
 BASE_CHANGING_INITS = ("pissa", "olora", "loftq", "corda", "eva", "lora_ga")
 VARIANTS = ("NoneType", "DoraLinearVariant")
+# The options of LoraConfig that have a meaning here, or that change nothing; what others would do is not known.
+KNOWN = {
+    *("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "use_dora", "fan_in_fan_out", "lora_dropout"),
+    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save"),
+    *("init_lora_weights", "bias", "peft_type", "task_type", "inference_mode", "auto_mapping", "peft_version"),
+    *("base_model_name_or_path", "revision", "runtime_config", "megatron_core"),
+}
 ADAPTABLE = (nn.Linear, nn.Embedding, Conv1D)
+OTHER_PROBLEMS = ("regression", "multi_label_classification")
 CLASSIFIERS = ("ForSequenceClassification", "ForTokenClassification")
 FUSED_ATTENTION = ("flash_attention", "flash", "flex_attention", "paged", "kernels")
 # Mixtures of experts whose tokens are routed one by one, without a capacity that they would share; each is tested.
@@ -57,6 +67,7 @@ def check_model(model: Any, *, second_order: bool, adapter: str | None = None) -
     adapter = adapter or active_adapter(model)
     _check_adapter(model, adapter)
     _check_layers(model, adapter)
+    _check_options(model.peft_config[adapter])
     _check_head(model, adapter)
     _check_base(model.get_base_model(), second_order=second_order)
     _check_quantised(model)
@@ -110,6 +121,22 @@ def _is_at(model: nn.Module, path: str, layer: nn.Module) -> bool:
         return False
 
 
+def check_autocast(device: str) -> None:
+    """Raise `MetaPeftError` where torch would compute in float16, as for a base in it; say so where it is in bfloat16."""
+    if not torch.is_autocast_enabled(device):
+        return
+    dtype = torch.get_autocast_dtype(device)
+    if dtype == torch.float16:
+        raise MetaPeftError(
+            "torch.autocast computes in float16 here, and gradient scaling does not reach the inner loop: small gradients"
+            " would be lost. Call this outside of autocast, or with dtype=torch.bfloat16."
+        )
+    say_once(
+        f"torch.autocast computes products in {dtype} here, in which little of a second derivative through inner Adam is"
+        " exact (docs/quantised_bases.md). Outside of it, what is computed in is the base's own precision."
+    )
+
+
 def other_quantisation(method: Any) -> MetaPeftError:
     """What is said of a base that another library than bitsandbytes quantised."""
     return MetaPeftError(f"The base model is quantised with {method}; only bitsandbytes 4-bit and 8-bit are supported.")
@@ -160,6 +187,21 @@ def _check_adapter(model: PeftModel, adapter: str) -> None:
         say_once(
             f"lora_dropout={config.lora_dropout} is not applied: the inner loop's loss has to be a fixed function."
         )
+
+
+def _check_options(config: Any) -> None:
+    """Raise if an option is set that no check before has named."""
+    for option, default in _defaults().items():
+        if option not in KNOWN and (value := getattr(config, option, default)) and value != default:
+            raise MetaPeftError(
+                f"{option}={value!r} of LoraConfig is not known here, and load would refuse an adapter that has it: leave"
+                " it out."
+            )
+
+
+@cache
+def _defaults() -> dict[str, Any]:
+    return vars(LoraConfig())
 
 
 def _check_layers(model: PeftModel, adapter: str) -> None:
@@ -247,11 +289,18 @@ def _check_head(model: PeftModel, adapter: str) -> None:
     base: Any = model.get_base_model()
     heads = list(head_modules(model, adapter))
     if type(base).__name__.endswith(CLASSIFIERS):
-        if not heads:
+        if not heads or model.peft_config[adapter].task_type not in WITH_HEAD:
             raise MetaPeftError(
                 f"The classification head of {type(base).__name__} is not part of the adapter, so no task could have one of"
-                f" its own: give LoraConfig a task_type of SEQ_CLS or TOKEN_CLS. The head has to be called"
-                f" {' or '.join(HEADS)}."
+                f" its own, or its LoraConfig does not say that it is one of a classifier, so load would refuse it: give"
+                f" LoraConfig a task_type of SEQ_CLS or TOKEN_CLS. The head has to be called {' or '.join(HEADS)}."
+            )
+        problem, n_classes = getattr(base.config, "problem_type", None), base.config.num_labels
+        if n_classes < 2 or problem in OTHER_PROBLEMS:
+            raise MetaPeftError(
+                f"{type(base).__name__} has num_labels={n_classes} and problem_type={problem!r}; expected two classes or"
+                " more, of which each row has one. Numbers (regression) and several classes of one row have no loss here:"
+                " load the base with num_labels of 2 or more and no problem_type."
             )
     elif heads:
         raise MetaPeftError(
@@ -321,6 +370,11 @@ def _check_experts(base: Any, *, second_order: bool) -> None:
 
 def _check_quantised(model: nn.Module) -> None:
     for path, layer in model.named_modules():
+        if isinstance(layer, bnb.nn.Linear8bitLt) and layer.state.has_fp16_weights:
+            raise MetaPeftError(
+                f"{path} keeps 16-bit weights and quantises them in each forward (llm_int8_has_fp16_weight), of which no"
+                " derivative is known here: load the base with load_in_8bit=True alone."
+            )
         if not isinstance(layer, bnb.nn.Linear4bit):
             continue
         if getattr(quant_state(layer), "packing_format_for_cpu", False):

@@ -156,6 +156,7 @@ def test_merged_adapter():
     passes(model)
 
 
+@pytest.mark.filterwarnings("ignore:Already unmerged")
 def test_another_adapter_is_merged_into_the_base():
     """In layers that the adapter has no part of, nothing else would tell."""
     model = with_lora(tiny_base(), target_modules=["v_proj"])
@@ -404,6 +405,35 @@ def test_other_quantisation(model_of):
     base.is_quantized = True  # the backends of other methods are not installed
     base.config.quantization_config = SimpleNamespace(quant_method="gptq")
     refused(model, "quantised with gptq; only bitsandbytes 4-bit and 8-bit are supported")
+
+
+def test_options_that_are_not_known():
+    """Once an adapter was trained with it, and refused by load."""
+    refused(
+        with_lora(tiny_base(), use_qalora=True),
+        r"use_qalora=True of LoraConfig is not known here, and load would refuse",
+    )
+
+
+def test_8_bit_layers_with_weights_in_16_bit(model_of):
+    model = model_of("int8")
+    model.get_base_model().model.layers[0].self_attn.q_proj.base_layer.state.has_fp16_weights = True
+    refused(model, r"q_proj.base_layer keeps 16-bit weights .*: load the base with load_in_8bit=True alone")
+
+
+def test_autocast(said):
+    """In float16 it is what a base in float16 is refused for."""
+    model, rows = tiny(dtype=torch.float32), random_rows()
+    loss_fn = AdapterLoss(model)
+    weights = dict(loss_fn.weights.parameters())
+    with torch.autocast("cpu", torch.float16), pytest.raises(MetaPeftError, match=r"autocast computes in float16 here"):
+        loss_fn(weights, rows)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss_fn(weights, rows)
+        loss_fn(weights, rows)
+    assert sum("torch.autocast computes products in torch.bfloat16 here" in message for message in said.messages) == 1
+    with torch.autocast("cpu", torch.float16), torch.no_grad():
+        loss_fn(weights, rows)
 
 
 def test_layers_repacked_for_inference(model_of):

@@ -312,6 +312,8 @@ class AdapterLoss:
 
     @contextmanager
     def _forwards_in_place(self, adapter: Params, second_order: bool) -> Iterator[None]:
+        if torch.is_grad_enabled():
+            preflight.check_autocast(next(iter(adapter.values())).device.type)
         for path, layer in self._lora:
             preflight.check_in_use(self.model, self.weights.adapter, path, layer)
         with ExitStack() as stack:

@@ -28,6 +28,7 @@ from meta_peft.types import Params
 
 # What PEFT puts into `modules_to_save` of a classifier: endings of names, so that DistilBERT's `pre_classifier` is one.
 HEADS = ("classifier", "score")
+WITH_HEAD = ("SEQ_CLS", "TOKEN_CLS")  # the task types of an adapter that PEFT gives a head to
 CARRIERS = (LoraLayer, TrainableTokensLayer, AuxiliaryTrainingWrapper)  # each has a list of active adapters of its own
 LAYER_NUMBER = re.compile(r"\.(\d+)\.")  # of the layer, in the name of what is in it
 
