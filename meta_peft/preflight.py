@@ -19,7 +19,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from meta_peft.errors import MetaPeftError
+from meta_peft.errors import MetaPeftError, did_you_mean
 from meta_peft.frozen.linear import quant_state
 from meta_peft.lora.fast_weights import (
     HEADS,
@@ -65,6 +65,11 @@ def check_model(model: Any, *, second_order: bool, adapter: str | None = None) -
             " peft.get_peft_model(model, LoraConfig(...))."
         )
     adapter = adapter or active_adapter(model)
+    if adapter not in model.peft_config:
+        raise MetaPeftError(
+            f"The model has no adapter called {adapter!r}; it has {sorted(model.peft_config)}."
+            f"{did_you_mean(adapter, model.peft_config)} Name one of these; one that was deleted has to be loaded again."
+        )
     _check_adapter(model, adapter)
     _check_layers(model, adapter)
     _check_options(model.peft_config[adapter])

@@ -61,6 +61,11 @@ def test_several_active_adapters():
     passes(model)
 
 
+def test_an_adapter_that_is_not_there():
+    with pytest.raises(MetaPeftError, match=r"no adapter called 'defualt'; it has \['default'\].* Name one of these"):
+        AdapterLoss(tiny(), adapter="defualt")
+
+
 def test_adapter_that_is_not_lora():
     config = peft.IA3Config(target_modules=["q_proj"], feedforward_modules=[])
     refused(
