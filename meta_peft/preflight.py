@@ -6,20 +6,24 @@ Every check names what was expected, what came and what to do. `tests/test_prefl
 from __future__ import annotations
 
 import logging
+import math
+from functools import cache
 from typing import Any
 
 import bitsandbytes as bnb
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
-from peft.utils.other import ModulesToSaveWrapper
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from meta_peft.errors import MetaPeftError
+from meta_peft.errors import MetaPeftError, did_you_mean
 from meta_peft.frozen.linear import quant_state
 from meta_peft.lora.fast_weights import (
     HEADS,
+    WITH_HEAD,
     FastWeights,
     active_adapter,
     head_modules,
@@ -33,7 +37,15 @@ _said: set[str] = set()
 
 BASE_CHANGING_INITS = ("pissa", "olora", "loftq", "corda", "eva", "lora_ga")
 VARIANTS = ("NoneType", "DoraLinearVariant")
+# The options of LoraConfig that have a meaning here, or that change nothing; what others would do is not known.
+KNOWN = {
+    *("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "use_dora", "fan_in_fan_out", "lora_dropout"),
+    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save"),
+    *("init_lora_weights", "bias", "peft_type", "task_type", "inference_mode", "auto_mapping", "peft_version"),
+    *("base_model_name_or_path", "revision", "runtime_config", "megatron_core"),
+}
 ADAPTABLE = (nn.Linear, nn.Embedding, Conv1D)
+OTHER_PROBLEMS = ("regression", "multi_label_classification")
 CLASSIFIERS = ("ForSequenceClassification", "ForTokenClassification")
 FUSED_ATTENTION = ("flash_attention", "flash", "flex_attention", "paged", "kernels")
 # Mixtures of experts whose tokens are routed one by one, without a capacity that they would share; each is tested.
@@ -53,8 +65,14 @@ def check_model(model: Any, *, second_order: bool, adapter: str | None = None) -
             " peft.get_peft_model(model, LoraConfig(...))."
         )
     adapter = adapter or active_adapter(model)
+    if adapter not in model.peft_config:
+        raise MetaPeftError(
+            f"The model has no adapter called {adapter!r}; it has {sorted(model.peft_config)}."
+            f"{did_you_mean(adapter, model.peft_config)} Name one of these; one that was deleted has to be loaded again."
+        )
     _check_adapter(model, adapter)
     _check_layers(model, adapter)
+    _check_options(model.peft_config[adapter])
     _check_head(model, adapter)
     _check_base(model.get_base_model(), second_order=second_order)
     _check_quantised(model)
@@ -77,7 +95,7 @@ def check_learned_is_active(model: PeftModel) -> None:
 def check_bare(base: nn.Module) -> None:
     """Raise `MetaPeftError` if `base` carries an adapter already, whose weights a new one of its name would replace."""
     for path, module in base.named_modules():
-        if isinstance(module, (LoraLayer, ModulesToSaveWrapper)):
+        if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
             raise MetaPeftError(
                 f"{path} of {type(base).__name__} belongs to an adapter that was loaded or made before: PEFT puts adapters"
                 " into the base itself. Give a base of its own to each, or take the other one off first, with"
@@ -85,8 +103,8 @@ def check_bare(base: nn.Module) -> None:
             )
 
 
-def check_in_use(path: str, layer: LoraLayer) -> None:
-    """Raise `MetaPeftError` if a LoRA layer is one in name alone: merged into its base, or switched off."""
+def check_in_use(model: PeftModel, adapter: str, path: str, layer: LoraLayer) -> None:
+    """Raise `MetaPeftError` if a LoRA layer is one in name alone: taken off, merged into its base, or switched off."""
     if layer.merged:
         raise MetaPeftError(f"The adapter is merged into {path}: call model.unmerge_adapter() first.")
     if layer.disable_adapters:
@@ -94,6 +112,34 @@ def check_in_use(path: str, layer: LoraLayer) -> None:
             f"Adapters are switched off in {path}: call this outside of model.disable_adapter(), or switch them on with"
             " model.base_model.enable_adapter_layers()."
         )
+    if adapter not in {*layer.lora_A, *layer.lora_embedding_A} or not _is_at(model, path, layer):
+        raise MetaPeftError(
+            f"The adapter {adapter!r} is no longer in {path}: it was deleted, or taken off with unload(), after the"
+            " AdapterLoss was made. Make another one, of a model that has the adapter."
+        )
+
+
+def _is_at(model: nn.Module, path: str, layer: nn.Module) -> bool:
+    try:
+        return model.get_submodule(path) is layer
+    except AttributeError:
+        return False
+
+
+def check_autocast(device: str) -> None:
+    """Raise `MetaPeftError` where torch would compute in float16, as for a base in it; say so where it is in bfloat16."""
+    if not torch.is_autocast_enabled(device):
+        return
+    dtype = torch.get_autocast_dtype(device)
+    if dtype == torch.float16:
+        raise MetaPeftError(
+            "torch.autocast computes in float16 here, and gradient scaling does not reach the inner loop: small gradients"
+            " would be lost. Call this outside of autocast, or with dtype=torch.bfloat16."
+        )
+    say_once(
+        f"torch.autocast computes products in {dtype} here, in which little of a second derivative through inner Adam is"
+        " exact (docs/quantised_bases.md). Outside of it, what is computed in is the base's own precision."
+    )
 
 
 def other_quantisation(method: Any) -> MetaPeftError:
@@ -148,6 +194,21 @@ def _check_adapter(model: PeftModel, adapter: str) -> None:
         )
 
 
+def _check_options(config: Any) -> None:
+    """Raise if an option is set that no check before has named."""
+    for option, default in _defaults().items():
+        if option not in KNOWN and (value := getattr(config, option, default)) and value != default:
+            raise MetaPeftError(
+                f"{option}={value!r} of LoraConfig is not known here, and load would refuse an adapter that has it: leave"
+                " it out."
+            )
+
+
+@cache
+def _defaults() -> dict[str, Any]:
+    return vars(LoraConfig())
+
+
 def _check_layers(model: PeftModel, adapter: str) -> None:
     for path, layer in lora_layers(model, adapter):
         variant = type(layer.lora_variant.get(adapter)).__name__
@@ -161,12 +222,21 @@ def _check_layers(model: PeftModel, adapter: str) -> None:
                 f"{path} has DoRA on an 8-bit layer, whose scales PEFT's own forward loses, so that the adapter could not"
                 " be used: load the base model in 4-bit or unquantised, or set use_dora=False."
             )
-        check_in_use(path, layer)
+        check_in_use(model, adapter, path, layer)
+        _check_scaling(path, layer, adapter, model.peft_config[adapter])
         if not isinstance(layer.get_base_layer(), ADAPTABLE):
             kind = type(layer.get_base_layer()).__name__
             raise MetaPeftError(
                 f"{path} is a {kind} with LoRA; only linear layers and embeddings are supported: leave it out of"
                 " target_modules."
+            )
+    for path, module in model.named_modules():
+        if isinstance(module, BaseTunerLayer) and module.merged:
+            names = ", ".join(map(repr, module.merged_adapters))
+            raise MetaPeftError(
+                f"Another adapter, {names}, is merged into {path}: what is learned would fit that base, and be saved as one"
+                " for the original base. Call model.unmerge_adapter() first; or keep the merged base, with"
+                " merge_and_unload(), save it, and load it as a base of its own."
             )
     weights = FastWeights(model, adapter).parameters()
     held = [name for name, parameter in weights.items() if is_lora(name) and not parameter.requires_grad]
@@ -201,6 +271,18 @@ def _check_layers(model: PeftModel, adapter: str) -> None:
             )
 
 
+def _check_scaling(path: str, layer: Any, adapter: str, config: Any) -> None:
+    """Raise if a layer's scale is another one than its config says, from which whoever loads the adapter has it."""
+    rank, alpha, scaling = layer.r[adapter], layer.lora_alpha[adapter], layer.scaling[adapter]
+    expected = alpha / (math.sqrt(rank) if config.use_rslora else rank)
+    if not math.isclose(scaling, expected):
+        raise MetaPeftError(
+            f"{path} scales its adapter by {scaling:g}, and by lora_alpha and r it would be {expected:g}: set_scale and"
+            " scale_layer are not saved with an adapter, so it would do something else where it is loaded. Set lora_alpha"
+            " or alpha_pattern in LoraConfig."
+        )
+
+
 def _is_compiled(module: nn.Module) -> bool:
     """Whether torch.compile was given it, in place or not, or its forward."""
     forward = module.forward  # torch.compiler.disable marks what it leaves alone in the same way, and says so
@@ -212,11 +294,18 @@ def _check_head(model: PeftModel, adapter: str) -> None:
     base: Any = model.get_base_model()
     heads = list(head_modules(model, adapter))
     if type(base).__name__.endswith(CLASSIFIERS):
-        if not heads:
+        if not heads or model.peft_config[adapter].task_type not in WITH_HEAD:
             raise MetaPeftError(
                 f"The classification head of {type(base).__name__} is not part of the adapter, so no task could have one of"
-                f" its own: give LoraConfig a task_type of SEQ_CLS or TOKEN_CLS. The head has to be called"
-                f" {' or '.join(HEADS)}."
+                f" its own, or its LoraConfig does not say that it is one of a classifier, so load would refuse it: give"
+                f" LoraConfig a task_type of SEQ_CLS or TOKEN_CLS. The head has to be called {' or '.join(HEADS)}."
+            )
+        problem, n_classes = getattr(base.config, "problem_type", None), base.config.num_labels
+        if n_classes < 2 or problem in OTHER_PROBLEMS:
+            raise MetaPeftError(
+                f"{type(base).__name__} has num_labels={n_classes} and problem_type={problem!r}; expected two classes or"
+                " more, of which each row has one. Numbers (regression) and several classes of one row have no loss here:"
+                " load the base with num_labels of 2 or more and no problem_type."
             )
     elif heads:
         raise MetaPeftError(
@@ -286,6 +375,11 @@ def _check_experts(base: Any, *, second_order: bool) -> None:
 
 def _check_quantised(model: nn.Module) -> None:
     for path, layer in model.named_modules():
+        if isinstance(layer, bnb.nn.Linear8bitLt) and layer.state.has_fp16_weights:
+            raise MetaPeftError(
+                f"{path} keeps 16-bit weights and quantises them in each forward (llm_int8_has_fp16_weight), of which no"
+                " derivative is known here: load the base with load_in_8bit=True alone."
+            )
         if not isinstance(layer, bnb.nn.Linear4bit):
             continue
         if getattr(quant_state(layer), "packing_format_for_cpu", False):

@@ -19,6 +19,7 @@ from architectures import ARCHITECTURES, base_of, batch_for, lora, plain_loss, r
 from peft import PeftModel
 from tiny_models import assert_equal, fingerprint
 
+from meta_peft.adapters.adapter_files import load_adapter
 from meta_peft.adapters.hub import save_adapted
 from meta_peft.algorithms import MAML
 from meta_peft.functional.adapter_loss import AdapterLoss
@@ -178,7 +179,7 @@ def test_training_leaves_the_model_as_it_was(case: str):
 
 @pytest.mark.parametrize("case", CASES)
 def test_what_is_saved_is_an_adapter_of_stock_peft(case: str, tmp_path: Path):
-    """Moved weights, installed here, and saved and loaded on a fresh base without this library."""
+    """Moved weights, installed here, and saved and loaded on a fresh base without this library, and with it."""
     model = CASES[case].model().eval()
     loss_fn, rows = AdapterLoss(model), rows_for(model.get_base_model(), n_tasks=1)
     weights = {n: p.detach() * 1.5 for n, p in loss_fn.weights.parameters().items()}
@@ -186,9 +187,11 @@ def test_what_is_saved_is_an_adapter_of_stock_peft(case: str, tmp_path: Path):
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True`")
         stock = PeftModel.from_pretrained(base_of(CASES[case].kind), tmp_path).eval()
+        ours = load_adapter(base_of(CASES[case].kind), tmp_path, tuple(weights)).eval()
     with loss_fn.weights.installed(weights):
         mine = model(**rows.inputs).logits
     assert torch.equal(stock(**rows.inputs).logits, mine)
+    assert torch.equal(ours(**rows.inputs).logits, mine)
     assert not torch.equal(model(**rows.inputs).logits, mine)
 
 

@@ -231,6 +231,13 @@ def test_heads_that_are_refused():
     )
     coarse = with_adapter(load_base(made).bfloat16(), lora_config(made))
     refused(coarse, r"classifier.weight is in torch.bfloat16.*load the base with load_base")
+    by_name = lora_config(made)
+    by_name.task_type, by_name.modules_to_save = None, ["classifier"]
+    refused(with_adapter(load_base(made), by_name), "so load would refuse it: give LoraConfig a task_type of SEQ_CLS")
+    for options in ({"num_labels": 1}, {"problem_type": "regression"}, {"problem_type": "multi_label_classification"}):
+        model = with_adapter(load_base(made), lora_config(made))
+        model.get_base_model().config.update(options)
+        refused(model, r"num_labels=\d and problem_type=.*expected two classes or more, of which each row has one")
     more = lora_config(made)
     more.modules_to_save.append("word_embeddings")
     refused(

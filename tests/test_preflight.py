@@ -61,6 +61,11 @@ def test_several_active_adapters():
     passes(model)
 
 
+def test_an_adapter_that_is_not_there():
+    with pytest.raises(MetaPeftError, match=r"no adapter called 'defualt'; it has \['default'\].* Name one of these"):
+        AdapterLoss(tiny(), adapter="defualt")
+
+
 def test_adapter_that_is_not_lora():
     config = peft.IA3Config(target_modules=["q_proj"], feedforward_modules=[])
     refused(
@@ -153,6 +158,31 @@ def test_merged_adapter():
     model.merge_adapter()
     refused(model, r"The adapter is merged into .*q_proj: call model.unmerge_adapter\(\) first")
     model.unmerge_adapter()
+    passes(model)
+
+
+@pytest.mark.filterwarnings("ignore:Already unmerged")
+def test_another_adapter_is_merged_into_the_base():
+    """In layers that the adapter has no part of, nothing else would tell."""
+    model = with_lora(tiny_base(), target_modules=["v_proj"])
+    model.add_adapter("other", LoraConfig(target_modules=["q_proj"]))
+    model.merge_adapter(["other"])
+    refused(model, r"Another adapter, 'other', is merged into .*q_proj: .* model.unmerge_adapter\(\) first")
+    model.unmerge_adapter()
+    passes(model)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"use_rslora": True, "alpha_pattern": {"k_proj": 7}, "rank_pattern": {"v_proj": 3}}]
+)
+def test_a_scale_that_is_not_saved(options):
+    """Stock PEFT would load the adapter with the scale of its config."""
+    model = with_lora(tiny_base(), **options)
+    passes(model)
+    layer = model.get_submodule("base_model.model.model.layers.0.mlp.up_proj")
+    layer.set_scale("default", 0.5)
+    refused(model, r"up_proj scales its adapter by [\d.]+, and by lora_alpha and r it would be [\d.]+: set_scale")
+    layer.set_scale("default", 1)
     passes(model)
 
 
@@ -380,6 +410,35 @@ def test_other_quantisation(model_of):
     base.is_quantized = True  # the backends of other methods are not installed
     base.config.quantization_config = SimpleNamespace(quant_method="gptq")
     refused(model, "quantised with gptq; only bitsandbytes 4-bit and 8-bit are supported")
+
+
+def test_options_that_are_not_known():
+    """Once an adapter was trained with it, and refused by load."""
+    refused(
+        with_lora(tiny_base(), use_qalora=True),
+        r"use_qalora=True of LoraConfig is not known here, and load would refuse",
+    )
+
+
+def test_8_bit_layers_with_weights_in_16_bit(model_of):
+    model = model_of("int8")
+    model.get_base_model().model.layers[0].self_attn.q_proj.base_layer.state.has_fp16_weights = True
+    refused(model, r"q_proj.base_layer keeps 16-bit weights .*: load the base with load_in_8bit=True alone")
+
+
+def test_autocast(said):
+    """In float16 it is what a base in float16 is refused for."""
+    model, rows = tiny(dtype=torch.float32), random_rows()
+    loss_fn = AdapterLoss(model)
+    weights = dict(loss_fn.weights.parameters())
+    with torch.autocast("cpu", torch.float16), pytest.raises(MetaPeftError, match=r"autocast computes in float16 here"):
+        loss_fn(weights, rows)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss_fn(weights, rows)
+        loss_fn(weights, rows)
+    assert sum("torch.autocast computes products in torch.bfloat16 here" in message for message in said.messages) == 1
+    with torch.autocast("cpu", torch.float16), torch.no_grad():
+        loss_fn(weights, rows)
 
 
 def test_layers_repacked_for_inference(model_of):

@@ -18,12 +18,11 @@ from peft.utils.other import ModulesToSaveWrapper
 from safetensors import SafetensorError, safe_open
 
 from meta_peft.errors import MetaPeftError
-from meta_peft.lora.fast_weights import HEADS, FastWeights, is_lora
+from meta_peft.lora.fast_weights import HEADS, WITH_HEAD, FastWeights, is_lora
 from meta_peft.utils.checked import flag, is_number, read_object, shown, text, whole
 from meta_peft.utils.patterns import matches
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-WITH_HEAD = ("SEQ_CLS", "TOKEN_CLS")
 TASK_TYPES = (None, "CAUSAL_LM", "SEQ_2_SEQ_LM", "FEATURE_EXTRACTION", *WITH_HEAD)
 INITS = (True, False, "true", "false", "gaussian", "orthogonal")
 FLAGS = ("use_rslora", "use_dora", "fan_in_fan_out", "inference_mode")
@@ -134,6 +133,8 @@ def read_config(folder: Path, shapes: dict[str, list[int]]) -> LoraConfig:
             layers = [value] if isinstance(value, int) else value or []
             right = isinstance(layers, list) and all(_one_of(type(layer), (int,)) for layer in layers)
             _expect(option, value, right, "a whole number or a list of them")
+        elif key == "target_parameters" and value == []:
+            pass  # PEFT writes it for every mixture of experts
         elif key != "peft_type":
             same = value == default[key] and type(value) is type(default[key])
             _expect(

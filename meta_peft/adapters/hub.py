@@ -63,9 +63,14 @@ def save(
     Args:
         adapter: the name of the adapter; by default the meta-learned one of a model that carries one, whichever is active
             (`adapt` makes another one active), else the active one.
+
+    Raises:
+        MetaPeftError: the sidecar is one of other weights, so that `load` would refuse the two.
     """
     adapter = adapter or meta_learned_adapter(model) or active_adapter(model)
-    weights: Params = {n: p.detach() for n, p in FastWeights(model, adapter).parameters().items()}
+    own = FastWeights(model, adapter)
+    _check_sidecar(sidecar, own)
+    weights: Params = {n: p.detach() for n, p in own.parameters().items()}
     with _replacing_files(Path(folder)) as partial:
         write_adapter(weights, model.peft_config[adapter], sidecar.base.name, partial)
         sidecar.write(partial)
@@ -175,6 +180,12 @@ def load(
 def attach(model: PeftModel, sidecar: Sidecar, tokenizer: Any, adapter: str | None = None) -> None:
     """Mark an adapter of `model`, by default the active one, as meta-learned, with what `adapt` needs."""
     weights = FastWeights(model, adapter)
+    _check_sidecar(sidecar, weights)
+    model.meta_peft = MetaLearned(sidecar, tokenizer, weights.adapter)
+
+
+def _check_sidecar(sidecar: Sidecar, weights: FastWeights) -> None:
+    """Raise unless the rates are those of these weights."""
     names = tuple(weights.parameters())
     if names != sidecar.names:
         raise MetaPeftError(
@@ -187,7 +198,6 @@ def attach(model: PeftModel, sidecar: Sidecar, tokenizer: Any, adapter: str | No
             f"The sidecar has {sidecar.log_rates.shape[1]} rates, the adapter's fast weights need {expected}: they do not"
             " belong together."
         )
-    model.meta_peft = MetaLearned(sidecar, tokenizer, weights.adapter)
 
 
 def meta_learned(model: Any) -> MetaLearned:

@@ -128,7 +128,9 @@ def times_frozen(x: Tensor, layer: nn.Module, *, transposed: bool = False, at: T
     y = some @ weight if transposed else F.linear(some, weight)
     if at is not None:
         y = y.new_zeros(len(rows), y.shape[-1]).index_copy_(0, at, y)
-    return y.view(*x.shape[:-1], -1)
+    # No view of a tensor that an autograd Function made: torch lets nobody write into such a one, and some models do.
+    result: Tensor = torch.ops.aten._unsafe_view(y, [*x.shape[:-1], y.shape[-1]])
+    return result
 
 
 class _FrozenProduct(torch.autograd.Function):

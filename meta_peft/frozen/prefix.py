@@ -158,7 +158,8 @@ def layer_list(module: nn.Module) -> list[nn.Module]:
 def layers_of(base: Any) -> list[nn.Module]:
     """All layers of a model, those of an encoder first."""
     halves = [base.get_encoder()] if base.config.is_encoder_decoder else []
-    return [layer for half in (*halves, base.get_decoder()) for layer in layer_list(half)]
+    found = [layer for half in (*halves, base.get_decoder()) for layer in layer_list(half)]
+    return found or layer_list(base.base_model)  # ModernBERT calls its head of tokens a decoder
 
 
 def _runs_before(model: Any, adapted: list[str]) -> list[Run]:

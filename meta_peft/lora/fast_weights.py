@@ -19,7 +19,8 @@ import torch
 import torch.nn.functional as F
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
-from peft.utils.other import ModulesToSaveWrapper
+from peft.tuners.trainable_tokens import TrainableTokensLayer
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from meta_peft.errors import MetaPeftError
@@ -27,6 +28,8 @@ from meta_peft.types import Params
 
 # What PEFT puts into `modules_to_save` of a classifier: endings of names, so that DistilBERT's `pre_classifier` is one.
 HEADS = ("classifier", "score")
+WITH_HEAD = ("SEQ_CLS", "TOKEN_CLS")  # the task types of an adapter that PEFT gives a head to
+CARRIERS = (LoraLayer, TrainableTokensLayer, AuxiliaryTrainingWrapper)  # each has a list of active adapters of its own
 LAYER_NUMBER = re.compile(r"\.(\d+)\.")  # of the layer, in the name of what is in it
 
 
@@ -153,16 +156,23 @@ def alone_active(model: PeftModel, adapter: str) -> Iterator[None]:
     if list(model.active_adapters) == [adapter]:
         yield
         return
-    carry = [module for module in model.modules() if isinstance(module, (LoraLayer, ModulesToSaveWrapper))]
+    carry = [module for module in model.modules() if isinstance(module, CARRIERS)]
     was: list[Any] = [module._active_adapter for module in carry]
     try:
         for module in carry:
-            heads = isinstance(module, ModulesToSaveWrapper)
-            module._active_adapter = [] if heads and adapter not in module.modules_to_save else [adapter]
+            module._active_adapter = [adapter] if _takes(module, adapter) else []
         yield
     finally:
         for module, names in zip(carry, was, strict=True):
             module._active_adapter = names
+
+
+def _takes(module: nn.Module, adapter: str) -> bool:
+    """Whether a module of PEFT may be told that `adapter` is active: one for LoRA may always."""
+    if isinstance(module, LoraLayer):
+        return True
+    own = module.trainable_tokens_delta if isinstance(module, TrainableTokensLayer) else cast(Any, module)._adapters
+    return adapter in own
 
 
 def meta_learned_adapter(model: Any) -> str | None:

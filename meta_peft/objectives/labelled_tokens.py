@@ -120,14 +120,22 @@ class LabelledTokens:
         targets_BL = self.targets(rows.labels_BL)
         row_N, position_N = (targets_BL != IGNORED).nonzero(as_tuple=True)
         check_every_task_has_labels(row_N, rows)
-        inputs = self.inputs_of(model, rows)
+        inputs, (n_rows, length) = self.inputs_of(model, rows), rows.labels_BL.shape
         with ExitStack() as stack:
             if self.causal:
-                inputs = _up_to(int(position_N.max()) + 1, inputs, rows.labels_BL.shape)
-                position_N = stack.enter_context(last_layer_at(model, row_N, position_N, targets_BL.shape[0]))
+                inputs, length = _up_to(int(position_N.max()) + 1, inputs, rows.labels_BL.shape)
+                place_N = stack.enter_context(last_layer_at(model, row_N, position_N, n_rows))
+                length = length if place_N is position_N else int(place_N.max()) + 1
+                position_N = place_N
             assert head is not None, "a language model has a head"
-            stack.enter_context(_head_reads(head, row_N, position_N))
+            read = stack.enter_context(_head_reads(head, row_N, position_N, (n_rows, length)))
             logits_NV = model(**inputs, **self.options).logits.squeeze(0)
+        if read != [(n_rows, length)]:
+            raise MetaPeftError(
+                f"{type(model).__name__} does not make its logits by giving its output head, once, the activations of"
+                f" {n_rows} rows of {length} tokens; it gave it {read or 'nothing'}. So it is not known which logits belong"
+                " to a label: take a base of another type."
+            )
         return logits_NV, targets_BL[targets_BL != IGNORED], row_N
 
 
@@ -141,11 +149,11 @@ def without_cache(model: Any) -> dict[str, bool]:
     return {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
 
 
-def _up_to(length: int, inputs: dict[str, Tensor], shape: torch.Size) -> dict[str, Tensor]:
-    """The inputs without the positions after the last one that predicts anything, if each is ``[B, L]``."""
+def _up_to(length: int, inputs: dict[str, Tensor], shape: torch.Size) -> tuple[dict[str, Tensor], int]:
+    """The inputs without the positions after the last one that predicts anything, if each is ``[B, L]``; and how many."""
     if any(tensor.shape != shape for tensor in inputs.values()):
-        return inputs
-    return {name: tensor[:, :length] for name, tensor in inputs.items()}
+        return inputs, shape[1]
+    return {name: tensor[:, :length] for name, tensor in inputs.items()}, length
 
 
 def check_every_task_has_labels(row_N: Tensor, rows: Rows) -> None:
@@ -179,12 +187,21 @@ def _calibration(p_N: Tensor, right_N: Tensor, task_N: Tensor, n_tasks: int) -> 
 
 
 @contextmanager
-def _head_reads(head: nn.Module, row_N: Tensor, position_N: Tensor) -> Iterator[None]:
-    def gather(_: nn.Module, args: tuple[Any, ...]) -> tuple[Tensor]:
-        return (args[0][row_N, position_N].unsqueeze(0),)
+def _head_reads(
+    head: nn.Module, row_N: Tensor, position_N: Tensor, expected: tuple[int, int]
+) -> Iterator[list[tuple[int, ...]]]:
+    """Forwards inside this context give the head the labelled positions alone, where it gets ``[*expected, H]``.
+
+    Gives what it got, without H, at each call: some models put tokens in front, or compute logits without their head.
+    """
+    read: list[tuple[int, ...]] = []
+
+    def gather(_: nn.Module, args: tuple[Any, ...]) -> tuple[Tensor] | None:
+        read.append(tuple(args[0].shape[:-1]))
+        return (args[0][row_N, position_N].unsqueeze(0),) if read[-1] == expected else None
 
     hook = head.register_forward_pre_hook(gather, prepend=True)  # so that others see what the head sees
     try:
-        yield
+        yield read
     finally:
         hook.remove()

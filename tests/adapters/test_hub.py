@@ -165,6 +165,9 @@ def test_a_sidecar_of_another_adapter(folder: Path, tmp_path: Path):
         load(base_model(), folder)
     with pytest.raises(MetaPeftError, match="do not belong together"):
         hub.attach(other, sidecar, tiny_tokenizer())
+    with pytest.raises(MetaPeftError, match=r"rates for 16 LoRA matrices, the adapter has 4 .*do not belong together"):
+        hub.save(other, sidecar, tmp_path / "other")
+    assert not (tmp_path / "other").exists()  # what load would refuse is not written
 
 
 def test_a_folder_that_is_not_there(tmp_path: Path):

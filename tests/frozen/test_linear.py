@@ -56,6 +56,20 @@ def test_the_weight_is_close_to_the_one_that_was_quantised(layer: nn.Module):
     assert 0 < error < largest
 
 
+def test_a_model_may_write_into_a_product():
+    """Longformer scales its queries in place: torch forbids it for a view of what an autograd Function made."""
+    layer, x = nn.Linear(4, 5, dtype=torch.float64).requires_grad_(False), randn(2, 3, 4, seed=0)
+
+    def scaled(product: Callable[..., Tensor], x: Tensor) -> Tensor:
+        y = product(x)
+        y /= 3
+        return y.square()
+
+    found, expected = (partial(scaled, product) for product in (lambda x: frozen_product(x, layer), layer))
+    for one, other in zip(up_to_second(found, [x]), up_to_second(expected, [x]), strict=True):
+        torch.testing.assert_close(one, other)
+
+
 def test_other_layers_are_not_bitsandbytes_layers():
     with pytest.raises(TypeError, match="Linear is not a bitsandbytes layer"):
         dequantise(nn.Linear(2, 2))

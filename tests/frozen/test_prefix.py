@@ -7,9 +7,10 @@ import torch
 from architectures import ARCHITECTURES, base_of, batch_for, lora
 from prefixes import ALGORITHM, count_runs, loss_on, loss_on_upper_layers
 from tiny_models import assert_equal, random_batch, random_rows, tiny_base, with_lora
+from transformers import AutoConfig, AutoModelForMaskedLM
 
 from meta_peft.algorithms import MAML
-from meta_peft.frozen.prefix import PLAIN_STACKS, FrozenPrefix
+from meta_peft.frozen.prefix import PLAIN_STACKS, FrozenPrefix, layers_of
 from meta_peft.functional.adapter_loss import AdapterLoss
 from meta_peft.inner_optimizers import InnerRule
 from meta_peft.outer_loop.outer_loop import meta_gradient
@@ -156,6 +157,13 @@ def test_no_graph_hangs_on_what_is_remembered():
         ]
         assert tensors
         assert not any(t.requires_grad for t in tensors if t is not None)
+
+
+def test_layers_of_a_model_that_calls_something_else_its_decoder():
+    """Its head of tokens, in ModernBERT: once none of its layers was checkpointed, or counted."""
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_hidden_layers": 3}
+    base = AutoModelForMaskedLM.from_config(AutoConfig.for_model("modernbert", vocab_size=40, pad_token_id=2, **sizes))
+    assert layers_of(base) == list(base.model.layers)
 
 
 def test_model_types_that_are_not_known_run_all_their_layers():

@@ -151,18 +151,25 @@ TWO_ADAPTERS = {
     "an embedding": (["embed_tokens", "q_proj"], ["embed_tokens", "q_proj"], {}),
     "DoRA": (["q_proj"], ["q_proj", "down_proj"], {"use_dora": True}),
 }
+ONLY_OF_THE_OTHER = {
+    "tokens": {"trainable_token_indices": [3, 4, 5, 6, 7]},
+    "a whole embedding": {"modules_to_save": ["embed_tokens"]},
+}
 
 
-@pytest.mark.parametrize("place", TWO_ADAPTERS)
-def test_another_adapter_is_active(place: str):
-    """Once the layers that PEFT runs itself ran with the other one, without a word."""
+@pytest.mark.parametrize(
+    ("place", "more"),
+    [*((place, "nothing") for place in TWO_ADAPTERS), *(("layers of the other", more) for more in ONLY_OF_THE_OTHER)],
+)
+def test_another_adapter_is_active(place: str, more: str):
+    """Once the layers that PEFT runs itself ran with the other one, without a word, and once its embeddings of tokens."""
     own, others, options = TWO_ADAPTERS[place]
     model, rows = with_lora(tiny_base(layers=2), target_modules=own, **options), random_rows()
     loss_fn = AdapterLoss(model)
     stack = leaves(loss_fn.own())
     expected = loss_fn(stack, rows)
     gradient = gradients(expected.sum(), stack)
-    model.add_adapter("other", LoraConfig(r=3, target_modules=others, **options))
+    model.add_adapter("other", LoraConfig(r=3, target_modules=others, **options, **ONLY_OF_THE_OTHER.get(more, {})))
     for name, parameter in model.named_parameters():
         if "other" in name:
             torch.nn.init.normal_(parameter)
@@ -186,6 +193,19 @@ def test_an_adapter_that_is_merged_or_switched_off_is_refused():
         loss_fn(loss_fn.own(), rows)
     model.unmerge_adapter()
     torch.testing.assert_close(loss_fn(loss_fn.own(), rows), expected, rtol=1e-12, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore:Adapter default was active which is now deleted")
+@pytest.mark.parametrize("how", ["unload", "delete_adapter"])
+def test_an_adapter_that_is_gone_is_refused(how: str):
+    """Once these were errors of torch and of a dict, far below."""
+    model, rows = tiny(), random_rows()
+    model.add_adapter("other", LoraConfig(r=3, target_modules=["q_proj"]))
+    loss_fn = AdapterLoss(model)
+    own = loss_fn.own()
+    model.unload() if how == "unload" else model.delete_adapter("default")
+    with pytest.raises(MetaPeftError, match=r"'default' is no longer in .*q_proj: it was deleted, or taken off"):
+        loss_fn(own, rows)
 
 
 def runs_of(loss_fn: AdapterLoss) -> list[int]:

@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
 from tiny_models import VOCAB, random_rows, tiny, tiny_base
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 
 from meta_peft import AdapterLoss, MetaPeftError
-from meta_peft.objectives import labelled_tokens
+from meta_peft.objectives import labelled_tokens, objective_for
 from meta_peft.objectives.causal_lm import CAUSAL_LM
 from meta_peft.types import Rows
 
@@ -31,6 +34,33 @@ def test_each_task_is_averaged_over_its_own_labels(model, head):
         one = rows.tasks(t, t + 1)
         logits = model(**one.inputs).logits[:, :-1].flatten(0, 1)
         torch.testing.assert_close(loss_T[t], F.cross_entropy(logits, one.labels_BL[:, 1:].flatten()))
+
+
+OF_PROPHETNET = {
+    "num_encoder_layers": 1,
+    "num_decoder_layers": 1,
+    "num_decoder_attention_heads": 2,
+    "decoder_ffn_dim": 16,
+}
+OF_MOBILEBERT = {"num_attention_heads": 2, "num_hidden_layers": 1, "embedding_size": 8, "intra_bottleneck_size": 16}
+
+
+@pytest.mark.parametrize(
+    ("kind", "sizes", "loaded_with", "given"),
+    [
+        ("prophetnet", OF_PROPHETNET, AutoModelForCausalLM, r"\[\(6, 2, 6\)\]"),  # two tokens ahead at once
+        ("mobilebert", {**OF_MOBILEBERT, "true_hidden_size": 16}, AutoModelForMaskedLM, "nothing"),  # its weight alone
+    ],
+)
+def test_heads_that_do_not_read_rows_as_they_are(kind: str, sizes: dict, loaded_with: Any, given: str):
+    """Once these ended in errors of an index, and of a shape."""
+    config = AutoConfig.for_model(kind, vocab_size=VOCAB, pad_token_id=2, hidden_size=16, **sizes)
+    base = loaded_with.from_config(config).eval()
+    rows = random_rows(length=7 if kind == "prophetnet" else 6)
+    with pytest.raises(
+        MetaPeftError, match=rf"does not make its logits by giving .*; it gave it {given}\. So it is not"
+    ):
+        objective_for(base).loss_per_task(base, base.get_output_embeddings(), rows)
 
 
 def test_other_tasks_of_the_stack_do_not_matter(model, head):
@@ -64,7 +94,7 @@ def test_a_row_matches_if_every_label_is_the_most_likely_token(model, head):
 
 
 def test_the_head_is_as_it_was_even_after_an_exception(model, head):
-    with pytest.raises(KeyError), labelled_tokens._head_reads(head, torch.tensor([0]), torch.tensor([0])):
+    with pytest.raises(KeyError), labelled_tokens._head_reads(head, torch.tensor([0]), torch.tensor([0]), (1, 1)):
         raise KeyError
     assert not head._forward_pre_hooks
 
