@@ -103,8 +103,8 @@ def check_bare(base: nn.Module) -> None:
             )
 
 
-def check_in_use(model: PeftModel, adapter: str, path: str, layer: LoraLayer) -> None:
-    """Raise `MetaPeftError` if a LoRA layer is one in name alone: taken off, merged into its base, or switched off."""
+def check_in_use(path: str, layer: LoraLayer) -> None:
+    """Raise `MetaPeftError` if a LoRA layer is one in name alone: merged into its base, or switched off."""
     if layer.merged:
         raise MetaPeftError(f"The adapter is merged into {path}: call model.unmerge_adapter() first.")
     if layer.disable_adapters:
@@ -112,18 +112,22 @@ def check_in_use(model: PeftModel, adapter: str, path: str, layer: LoraLayer) ->
             f"Adapters are switched off in {path}: call this outside of model.disable_adapter(), or switch them on with"
             " model.base_model.enable_adapter_layers()."
         )
-    if adapter not in {*layer.lora_A, *layer.lora_embedding_A} or not _is_at(model, path, layer):
+
+
+def check_still_there(model: PeftModel, adapter: str, path: str, layer: LoraLayer) -> None:
+    """Raise `MetaPeftError` if a layer that had the adapter has it no more, or is none of the model's.
+
+    PEFT takes an adapter off all of its layers, so one of them says enough.
+    """
+    try:
+        there = model.get_submodule(path) is layer and adapter in {*layer.lora_A, *layer.lora_embedding_A}
+    except AttributeError:
+        there = False
+    if not there:
         raise MetaPeftError(
             f"The adapter {adapter!r} is no longer in {path}: it was deleted, or taken off with unload(), after the"
             " AdapterLoss was made. Make another one, of a model that has the adapter."
         )
-
-
-def _is_at(model: nn.Module, path: str, layer: nn.Module) -> bool:
-    try:
-        return model.get_submodule(path) is layer
-    except AttributeError:
-        return False
 
 
 def check_autocast(device: str) -> None:
@@ -222,7 +226,7 @@ def _check_layers(model: PeftModel, adapter: str) -> None:
                 f"{path} has DoRA on an 8-bit layer, whose scales PEFT's own forward loses, so that the adapter could not"
                 " be used: load the base model in 4-bit or unquantised, or set use_dora=False."
             )
-        check_in_use(model, adapter, path, layer)
+        check_in_use(path, layer)
         _check_scaling(path, layer, adapter, model.peft_config[adapter])
         if not isinstance(layer.get_base_layer(), ADAPTABLE):
             kind = type(layer.get_base_layer()).__name__

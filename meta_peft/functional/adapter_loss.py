@@ -306,8 +306,9 @@ class AdapterLoss:
     def _forwards_in_place(self, adapter: Params, second_order: bool) -> Iterator[None]:
         if torch.is_grad_enabled():
             preflight.check_autocast(next(iter(adapter.values())).device.type)
+        preflight.check_still_there(self.model, self.weights.adapter, *self._lora[0])
         for path, layer in self._lora:
-            preflight.check_in_use(self.model, self.weights.adapter, path, layer)
+            preflight.check_in_use(path, layer)
         with ExitStack() as stack:
             stack.enter_context(evaluation_mode(self.model))
             stack.enter_context(outputs_by_name(self._configs))
