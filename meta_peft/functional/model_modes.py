@@ -15,14 +15,29 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
     That checkpointing would compute again during backward, when the fast weights are no longer in their layers.
     """
-    training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
+    training = [module for module in _modules(model) if module.training]
+    _set_training(training, False)
     try:
         yield
     finally:
-        for module in training:
-            module.training = True
+        _set_training(training, True)
+
+
+def _modules(model: nn.Module) -> list[nn.Module]:
+    """Those of ``model.modules()``, four times as fast: every forward asks for them, thousands in a model with LoRA."""
+    found, seen = [model], {id(model)}
+    for module in found:  # which grows meanwhile
+        for child in module._modules.values():
+            if child is not None and id(child) not in seen:
+                seen.add(id(child))
+                found.append(child)
+    return found
+
+
+def _set_training(modules: list[nn.Module], value: bool) -> None:
+    """As by assignment, of which PyTorch asks each time whether it is a parameter: a hundred times as long."""
+    for module in modules:
+        module.__dict__["training"] = value
 
 
 def configs_of(base: nn.Module) -> list[Any]:

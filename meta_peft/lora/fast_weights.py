@@ -85,14 +85,19 @@ class FastWeights:
                 module._parameters[attribute] = None
                 module.__dict__[attribute] = value
             for linear in linears:
-                linear.__class__ = _StackedHead if id(linear) in in_heads else _StackedLinear
+                _become(linear, _StackedHead if id(linear) in in_heads else _StackedLinear)
             yield
         finally:
             for (module, attribute), parameter in own.items():
                 module.__dict__.pop(attribute, None)
                 module._parameters[attribute] = parameter
             for linear in linears:
-                linear.__class__ = nn.Linear
+                _become(linear, nn.Linear)
+
+
+def _become(module: nn.Module, kind: type[nn.Module]) -> None:
+    """As by assignment, of which PyTorch asks each time whether it is a parameter, and there are hundreds in a forward."""
+    object.__setattr__(module, "__class__", kind)
 
 
 class _StackedLinear(nn.Linear):
