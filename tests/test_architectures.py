@@ -28,7 +28,7 @@ from meta_peft.inner_optimizers import InnerRule
 from meta_peft.inner_optimizers.rule import RATES
 from meta_peft.outer_loop.outer_loop import LearnedRates, meta_gradient
 from meta_peft.params import expand, gradients, leaves
-from meta_peft.preflight import ROUTED_BY_TOKEN
+from meta_peft.preflight.base import ROUTED_BY_TOKEN
 from meta_peft.types import EpisodeBatch, MetaGradient, Params
 
 RULE = InnerRule(lr=0.05, steps=2, learn_rates=True, rates_per_step=True)

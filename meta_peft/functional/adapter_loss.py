@@ -39,6 +39,7 @@ from meta_peft.ops.lora_linear import is_plain
 from meta_peft.types import Params, Rows, Stack
 from meta_peft.utils.forwards import replaced_forwards
 from meta_peft.utils.memory import available
+from meta_peft.utils.say_once import say_once
 
 Measured = TypeVar("Measured")
 ROOM = 0.25  # of the memory that is left
@@ -184,7 +185,7 @@ class AdapterLoss:
                 " in main memory or on disk. Leave frozen_cache_gb out."
             )
         if not self._prefix.n_layers:
-            preflight.say_once("frozen_cache_gb keeps nothing here: no whole layer lies below the adapter.")
+            say_once("frozen_cache_gb keeps nothing here: no whole layer lies below the adapter.")
         self._cache = cache
 
     def above(self, fast: tuple[str, ...]) -> AboveSlow | None:
@@ -209,7 +210,7 @@ class AdapterLoss:
     def apart(self, reason: RowsRearrangedError) -> None:
         """From now on the tasks of a stack go through the model one after the other."""
         self._at_once = False
-        preflight.say_once(f"{reason} The tasks of a stack go through the model one after the other.")
+        say_once(f"{reason} The tasks of a stack go through the model one after the other.")
 
     def within(
         self, inside: AbstractContextManager[None], adapter: Params, rows: Rows, *, second_order: bool = True

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from meta_peft.preflight import say_once
 from meta_peft.tasks.episodes import EpisodeDataset
 from meta_peft.tasks.labelling import Labelling, episodes_of
 from meta_peft.tasks.support_selection import SupportSelection
 from meta_peft.tasks.task_set import TaskSet
+from meta_peft.utils.say_once import say_once
 from meta_peft.utils.words import counted
 
 

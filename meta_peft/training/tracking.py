@@ -17,8 +17,8 @@ from transformers.trainer_callback import ProgressCallback
 
 from meta_peft.adapters.rate_map import RateMap
 from meta_peft.errors import MetaPeftError
-from meta_peft.preflight import say_once
 from meta_peft.utils.figures import new_figure
+from meta_peft.utils.say_once import say_once
 
 Pictures = Callable[[], dict[str, Any]]
 """Figures of matplotlib by name."""

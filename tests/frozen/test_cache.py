@@ -11,7 +11,6 @@ from kinds import peft_model
 from prefixes import ALGORITHM, HEAD_ALONE, count_runs, loss_on_upper_layers, with_head
 from tiny_models import assert_equal, random_batch, random_rows, randomise, tiny
 
-from meta_peft import preflight
 from meta_peft.algorithms import MAML
 from meta_peft.errors import MetaPeftError
 from meta_peft.frozen.cache import FrozenCache
@@ -20,6 +19,7 @@ from meta_peft.functional.adapter_loss import AdapterLoss
 from meta_peft.outer_loop.outer_loop import meta_gradient
 from meta_peft.params import expand
 from meta_peft.types import EpisodeBatch, Rows
+from meta_peft.utils import say_once
 
 
 def keeping(loss_fn: AdapterLoss, n_bytes: float = 1e9) -> tuple[AdapterLoss, FrozenCache]:
@@ -167,7 +167,7 @@ def test_on_a_quantised_base_under_a_head(how: str):
 
 
 def test_where_nothing_lies_below(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(preflight, "_said", set())
+    monkeypatch.setattr(say_once, "_said", set())
     caplog.set_level(logging.INFO, "meta_peft")
     loss_fn, cache = keeping(AdapterLoss(tiny()))
     loss_fn(dict(loss_fn.weights.parameters()), random_rows())

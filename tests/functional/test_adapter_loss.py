@@ -20,11 +20,11 @@ from tiny_models import (
     with_lora,
 )
 
-from meta_peft import preflight
 from meta_peft.errors import MetaPeftError
 from meta_peft.functional.adapter_loss import AdapterLoss
 from meta_peft.params import expand, gradients, leaves
 from meta_peft.types import Rows
+from meta_peft.utils import say_once
 
 MODELS = ["llama", "gpt2", "float32", "nf4", "int8"]
 
@@ -225,7 +225,7 @@ PLACES = {"opt": ("fc1",), "llama": ("embed_tokens",), "qwen3": ("lm_head",)}
 @pytest.mark.parametrize("kind", PLACES)
 def test_tasks_go_one_after_the_other_where_a_stack_cannot(kind: str, monkeypatch, caplog):
     """Found out at the first call, said once, and equal to what each task gives alone."""
-    monkeypatch.setattr(preflight, "_said", set())
+    monkeypatch.setattr(say_once, "_said", set())
     caplog.set_level(logging.INFO, "meta_peft")
     loss_fn = AdapterLoss(lora(base_of(kind), PLACES[kind]))
     rows, seen, stack = random_rows(), runs_of(loss_fn), stack_of(loss_fn)

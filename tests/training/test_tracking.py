@@ -11,8 +11,8 @@ import pytest
 import torch
 from surface import EVAL, ROOT, letter_tasks, run_python, trainer
 
-from meta_peft import preflight
 from meta_peft.training.tracking import adaptation_picture, peak_memory_gb, rate_pictures, task_curves
+from meta_peft.utils import say_once
 
 NUMBERS = {
     f"train/{name}"
@@ -83,7 +83,7 @@ def test_a_picture_that_cannot_be_drawn_ends_no_training(
     pytest.importorskip("tensorboard")
     for module in ("matplotlib", "matplotlib.figure"):
         monkeypatch.setitem(sys.modules, module, None)
-    monkeypatch.setattr(preflight, "_said", set())
+    monkeypatch.setattr(say_once, "_said", set())
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "events"))
     run = trainer(tmp_path / "out", eval_tasks=letter_tasks(EVAL), report_to=["tensorboard"], logging_steps=1)
     with caplog.at_level("INFO", logger="meta_peft"):

@@ -14,16 +14,16 @@ from tiny_models import enable_checkpointing, fingerprint, random_rows, tiny, ti
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForSeq2SeqLM
 
-from meta_peft import preflight
 from meta_peft.errors import MetaPeftError
 from meta_peft.functional.adapter_loss import AdapterLoss
 from meta_peft.preflight import check_learned_is_active, check_model
+from meta_peft.utils import say_once
 
 
 @pytest.fixture(autouse=True)
 def said(monkeypatch, caplog):
     """The log, as in a process that has said nothing yet."""
-    monkeypatch.setattr(preflight, "_said", set())
+    monkeypatch.setattr(say_once, "_said", set())
     caplog.set_level(logging.INFO, "meta_peft")
     return caplog
 
