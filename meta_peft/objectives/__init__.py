@@ -23,6 +23,7 @@ OBJECTIVES: dict[str, LabelledTokens] = {
     "sequence_classification": SEQUENCE_CLASSIFICATION,
     "token_classification": TOKEN_CLASSIFICATION,
 }
+READS_BOTH_WAYS = ("cpmant",)  # models for next tokens whose configs do not tell
 CLASSIFYING = ("sequence_classification", "token_classification")
 _ENDINGS = {
     "ForMaskedLM": "masked_lm",
@@ -61,6 +62,11 @@ def objective_for(base: Any, name: str | None = None) -> LabelledTokens:
     """The objective called `name`, or the one that a `transformers` model is made for."""
     name = objective_name(base) if name is None else name
     check_objective(name)
+    if name == "causal_lm" and base.config.model_type in READS_BOTH_WAYS:
+        raise MetaPeftError(
+            f"The context of {type(base).__name__} attends in both directions, so it sees the tokens that it is to predict."
+            " Take a base of another type."
+        )
     if name == "causal_lm" and _looks_ahead(base):
         raise MetaPeftError(
             f"{type(base).__name__} sees the tokens that it is to predict: its attention is not causal. Load it with"

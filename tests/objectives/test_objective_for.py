@@ -75,6 +75,14 @@ def test_a_decoder_that_was_made_to_see_ahead():
         del base.config.use_bidirectional_attention
 
 
+def test_a_decoder_whose_config_does_not_say_that_it_sees_ahead():
+    """Its loss came out a third off, without a word."""
+    sizes = {"hidden_size": 16, "num_attention_heads": 2, "dim_head": 8, "dim_ff": 16, "num_hidden_layers": 1}
+    base = AutoModelForCausalLM.from_config(AutoConfig.for_model("cpmant", vocab_size=30, prompt_length=2, **sizes))
+    with pytest.raises(MetaPeftError, match="CpmAntForCausalLM attends in both directions"):
+        objective_for(base)
+
+
 def test_a_model_that_names_an_embedding_as_its_head():
     """FSMT, whose head is another layer: gathering in front of the embedding gave shapes that fit nothing."""
     sizes = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16}
